@@ -1,0 +1,138 @@
+"""A convolution's geometry, read once from a Paddle layer and carried as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from .errors import UnsupportedConv
+from .tensors import assign
+
+
+def as_pair(value: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    """Return (height, width) of an int or of a pair."""
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """What a 2-D convolution does apart from its weights.
+
+    `padding` is (top, bottom, left, right) in pixels, or "SAME" where it depends on the input's size.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int] = (1, 1)
+    padding: str | tuple[int, int, int, int] = (0, 0, 0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+    padding_mode: str = "zeros"
+    data_format: str = "NCHW"
+    bias: bool = True
+    dtype: str = "float32"
+
+    @staticmethod
+    def of(conv: nn.Conv2D) -> ConvGeometry:
+        """Read a `paddle.nn.Conv2D`; what is no plain convolution raises `UnsupportedConv`."""
+        if type(conv) is not nn.Conv2D:
+            raise UnsupportedConv(f"{type(conv).__name__} is not paddle.nn.Conv2D itself; its forward may do more")
+        if "weight" not in conv._parameters:
+            raise UnsupportedConv("its weight is computed by a hook (weight norm, spectral norm); remove that first")
+        height, width = as_pair(conv._kernel_size)
+        geometry = ConvGeometry(
+            in_channels=conv._in_channels,
+            out_channels=conv._out_channels,
+            kernel_size=(height, width),
+            stride=as_pair(conv._stride),
+            dilation=as_pair(conv._dilation),
+            groups=conv._groups,
+            padding_mode=conv._padding_mode,
+            data_format=conv._data_format,
+            bias=conv.bias is not None,
+            dtype=str(conv.weight.dtype).rsplit(".", 1)[-1],
+        )
+        if isinstance(conv._padding, str) and conv._padding.upper() == "SAME":
+            # Paddle runs a "SAME" convolution without dilation, whatever dilation was given.
+            geometry = replace(geometry, dilation=(1, 1))
+        return replace(geometry, padding=geometry._read_padding(conv._padding))
+
+    def _read_padding(self, padding: object) -> str | tuple[int, int, int, int]:
+        """Normalise Paddle's forms: int, pair, 4 ints, 4 pairs (with the batch and channel ones), "SAME", "VALID"."""
+        if isinstance(padding, str):
+            if padding.upper() == "VALID":
+                return (0, 0, 0, 0)
+            if self.stride != (1, 1):
+                return "SAME"
+            total = [k - 1 for k in self.kernel_size]
+            return (total[0] // 2, total[0] - total[0] // 2, total[1] // 2, total[1] - total[1] // 2)
+        if isinstance(padding, int):
+            return (padding,) * 4
+        flat = np.asarray(padding)
+        if flat.shape == (4, 2):
+            spatial = flat[2:] if self.data_format == "NCHW" else flat[1:3]
+            return tuple(int(v) for v in spatial.reshape(-1))
+        if flat.shape == (2,):
+            return (int(flat[0]), int(flat[0]), int(flat[1]), int(flat[1]))
+        if flat.shape == (4,):
+            return tuple(int(v) for v in flat)
+        raise UnsupportedConv(f"padding {padding!r} has none of the forms that paddle.nn.Conv2D documents")
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """[out_channels, in_channels / groups, height, width], whatever the data format."""
+        return (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """True where each input channel is convolved on its own (any channel multiplier)."""
+        return self.groups == self.in_channels
+
+    def __str__(self) -> str:
+        parts = [f"{self.in_channels}->{self.out_channels}, {self.kernel_size[0]}x{self.kernel_size[1]}"]
+        parts += [f"groups={self.groups}"] if self.groups > 1 else []
+        parts += [f"{n}={getattr(self, n)}" for n in ("stride", "dilation") if getattr(self, n) != (1, 1)]
+        return ", ".join(parts)
+
+    def convolve(self, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None) -> paddle.Tensor:
+        """Convolve `x` with this geometry and the given weight and bias."""
+        padding = self.padding
+        if self.padding_mode != "zeros" and padding != "SAME":
+            top, bottom, left, right = padding
+            x = F.pad(x, [left, right, top, bottom], mode=self.padding_mode, data_format=self.data_format)
+            padding = (0, 0, 0, 0)
+        return F.conv2d(
+            x, weight, bias, list(self.stride), self._paddle_padding(padding), list(self.dilation), self.groups,
+            self.data_format,
+        )  # fmt: skip
+
+    @staticmethod
+    def _paddle_padding(padding: str | tuple[int, int, int, int]) -> str | list[int]:
+        # The shortest form: an exported graph shows symmetric padding as a pair, which more converters accept.
+        if padding == "SAME":
+            return padding
+        top, bottom, left, right = padding
+        return [top, left] if (top, left) == (bottom, right) else list(padding)
+
+    def make_conv(self, weight: np.ndarray, bias: np.ndarray | None) -> nn.Conv2D:
+        """Return a plain `nn.Conv2D` of this geometry that holds a float64 weight and bias, in eval mode."""
+        padding = self._paddle_padding(self.padding)
+        if self.padding_mode != "zeros":
+            padding = self.padding if self.padding == "SAME" else self.padding[0]
+        conv = nn.Conv2D(
+            self.in_channels, self.out_channels, list(self.kernel_size), list(self.stride), padding,
+            list(self.dilation), self.groups, padding_mode=self.padding_mode, data_format=self.data_format,
+            weight_attr=nn.initializer.Constant(0.0), bias_attr=None if bias is not None else False,
+        )  # fmt: skip
+        if self.dtype != str(conv.weight.dtype).rsplit(".", 1)[-1]:
+            conv.to(dtype=self.dtype)
+        assign(conv.weight, weight)
+        if bias is not None:
+            assign(conv.bias, bias)
+        conv.eval()
+        return conv

@@ -1,0 +1,1 @@
+"""The layers, one paper a file; importing this package registers them."""

@@ -1,0 +1,104 @@
+"""The contract that every layer keeps, stated once.
+
+layer.reparameterize()(x) == layer(x)        in eval mode, for every valid x
+Layer.from_conv(conv)(x)  == conv(x)         at step 0, under `Layer.keeps_function_with`
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import paddle
+from paddle import nn
+
+from ..errors import ReparamError
+from ..geometry import ConvGeometry
+
+
+class ReparamLayer(nn.Layer):
+    """A convolution that is trained as something richer than what it is shipped as.
+
+    A layer gives `build`, `forward_train_form` and `fuse`; where it can start from a trained convolution, also
+    `take_weights`. Everything else, PaddleClas' own export protocol included, follows from these.
+    """
+
+    #: What `reparameterize` returns: the class of a plain layer, or an inference form that still depends on the input.
+    fused_type: ClassVar[type] = nn.Conv2D
+    #: Options of `from_conv` under which the new layer computes what the convolution did; None: there are none.
+    keeps_function_with: ClassVar[dict[str, Any] | None] = None
+
+    @classmethod
+    def build(cls, geometry: ConvGeometry, **options: Any) -> ReparamLayer:
+        """Return a new layer for a convolution's geometry, or raise `UnsupportedConv` with the reason why not."""
+        raise NotImplementedError
+
+    def take_weights(self, conv: nn.Conv2D) -> None:
+        """Start from a trained convolution's weights. Layers that cannot, keep their own initialisation."""
+
+    def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Compute the layer as it is trained: `[N, C, H, W]` in and out."""
+        raise NotImplementedError
+
+    def fuse(self) -> nn.Layer:
+        """Return the fused layer, computed in float64; called in eval mode only."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2D, **options: Any) -> ReparamLayer:
+        """Return a layer that stands where `conv` stood, started from its weights where the layer can.
+
+        Raises `UnsupportedConv` with the reason where the layer cannot stand in for it.
+        """
+        layer = cls.build(ConvGeometry.of(conv), **options)
+        layer.take_weights(conv)
+        layer.train() if conv.training else layer.eval()
+        return layer
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        if self.is_repped:
+            return self.fused(x)
+        return self.forward_train_form(x)
+
+    def reparameterize(self) -> nn.Layer:
+        """Return the fused layer, in eval mode; this layer stays as it is.
+
+        Raises `ReparamError` in training mode, where the layer's output depends on the batch.
+        """
+        if self.is_repped:
+            return copy.deepcopy(self.fused)
+        if self.training:
+            raise ReparamError(
+                f"{type(self).__name__} is in training mode, where its output depends on the batch; "
+                "call model.eval() before fusing"
+            )
+        fused = self.fuse()
+        fused.eval()
+        return fused
+
+    @property
+    def is_repped(self) -> bool:
+        """PaddleClas' name for: this layer has been fused in place."""
+        return "fused" in self._sub_layers
+
+    def re_parameterize(self) -> None:
+        """Fuse in place, as the export of PaddleClas 2.6 asks for; a second call does nothing."""
+        if self.is_repped:
+            return
+        fused = self.reparameterize()
+        self._sub_layers.clear()
+        self._parameters.clear()
+        self._buffers.clear()
+        self.fused = fused
+
+    def rep(self) -> None:
+        """Fuse in place, as the export of PaddleClas 2.4 asks for."""
+        self.re_parameterize()
+
+
+class InferenceForm(nn.Layer):
+    """A fused layer that still depends on the input, and so is no plain convolution."""
+
+    def absorb_affine(self, scale: Any, shift: Any) -> None:
+        """Fold the affine of a BN that follows, scale * y + shift per channel (float64), into this layer's weights."""
+        raise NotImplementedError

@@ -1,0 +1,93 @@
+"""Layers and models by name: a decorator registers, `list_*` lists, an unknown name answers with the nearest ones."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from dataclasses import dataclass
+from typing import Any, Callable
+
+from .errors import ReparamError, UnknownName
+
+
+class Registry:
+    """Names of one kind of thing and what stands behind them."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Any] = {}
+
+    def add(self, name: str, value: Any) -> None:
+        """Register `value`; a name that is taken already raises `ReparamError`."""
+        if name in self._entries:
+            raise ReparamError(
+                f"a {self.kind} named {name!r} is registered already ({self._entries[name]}); choose another name"
+            )
+        self._entries[name] = value
+
+    def get(self, name: str) -> Any:
+        """Return what is registered under `name`, or raise `UnknownName` with the nearest names."""
+        if name not in self._entries:
+            by_lower_case = {known.lower(): known for known in self._entries}
+            near = difflib.get_close_matches(str(name).lower(), by_lower_case, n=3, cutoff=0.5)
+            hint = f"did you mean {', '.join(by_lower_case[n] for n in near)}?" if near else f"known: {self.names()}"
+            raise UnknownName(f"there is no {self.kind} named {name!r}; {hint}")
+        return self._entries[name]
+
+    def names(self, pattern: str = "*") -> list[str]:
+        """Return the sorted names that match a shell pattern, upper and lower case alike."""
+        return sorted(n for n in self._entries if fnmatch.fnmatchcase(n.lower(), pattern.lower()))
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """A registered layer class and, where the shared contract test cannot test it, the reason."""
+
+    layer: type
+    untestable: str | None
+
+
+_layers = Registry("layer")
+_models = Registry("model")
+
+
+def register_layer(cls: type | None = None, *, untestable: str | None = None) -> Any:
+    """Class decorator: register a layer under its class name.
+
+    Every registered layer is run through the shared contract test; `untestable` is the reason why one is not.
+    """
+    if cls is None:
+        return lambda c: register_layer(c, untestable=untestable)
+    _layers.add(cls.__name__, LayerEntry(cls, untestable))
+    return cls
+
+
+def register_model(builder: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: register a function that builds a model under the function's name."""
+    _models.add(builder.__name__, builder)
+    return builder
+
+
+def list_layers(pattern: str = "*") -> list[str]:
+    """Return the names of the registered layers that match a shell pattern."""
+    return _layers.names(pattern)
+
+
+def get_layer(name: str) -> LayerEntry:
+    """Return the entry of a registered layer; `UnknownName` names the nearest ones."""
+    return _layers.get(name)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Return the names of the registered models that match a shell pattern, e.g. `"*spconv*"`."""
+    return _models.names(pattern)
+
+
+def get_model(name: str) -> Callable[..., Any]:
+    """Return the function that builds a registered model; `UnknownName` names the nearest ones."""
+    return _models.get(name)
+
+
+def create_model(name: str, **kwargs: Any) -> Any:
+    """Build a registered model by name; keyword arguments go to its builder."""
+    return get_model(name)(**kwargs)

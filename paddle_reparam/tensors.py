@@ -1,0 +1,16 @@
+"""Tensors to float64 arrays and back: the only two places where a dtype changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+
+
+def to_float64(tensor: paddle.Tensor | None) -> np.ndarray | None:
+    """Return a tensor of any float type as a float64 array; None stays None."""
+    return None if tensor is None else tensor.detach().astype("float64").numpy()
+
+
+def assign(parameter: paddle.Tensor, array: np.ndarray) -> None:
+    """Store a float64 array in a parameter or buffer of the same shape: the one cast, to the dtype that it has."""
+    parameter.set_value(paddle.to_tensor(np.asarray(array, dtype=np.float64)).astype(parameter.dtype))
