@@ -88,7 +88,7 @@ def one_by_one_then(
     middle, out_channels = first.shape[0], second.shape[0]
     if first.shape[2:] != (1, 1) or middle != second.shape[1] * groups:
         raise ReparamError(
-            f"kernels of shapes {list(first.shape)} and {list(second.shape)} cannot follow each other, groups={groups}: "
+            f"kernels {list(first.shape)} and {list(second.shape)} cannot follow each other with groups={groups}: "
             "the first must be 1x1 and have as many output channels as the second has input channels"
         )
     grouped_first = first.reshape(groups, middle // groups, -1)
