@@ -1,0 +1,53 @@
+"""What the tests share: how far two arrays are apart, and batch norms that are away from their initial values."""
+
+from __future__ import annotations
+
+import numpy as np
+import paddle
+from paddle import nn
+
+BATCH_NORMS = (nn.BatchNorm, nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm)
+
+
+def as_array(value) -> np.ndarray:
+    """Return a tensor, array or number as a float64 array."""
+    if isinstance(value, paddle.Tensor):
+        value = value.detach().astype("float64").numpy()
+    return np.asarray(value, dtype=np.float64)
+
+
+def relative_error(actual, expected) -> float:
+    """Return max|actual - expected| / max|expected|; shapes that differ, NaN and an all-zero `expected` fail."""
+    actual, expected = as_array(actual), as_array(expected)
+    assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
+    assert expected.size, "nothing to compare"
+    assert np.isfinite(expected).all(), "the expected values are not finite"
+    assert np.isfinite(actual).all(), "the values are not finite"
+    scale = np.abs(expected).max()
+    assert scale > 0, "every expected value is zero: the comparison would say nothing"
+    return float(np.abs(actual - expected).max() / scale)
+
+
+def randomise_batch_norms(model: nn.Layer, seed: int = 0) -> int:
+    """Give every batch norm weights of either sign in 0.5..1.5, biases and means away from 0, variances in 0.5..2.
+
+    Returns how many there were.
+    """
+    generator = np.random.default_rng(seed)
+
+    def away_from_zero(size: int, low: float, high: float) -> np.ndarray:
+        return generator.uniform(low, high, size) * generator.choice([-1.0, 1.0], size)
+
+    norms = [layer for layer in model.sublayers(include_self=True) if isinstance(layer, BATCH_NORMS)]
+    for norm in norms:
+        size = norm._mean.shape[0]
+        values = [
+            (norm.weight, away_from_zero(size, 0.5, 1.5)),
+            (norm.bias, away_from_zero(size, 0.2, 1.0)),
+            (norm._mean, away_from_zero(size, 0.2, 1.0)),
+            (norm._variance, generator.uniform(0.5, 2.0, size)),
+        ]
+        for tensor, value in values:
+            if tensor is not None:
+                tensor.set_value(paddle.to_tensor(value).astype(tensor.dtype))
+    return len(norms)
