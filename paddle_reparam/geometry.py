@@ -9,8 +9,24 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .errors import UnsupportedConv
-from .tensors import assign
+from . import kernels
+from .errors import ReparamError, UnsupportedConv
+from .tensors import assign, to_float64
+
+#: Paddle's batch normalisations; `nn.BatchNorm` is the old one, which may apply an activation as well.
+BATCH_NORMS = (nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm, nn.BatchNorm)
+
+
+def read_bn_affine(bn: nn.Layer) -> tuple[np.ndarray, np.ndarray]:
+    """Return (scale, shift), each `[channels]` in float64, of one of `BATCH_NORMS` in eval mode.
+
+    Raises `ReparamError` for a BN that normalises by the batch in eval mode as well.
+    """
+    by_batch = bn._trainable_statistics if isinstance(bn, nn.BatchNorm) else bn._use_global_stats is False
+    if by_batch:
+        raise ReparamError("this BN uses the statistics of the batch in eval mode too, so it is no fixed affine")
+    weight, bias, mean, variance = (to_float64(t) for t in (bn.weight, bn.bias, bn._mean, bn._variance))
+    return kernels.bn_affine(weight, bias, mean, variance, bn._epsilon)
 
 
 def as_pair(value: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
@@ -102,7 +118,7 @@ class ConvGeometry:
     def convolve(self, x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None) -> paddle.Tensor:
         """Convolve `x` with this geometry and the given weight and bias."""
         padding = self.padding
-        if self.padding_mode != "zeros" and padding != "SAME":
+        if self.padding_mode != "zeros":
             top, bottom, left, right = padding
             x = F.pad(x, [left, right, top, bottom], mode=self.padding_mode, data_format=self.data_format)
             padding = (0, 0, 0, 0)
@@ -121,9 +137,8 @@ class ConvGeometry:
 
     def make_conv(self, weight: np.ndarray, bias: np.ndarray | None) -> nn.Conv2D:
         """Return a plain `nn.Conv2D` of this geometry that holds a float64 weight and bias, in eval mode."""
-        padding = self._paddle_padding(self.padding)
-        if self.padding_mode != "zeros":
-            padding = self.padding if self.padding == "SAME" else self.padding[0]
+        # With another mode than zeros Paddle takes one int only, so all four sides are alike.
+        padding = self._paddle_padding(self.padding) if self.padding_mode == "zeros" else self.padding[0]
         conv = nn.Conv2D(
             self.in_channels, self.out_channels, list(self.kernel_size), list(self.stride), padding,
             list(self.dilation), self.groups, padding_mode=self.padding_mode, data_format=self.data_format,

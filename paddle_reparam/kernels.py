@@ -22,7 +22,8 @@ def bn_affine(weight: Array | None, bias: Array | None, mean: Array, variance: A
 
     A BN without `weight` or `bias` (both `[channels]`) counts as 1 and 0.
     """
-    mean, variance = _f64(mean), _f64(variance)
+    # Paddle's kernels keep epsilon as a float32, in float64 too: on a channel without variance that is 1e-8 apart.
+    mean, variance, epsilon = _f64(mean), _f64(variance), float(np.float32(epsilon))
     scale = (1.0 if weight is None else _f64(weight)) / np.sqrt(variance + epsilon)
     shift = (0.0 if bias is None else _f64(bias)) - mean * scale
     return scale, shift
@@ -115,10 +116,12 @@ def average_pool_kernel(channels: int, size: tuple[int, int], groups: int) -> Ar
 def pooled_one_by_one(kernel: Array, size: tuple[int, int]) -> Array:
     """Return average pooling with window and stride `size`, then a 1x1 convolution, as one kernel of stride `size`."""
     kernel = _f64(kernel)
+    if kernel.shape[2:] != (1, 1):
+        raise ReparamError(f"{list(kernel.shape)} is no 1x1 kernel; pooling can be merged into a 1x1 kernel only")
     return np.broadcast_to(kernel / (size[0] * size[1]), (*kernel.shape[:2], *size)).copy()
 
 
-def conv_as_linear(kernel: Array, height: int, width: int, groups: int) -> Array:
+def conv_as_linear(kernel: Array, height: int, width: int) -> Array:
     """Return the matrix of the fully connected layer that a "same" convolution of stride 1 is on maps of one size.
 
     `[out_channels * height * width, in_channels / groups * height * width]`, both in (channel, row, column) order:
