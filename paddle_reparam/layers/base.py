@@ -15,6 +15,9 @@ from paddle import nn
 from ..errors import ReparamError
 from ..geometry import ConvGeometry
 
+#: What PaddleClas calls on a block to fuse it in place: release 2.6 and its own blocks there, release 2.4.
+FUSING_METHODS = ("re_parameterize", "rep")
+
 
 class ReparamLayer(nn.Layer):
     """A convolution that is trained as something richer than what it is shipped as.

@@ -1,0 +1,326 @@
+"""Walk a model: put layers in (`replace`), fuse them out (`reparameterize`); both report what, where, and why not."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Callable, Union
+
+import paddle.nn.functional as F
+from paddle import nn
+
+from . import kernels
+from .errors import ReparamError, UnsupportedConv
+from .geometry import BATCH_NORMS, ConvGeometry, read_bn_affine
+from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
+from .registry import get_layer
+from .report import Report, format_table
+from .tensors import to_float64
+from .tracing import IMAGENET_INPUT, InputSpec, sample_inputs, trace_flow, walk
+
+Where = Union[str, Sequence[str], Callable[[str, nn.Conv2D], bool], None]
+
+
+@dataclass
+class RewriteReport(Report):
+    """What a walk did: (path, what became of it) and (path, why it was left), each in the order of the model."""
+
+    touched: list[tuple[str, str]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    #: What a fused model still carries: reason or kind -> count.
+    left_over: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the convolutions found that were touched."""
+        return len(self.touched) / max(1, len(self.touched) + len(self.skipped))
+
+    def __str__(self) -> str:
+        rows = [[path, "done", what] for path, what in self.touched]
+        rows += [[path, "skipped", why] for path, why in self.skipped]
+        text = format_table(["layer", "", "what / why"], rows)
+        text += f"\n{len(self.touched)} done, {len(self.skipped)} skipped ({self.coverage:.0%} done)"
+        if self.left_over:
+            text += "; left over: " + ", ".join(f"{count} {kind}" for kind, count in self.left_over.items())
+        return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding and swapping layers
+
+
+def _places(model: nn.Layer) -> dict[int, tuple[nn.Layer, list[str]]]:
+    """Return id -> (layer, all of its paths), in the order of the model."""
+    places: dict[int, tuple[nn.Layer, list[str]]] = {}
+    for path, layer in walk(model):
+        places.setdefault(id(layer), (layer, []))[1].append(path)
+    return places
+
+
+def _swap(model: nn.Layer, new_layers: dict[int, nn.Layer]) -> None:
+    """Put each new layer at every place of the layer whose id it is listed under.
+
+    Some models call their layers through a Python list that they keep beside the registered sublayers; those are
+    followed too.
+    """
+
+    def swapped(value: Any) -> Any:
+        if isinstance(value, nn.Layer):
+            return new_layers.get(id(value), value)
+        if type(value) is list:
+            value[:] = [swapped(v) for v in value]
+        elif type(value) is dict:
+            value.update({k: swapped(v) for k, v in value.items()})
+        elif type(value) is tuple:
+            return tuple(swapped(v) for v in value)
+        return value
+
+    layers = [layer for _, layer in walk(model)]
+    for layer in layers:
+        for name, child in layer._sub_layers.items():
+            layer._sub_layers[name] = new_layers.get(id(child), child)
+        for name, value in vars(layer).items():
+            # Paddle's own fields start with an underscore and hold no layers but the sublayers just done.
+            if not name.startswith("_") and type(value) in (list, dict, tuple):
+                vars(layer)[name] = swapped(value)
+
+
+def _has_hooks(layer: nn.Layer) -> bool:
+    return bool(layer._forward_pre_hooks or layer._forward_post_hooks)
+
+
+def _owners(model: nn.Layer) -> dict[int, set[int]]:
+    """Return id of a parameter -> ids of the layers that hold it."""
+    owners: dict[int, set[int]] = {}
+    for _, layer in walk(model):
+        for parameter in layer._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), set()).add(id(layer))
+    return owners
+
+
+def _refuse_shared(layer: nn.Layer, owners: dict[int, set[int]]) -> None:
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and len(owners[id(parameter)]) > 1:
+            raise UnsupportedConv(f"its {name} is shared with another layer; a new layer would break the tie")
+
+
+def _copy_model(model: nn.Layer) -> nn.Layer:
+    """Return a deep copy whose hooks speak of the copy.
+
+    `copy.deepcopy` keeps functions as they are, so a hook that is a closure over the model (as PaddleClas'
+    return_patterns is) would go on changing the original.
+    """
+    memo: dict[int, Any] = {}
+    duplicate = copy.deepcopy(model, memo)
+
+    def rebound(hook: Any) -> Any:
+        cells = getattr(hook, "__closure__", None)
+        if not isinstance(hook, types.FunctionType) or not cells:
+            return hook
+        new_cells = tuple(types.CellType(memo.get(id(c.cell_contents), c.cell_contents)) for c in cells)
+        return types.FunctionType(hook.__code__, hook.__globals__, hook.__name__, hook.__defaults__, new_cells)
+
+    for _, layer in walk(duplicate):
+        for hooks in (layer._forward_pre_hooks, layer._forward_post_hooks):
+            for key, hook in hooks.items():
+                hooks[key] = rebound(hook)
+    return duplicate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Putting layers in
+
+
+def _selector(where: Where) -> Callable[[str, nn.Conv2D], bool]:
+    if where is None:
+        return lambda path, conv: True
+    if callable(where):
+        return where
+    patterns = [where] if isinstance(where, str) else list(where)
+    return lambda path, conv: any(fnmatch.fnmatchcase(path, p) for p in patterns)
+
+
+def replace(
+    model: nn.Layer, layer_name: str, where: Where = None, dry_run: bool = False, **options: Any
+) -> RewriteReport:
+    """Put a registered layer in the place of the model's convolutions, in place, and report every convolution.
+
+    `where` selects by name pattern (`"blocks.*.conv2"`, or a list of patterns) or by a function of (path, convolution);
+    `options` go to the layer's `from_conv`. With `dry_run` nothing changes. Raises `ReparamError` where no convolution
+    was replaced. An optimizer that was built before holds the old parameters: build it afterwards.
+    """
+    layer_class = get_layer(layer_name).layer
+    if isinstance(model, nn.Conv2D):
+        raise ReparamError(f"the model is itself a convolution; use {layer_name}.from_conv(conv) for a single one")
+    selected, owners = _selector(where), _owners(model)
+    report, new_layers, inside = RewriteReport(), {}, {}
+    for layer, paths in _places(model).values():
+        path = paths[0]
+        if isinstance(layer, (ReparamLayer, InferenceForm)):
+            inside.update({id(child): type(layer).__name__ for _, child in walk(layer)})
+        if not isinstance(layer, nn.Conv2D):
+            continue
+        try:
+            if id(layer) in inside:
+                raise UnsupportedConv(f"it is part of a {inside[id(layer)]}")
+            if not any(selected(p, layer) for p in paths):
+                raise UnsupportedConv("not selected by `where`")
+            if _has_hooks(layer):
+                raise UnsupportedConv("it has forward hooks, which would be lost; remove them first")
+            _refuse_shared(layer, owners)
+            new_layers[id(layer)] = layer_class.from_conv(layer, **options)
+        except UnsupportedConv as reason:
+            report.skipped.append((path, str(reason)))
+        except ReparamError as error:
+            raise error.at(path) from error
+        else:
+            also = f", also at {', '.join(paths[1:])}" if paths[1:] else ""
+            report.touched.append((path, f"{layer_name}({ConvGeometry.of(layer)}){also}"))
+    if not report.touched:
+        reasons = sorted({reason for _, reason in report.skipped})
+        found = (
+            f"its {len(report.skipped)} convolutions were skipped: {'; '.join(reasons)}" if reasons else "it has none"
+        )
+        raise ReparamError(f"{layer_name} was put in the place of no convolution of {type(model).__name__}: {found}")
+    if not dry_run:
+        _swap(model, new_layers)
+    return report
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fusing layers out
+
+
+def _fuse_layers(model: nn.Layer, report: RewriteReport) -> nn.Layer:
+    """Fuse all layers that keep the contract; return the model, which is another one where the root itself is fused."""
+    new_layers: dict[int, nn.Layer] = {}
+    inside: set[int] = set()
+    for layer, paths in _places(model).values():
+        if not isinstance(layer, ReparamLayer) or id(layer) in inside:
+            continue
+        inside.update(id(child) for _, child in walk(layer))
+        try:
+            if _has_hooks(layer):
+                raise ReparamError("it has forward hooks, which fusing would lose; remove them first")
+            fused = layer.reparameterize()
+        except ReparamError as error:
+            raise error.at(paths[0] or type(layer).__name__) from error
+        new_layers[id(layer)] = fused
+        report.touched.append((paths[0], f"{type(layer).__name__} -> {type(fused).__name__}"))
+    if id(model) in new_layers:
+        return new_layers[id(model)]
+    _swap(model, new_layers)
+    return model
+
+
+def _fuse_foreign(model: nn.Layer, report: RewriteReport) -> None:
+    """Call the fusing methods of PaddleClas' own blocks: `re_parameterize` (2.6) or `rep` (2.4)."""
+    for layer, paths in list(_places(model).values()):
+        method = next((m for name in FUSING_METHODS if callable(m := getattr(layer, name, None))), None)
+        if isinstance(layer, ReparamLayer) or method is None or getattr(layer, "is_repped", False):
+            continue
+        try:
+            method()
+        except Exception as error:
+            raise ReparamError(
+                f"{paths[0] or type(layer).__name__}: {type(layer).__name__}.{method.__name__}() of "
+                f"{type(layer).__module__} failed: {error}"
+            ) from error
+        report.touched.append((paths[0], f"{type(layer).__name__}.{method.__name__}()"))
+
+
+class Activation(nn.Layer):
+    """What is left of an `nn.BatchNorm` with an activation, once the normalisation is folded away."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def forward(self, x: Any) -> Any:
+        return getattr(F, self.name)(x)
+
+
+def _fold_batch_norms(model: nn.Layer, report: RewriteReport, input_spec: InputSpec) -> None:
+    """Fold every BN that is the only reader of a convolution's (or an inference form's) output into it."""
+    places = _places(model)
+    inside = {id(c) for layer, _ in places.values() if isinstance(layer, InferenceForm) for _, c in walk(layer)}
+    producers = [
+        layer
+        for layer, _ in places.values()
+        if isinstance(layer, InferenceForm) or (type(layer) is nn.Conv2D and id(layer) not in inside)
+    ]
+    norms = [layer for layer, _ in places.values() if isinstance(layer, BATCH_NORMS)]
+    flow = trace_flow(model, producers, norms, sample_inputs(input_spec, batch=2, seed=0))
+    followed = {consumer: producer for producer, consumer in flow.followed_by.items()}
+    owners = _owners(model)
+    new_layers: dict[int, nn.Layer] = {}
+    for bn in norms:
+        path = places[id(bn)][1][0]
+        try:
+            if flow.calls[id(bn)] != 1:
+                raise UnsupportedConv(f"this BN is called {flow.calls[id(bn)]} times in a forward pass")
+            if id(bn) not in followed:
+                raise UnsupportedConv("this BN is not the only reader of one convolution's output")
+            producer, producer_paths = places[followed[id(bn)]]
+            if _has_hooks(bn) or _has_hooks(producer):
+                raise UnsupportedConv("forward hooks on it or on its convolution would be lost; remove them first")
+            _refuse_shared(producer, owners)
+            scale, shift = read_bn_affine(bn)
+            if isinstance(producer, InferenceForm):
+                producer.absorb_affine(scale, shift)
+            else:
+                kernel, bias = kernels.fold_affine(to_float64(producer.weight), to_float64(producer.bias), scale, shift)
+                new_layers[id(producer)] = ConvGeometry.of(producer).make_conv(kernel, bias)
+        except ReparamError as reason:
+            report.skipped.append((path, str(reason)))
+        else:
+            act = getattr(bn, "_act", None)
+            new_layers[id(bn)] = Activation(act) if act else nn.Identity()
+            report.touched.append((path, f"folded into {producer_paths[0]}"))
+    for layer in new_layers.values():
+        layer.eval()
+    _swap(model, new_layers)
+
+
+def _count_left_over(model: nn.Layer) -> dict[str, int]:
+    layers = [layer for layer, _ in _places(model).values()]
+    counts = {
+        "BNs": sum(isinstance(layer, BATCH_NORMS) for layer in layers),
+        "inference forms": sum(isinstance(layer, InferenceForm) for layer in layers),
+        "layers in train form": sum(isinstance(layer, ReparamLayer) for layer in layers),
+    }
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def reparameterize(
+    model: nn.Layer, fold_bn: bool = False, input_spec: InputSpec | None = None
+) -> tuple[nn.Layer, RewriteReport]:
+    """Return a new model in eval mode with every fusable layer fused, and the report; the model itself stays as it is.
+
+    Fuses the layers of this library and PaddleClas' own (`re_parameterize`, `rep`). With `fold_bn`, also every BN that
+    in a forward pass on `input_spec` (shapes with None for the batch; [None, 3, 224, 224] unless told) is the only
+    reader of a convolution's output. Raises `ReparamError` for a model in training mode and where nothing was fused.
+    """
+    if model.training:
+        raise ReparamError("the model is in training mode; call model.eval() before fusing")
+    report = RewriteReport()
+    fused = _fuse_layers(_copy_model(model), report)
+    _fuse_foreign(fused, report)
+    if fold_bn:
+        _fold_batch_norms(fused, report, input_spec or IMAGENET_INPUT)
+    if not report.touched:
+        raise ReparamError(
+            f"{type(model).__name__} has nothing to fuse: no layer of this library or of PaddleClas in train form"
+            + (
+                ", and no BN that follows a convolution"
+                if fold_bn
+                else "; fold_bn=True would fold plain conv + BN pairs"
+            )
+        )
+    fused.eval()
+    report.left_over = _count_left_over(fused)
+    return fused, report

@@ -1,0 +1,159 @@
+"""What a forward pass really does: which layer feeds which, and what each of them puts out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from .errors import ReparamError
+
+#: Shapes of the inputs of a forward pass, the batch (None) first.
+InputSpec = Sequence[Any]
+
+IMAGENET_INPUT: InputSpec = ((None, 3, 224, 224),)
+
+
+def sample_inputs(input_spec: InputSpec, batch: int, seed: int) -> list[paddle.Tensor]:
+    """Return seeded normal inputs for a list of shapes (or `paddle.static.InputSpec`) with None for the batch.
+
+    Raises `ReparamError` where another dimension is left open.
+    """
+    generator = np.random.default_rng(seed)
+    inputs = []
+    for spec in input_spec:
+        shape = list(getattr(spec, "shape", spec))
+        sizes = [batch if n in (None, -1) else int(n) for n in shape[:1]] + shape[1:]
+        if any(n in (None, -1) for n in sizes):
+            raise ReparamError(
+                f"the input shape {shape} leaves more than the batch open; give every other size a number"
+            )
+        inputs.append(paddle.to_tensor(generator.standard_normal(sizes).astype("float32")))
+    return inputs
+
+
+def flatten_outputs(outputs: Any) -> list[paddle.Tensor]:
+    """Return the tensors of a network's output out of its lists, tuples and dicts, in a fixed order."""
+    if isinstance(outputs, paddle.Tensor):
+        return [outputs]
+    if isinstance(outputs, dict):
+        return [t for key in sorted(outputs, key=str) for t in flatten_outputs(outputs[key])]
+    if isinstance(outputs, (list, tuple)):
+        return [t for item in outputs for t in flatten_outputs(item)]
+    return []
+
+
+def walk(root: nn.Layer) -> Iterator[tuple[str, nn.Layer]]:
+    """Yield (path, layer) for every place of the model, the root ("") first, a shared layer at each of its places."""
+
+    def visit(layer: nn.Layer, path: str, ancestors: tuple[int, ...]) -> Iterator[tuple[str, nn.Layer]]:
+        yield path, layer
+        for name, child in layer._sub_layers.items():
+            if child is not None and id(child) not in ancestors:
+                yield from visit(child, f"{path}.{name}" if path else name, (*ancestors, id(child)))
+
+    yield from visit(root, "", (id(root),))
+
+
+class _Hooks:
+    """Forward hooks that are gone when the `with` block ends."""
+
+    def __init__(self) -> None:
+        self._handles: list[Any] = []
+
+    def before(self, layer: nn.Layer, hook: Any) -> None:
+        self._handles.append(layer.register_forward_pre_hook(hook))
+
+    def after(self, layer: nn.Layer, hook: Any) -> None:
+        self._handles.append(layer.register_forward_post_hook(hook))
+
+    def __enter__(self) -> _Hooks:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def record_outputs(model: nn.Layer, inputs: Sequence[paddle.Tensor]) -> dict[str, np.ndarray]:
+    """Return path -> first output tensor of the layer's first call, in the order in which the layers finish.
+
+    Layers that hand on one and the same tensor share one and the same array.
+    """
+    outputs: dict[str, np.ndarray] = {}
+    arrays: dict[int, tuple[paddle.Tensor, np.ndarray]] = {}
+    with _Hooks() as hooks, paddle.no_grad():
+        for path, layer in walk(model):
+
+            def record(_layer: nn.Layer, _inputs: Any, output: Any, path: str = path) -> None:
+                tensors = flatten_outputs(output)
+                if tensors and path not in outputs:
+                    first = tensors[0]
+                    outputs[path] = arrays.setdefault(id(first), (first, first.numpy()))[1]
+
+            hooks.after(layer, record)
+        model(*inputs)
+    return outputs
+
+
+@dataclass
+class Flow:
+    """Who follows whom in a forward pass, by the ids of the layers."""
+
+    #: producer -> the one consumer that alone receives the producer's output, unchanged.
+    followed_by: dict[int, int] = field(default_factory=dict)
+    calls: Counter = field(default_factory=Counter)
+
+
+def trace_flow(
+    model: nn.Layer, producers: Sequence[nn.Layer], consumers: Sequence[nn.Layer], inputs: Sequence[paddle.Tensor]
+) -> Flow:
+    """Run the model once and find the producers whose output goes to one consumer and nowhere else.
+
+    Each producer's output is handed on as a copy that autograd knows as a leaf, while a consumer that is called with
+    this very copy gets the original. A leaf that the network's outputs still depend on has another reader.
+    """
+    flow = Flow()
+    copies: dict[int, tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor, int]] = {}
+    reached: dict[int, int] = {}
+
+    def hand_on_copy(layer: nn.Layer, _inputs: Any, output: Any) -> Any:
+        flow.calls[id(layer)] += 1
+        if not isinstance(output, paddle.Tensor):
+            return None
+        leaf = output.detach()
+        leaf.stop_gradient = False
+        copy = leaf.clone()
+        copies[id(copy)] = (copy, leaf, output, id(layer))
+        return copy
+
+    def take_original(layer: nn.Layer, args: tuple) -> Any:
+        flow.calls[id(layer)] += 1
+        if not args or id(args[0]) not in copies:
+            return None
+        copy, _, original, producer = copies[id(args[0])]
+        if copy.inplace_version != 0:
+            return None
+        reached[producer] = id(layer)
+        return (original, *args[1:])
+
+    with _Hooks() as hooks:
+        for layer in {id(p): p for p in producers}.values():
+            hooks.after(layer, hand_on_copy)
+        for layer in {id(c): c for c in consumers}.values():
+            hooks.before(layer, take_original)
+        outputs = [o for o in flatten_outputs(model(*inputs)) if not o.stop_gradient]
+    leaves = [(leaf, producer) for _, leaf, _, producer in copies.values()]
+    if not outputs or not leaves:
+        return flow
+    gradients = paddle.grad(outputs, [leaf for leaf, _ in leaves], allow_unused=True)
+    read_elsewhere = {producer for (_, producer), g in zip(leaves, gradients) if g is not None}
+    for producer, consumer in reached.items():
+        if producer not in read_elsewhere and flow.calls[producer] == 1 and flow.calls[consumer] == 1:
+            flow.followed_by[producer] = consumer
+    return flow

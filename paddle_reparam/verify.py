@@ -1,0 +1,191 @@
+"""Are these two the same function? Relative error, top-1 agreement, and the first layer where they part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from .errors import ReparamError
+from .geometry import BATCH_NORMS
+from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
+from .report import Report, format_table
+from .tracing import InputSpec, flatten_outputs, record_outputs, sample_inputs, trace_flow, walk
+
+Array = np.ndarray
+
+#: Largest relative error of a float32 network against its fused form.
+NETWORK_TOLERANCE = 1e-4
+
+
+@dataclass
+class VerifyReport(Report):
+    """How far two functions are apart.
+
+    `relative_error` is max|a - b| / max|a|, the worst over outputs and batches; `top1_agreement` the share of samples
+    with the same largest logit (None where the output is not `[batch, classes]`); `layers` how many layers' outputs
+    were compared as well; `first_difference` the path of the first one that differs by more than the tolerance.
+    """
+
+    passed: bool
+    relative_error: float
+    tolerance: float
+    top1_agreement: float | None
+    samples: int
+    layers: int
+    first_difference: str | None = None
+
+    def __str__(self) -> str:
+        agreement = "-" if self.top1_agreement is None else f"{self.top1_agreement:.1%} of {self.samples}"
+        table = format_table(
+            ["same function", "relative error", "tolerance", "top-1 agreement", "layers compared"],
+            [
+                [
+                    "yes" if self.passed else "NO",
+                    f"{self.relative_error:.1e}",
+                    f"{self.tolerance:.0e}",
+                    agreement,
+                    self.layers,
+                ]
+            ],
+        )
+        where = self.first_difference
+        return table if self.passed else f"{table}\nthey part first at: {where or 'no single layer that both have'}"
+
+    def raise_if_failed(self, what: str) -> None:
+        """Raise `ReparamError` with the first layer that differs, unless the check passed."""
+        if not self.passed:
+            where = f" first at layer {self.first_difference!r}" if self.first_difference is not None else ""
+            raise ReparamError(
+                f"{what} is not the same function: relative error {self.relative_error:.1e} "
+                f"(tolerance {self.tolerance:.0e}), top-1 agreement {self.top1_agreement}; they part{where}"
+            )
+
+
+def relative_error(expected: Array, actual: Array) -> float:
+    """Return max|expected - actual| / max|expected|; infinite for another shape or anything that is not finite."""
+    if expected.shape != actual.shape or not (np.isfinite(expected).all() and np.isfinite(actual).all()):
+        return float("inf")
+    expected, actual = expected.astype(np.float64), actual.astype(np.float64)
+    difference = np.abs(expected - actual).max(initial=0.0)
+    scale = np.abs(expected).max(initial=0.0)
+    return 0.0 if difference == 0 else float("inf") if scale == 0 else float(difference / scale)
+
+
+def _same_top1(expected: Array, actual: Array, tolerance: float) -> Array:
+    # Two logits closer than the tolerance are a tie: which of them is largest is then decided by rounding.
+    rows = np.arange(len(expected))
+    slack = tolerance * np.abs(expected).max()
+    return expected.max(axis=1) - expected[rows, actual.argmax(axis=1)] <= slack
+
+
+def compare_outputs(expected: Sequence[Array], actual: Sequence[Array], tolerance: float) -> tuple[float, Array | None]:
+    """Return (worst relative error, per-sample top-1 agreement of the first `[batch, classes]` output or None)."""
+    if len(expected) != len(actual) or not expected:
+        return float("inf"), None
+    error = max(relative_error(e, a) for e, a in zip(expected, actual))
+    logits = [(e, a) for e, a in zip(expected, actual) if e.ndim == 2 and e.shape[1] > 1 and e.shape == a.shape]
+    return error, _same_top1(*logits[0], tolerance) if logits else None
+
+
+def _run(function: Callable[..., Any], inputs: Sequence[paddle.Tensor]) -> list[Array]:
+    with paddle.no_grad():
+        return [t.numpy() for t in flatten_outputs(function(*inputs))]
+
+
+def _depends_on_input(batches: list[list[Array]], tolerance: float) -> bool:
+    """Tell whether some output changes between samples by clearly more than an error that would pass."""
+    for outputs in zip(*batches):
+        samples = np.concatenate(outputs) if outputs[0].ndim else np.stack(outputs)
+        samples = samples.astype(np.float64)
+        if np.abs(samples - samples[:1]).max(initial=0.0) > 10 * tolerance * np.abs(samples).max(initial=0.0):
+            return True
+    return False
+
+
+def verify(
+    a: nn.Layer,
+    b: nn.Layer | Callable[..., Any],
+    input_spec: InputSpec,
+    batches: int = 3,
+    batch_size: int = 2,
+    tolerance: float = NETWORK_TOLERANCE,
+) -> VerifyReport:
+    """Compare a network with another network, or with any function of the same inputs, on seeded random batches.
+
+    `input_spec` is a list of input shapes with None for the batch. Two networks are compared layer by layer as well: a
+    fault in an early layer need not show at the output of a network that hardly depends on its input, as untrained ones
+    do. Raises `ReparamError` where the comparison would prove nothing: a network in training mode, or an output that
+    does not depend on the input.
+    """
+    for name, model in (("first", a), ("second", b)):
+        if isinstance(model, nn.Layer) and model.training:
+            raise ReparamError(f"the {name} network is in training mode; call .eval() on it before comparing")
+    error, agreed, expected_batches, failed = 0.0, [], [], False
+    for seed in range(batches):
+        inputs = sample_inputs(input_spec, batch_size, seed)
+        expected, actual = _run(a, inputs), _run(b, inputs)
+        batch_error, same = compare_outputs(expected, actual, tolerance)
+        error = max(error, batch_error)
+        agreed += [] if same is None else same.tolist()
+        expected_batches.append(expected)
+        failed = failed or not batch_error <= tolerance or not all(agreed)
+    if isinstance(b, nn.Layer):
+        difference, compared = first_difference(a, b, sample_inputs(input_spec, batch_size, 0), tolerance)
+    else:
+        difference, compared = None, 0
+    if not failed and not compared and not _depends_on_input(expected_batches, tolerance):
+        raise ReparamError(
+            "the network's output hardly depends on its input, so that comparing outputs would prove nothing; "
+            "use trained weights"
+        )
+    return VerifyReport(
+        passed=not failed and difference is None,
+        relative_error=error,
+        tolerance=tolerance,
+        top1_agreement=float(np.mean(agreed)) if agreed else None,
+        samples=batches * batch_size,
+        layers=compared,
+        first_difference=difference,
+    )
+
+
+def _places(model: nn.Layer) -> dict[str, nn.Layer]:
+    """Return path -> layer without the insides of what fusing rewrites (this library's and PaddleClas' blocks)."""
+    places: dict[str, nn.Layer] = {}
+    opaque: list[str] = []
+    for path, layer in walk(model):
+        if any(path.startswith(f"{outer}.") for outer in opaque):
+            continue
+        places[path] = layer
+        if isinstance(layer, InferenceForm) or any(callable(getattr(layer, m, None)) for m in FUSING_METHODS):
+            opaque.append(path)
+    return places
+
+
+def first_difference(
+    a: nn.Layer, b: nn.Layer, inputs: Sequence[paddle.Tensor], tolerance: float
+) -> tuple[str | None, int]:
+    """Return the path of the first layer whose outputs differ in two networks, and how many layers were compared.
+
+    "First" is in the order in which the layers finish. Compared are the layers that both networks run, but not a layer
+    whose following BN was folded into it: there the two are to agree after the BN's place.
+    """
+    places_a, places_b = _places(a), _places(b)
+    norms = [layer for layer in places_a.values() if isinstance(layer, BATCH_NORMS)]
+    producers = [layer for layer in places_a.values() if isinstance(layer, (nn.Conv2D, ReparamLayer, InferenceForm))]
+    followed_by = trace_flow(a, producers, norms, inputs).followed_by
+    changed = {id(layer) for path, layer in places_a.items() if not isinstance(places_b.get(path), type(layer))}
+    outputs_a, outputs_b = record_outputs(a, inputs), record_outputs(b, inputs)
+    folded = [outputs_a[p] for p, layer in places_a.items() if followed_by.get(id(layer)) in changed and p in outputs_a]
+    compared = 0
+    for path, output in outputs_a.items():
+        if path in places_a and path in places_b and path in outputs_b and not any(output is f for f in folded):
+            compared += 1
+            if not relative_error(output, outputs_b[path]) <= tolerance:
+                return path, compared
+    return None, compared
