@@ -6,7 +6,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-BATCH_NORMS = (nn.BatchNorm, nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm)
+from paddle_reparam.geometry import BATCH_NORMS
 
 
 def as_array(value) -> np.ndarray:

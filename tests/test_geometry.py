@@ -3,11 +3,11 @@
 import numpy as np
 import paddle
 import pytest
-from helpers import as_array
+from helpers import as_array, randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam.errors import UnsupportedConv
-from paddle_reparam.geometry import ConvGeometry, as_pair
+from paddle_reparam.errors import ReparamError, UnsupportedConv
+from paddle_reparam.geometry import BATCH_NORMS, ConvGeometry, as_pair, read_bn_affine
 from paddle_reparam.tensors import assign, to_float64
 
 # in, out, kernel, what else Conv2D is given
@@ -185,3 +185,45 @@ def test_a_conv_whose_weight_norm_was_removed_is_plain_again():
     weight = conv.weight.numpy()
     nn.utils.remove_weight_norm(nn.utils.weight_norm(conv))
     assert ConvGeometry.of(conv).weight_shape == weight.shape
+
+
+# --- Batch norms -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm_class", BATCH_NORMS)
+@pytest.mark.parametrize("options", [{}, {"weight_attr": False, "bias_attr": False}, {"use_global_stats": True}])
+def test_the_affine_of_a_batch_norm_is_what_it_computes(norm_class, options):
+    if norm_class is nn.BatchNorm:
+        options = {"param_attr" if name == "weight_attr" else name: value for name, value in options.items()}
+    if norm_class is nn.SyncBatchNorm:
+        options = {name: value for name, value in options.items() if name != "use_global_stats"}
+    norm = norm_class(4, epsilon=1e-3, **options)
+    norm.to(dtype="float64")
+    assert randomise_batch_norms(norm, 3) == 1
+    norm.eval()
+    scale, shift = read_bn_affine(norm)
+    spatial = {"BatchNorm1D": [5], "BatchNorm3D": [2, 3, 2]}.get(norm_class.__name__, [3, 2])
+    x = paddle.randn([2, 4, *spatial], dtype="float64")
+    channels = [4] + [1] * len(spatial)
+    # A SyncBatchNorm has no kernel on the CPU; what it computes in eval mode is what a BatchNorm2D computes.
+    y = norm(x) if norm_class is not nn.SyncBatchNorm else as_batch_norm_2d(norm)(x)
+    assert relative_error(as_array(x) * scale.reshape(channels) + shift.reshape(channels), y) < 1e-12
+
+
+def as_batch_norm_2d(norm):
+    plain = nn.BatchNorm2D(4, epsilon=norm._epsilon)
+    plain.to(dtype="float64")
+    for name, value in norm.state_dict().items():
+        plain.state_dict()[name].set_value(value)
+    plain.eval()
+    return plain
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [lambda: nn.BatchNorm2D(4, use_global_stats=False), lambda: nn.BatchNorm(4, trainable_statistics=True)],
+    ids=["use_global_stats", "trainable_statistics"],
+)
+def test_a_batch_norm_that_uses_the_batch_in_eval_mode_is_refused(norm):
+    with pytest.raises(ReparamError, match="statistics of the batch in eval mode"):
+        read_bn_affine(norm())
