@@ -30,6 +30,9 @@ class ReparamLayer(nn.Layer):
     fused_type: ClassVar[type] = nn.Conv2D
     #: Options of `from_conv` under which the new layer computes what the convolution did; None: there are none.
     keeps_function_with: ClassVar[dict[str, Any] | None] = None
+    #: Names of parameters and buffers that together show, in a state dict, this layer in train form; no plain network
+    #: may have them all under one prefix. For example `("convmap.weight",)`.
+    train_form_keys: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def build(cls, geometry: ConvGeometry, **options: Any) -> ReparamLayer:
