@@ -19,7 +19,7 @@ from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from .registry import get_layer
 from .report import Report, format_table
 from .tensors import to_float64
-from .tracing import IMAGENET_INPUT, InputSpec, sample_inputs, trace_flow, walk
+from .tracing import IMAGENET_INPUT, InputSpec, record_outputs, sample_inputs, trace_flow, walk
 
 Where = Union[str, Sequence[str], Callable[[str, nn.Conv2D], bool], None]
 
@@ -217,8 +217,9 @@ def _fuse_layers(model: nn.Layer, report: RewriteReport) -> nn.Layer:
     return model
 
 
-def _fuse_foreign(model: nn.Layer, report: RewriteReport) -> None:
-    """Call the fusing methods of PaddleClas' own blocks: `re_parameterize` (2.6) or `rep` (2.4)."""
+def _fuse_foreign(model: nn.Layer, report: RewriteReport) -> list[nn.Layer]:
+    """Call the fusing methods of PaddleClas' own blocks, `re_parameterize` (2.6) or `rep` (2.4); return the blocks."""
+    blocks = []
     for layer, paths in list(_places(model).values()):
         method = next((m for name in FUSING_METHODS if callable(m := getattr(layer, name, None))), None)
         if isinstance(layer, ReparamLayer) or method is None or getattr(layer, "is_repped", False):
@@ -231,6 +232,24 @@ def _fuse_foreign(model: nn.Layer, report: RewriteReport) -> None:
                 f"{type(layer).__module__} failed: {error}"
             ) from error
         report.touched.append((paths[0], f"{type(layer).__name__}.{method.__name__}()"))
+        blocks.append(layer)
+    return blocks
+
+
+def _drop_unused(model: nn.Layer, blocks: list[nn.Layer], inputs: list[Any], report: RewriteReport) -> None:
+    """Drop the training branches that PaddleClas' blocks keep, with their parameters, after they were fused.
+
+    Dropped is what a forward pass does not call. An Identity stays in its place, for blocks that ask for it by name.
+    """
+    paths = {id(layer): places[0] for layer, places in _places(model).values()}
+    called = set(record_outputs(model, inputs))
+    for block in blocks:
+        for name, child in list(block._sub_layers.items()):
+            branch = [layer for _, layer in walk(child)] if child is not None else []
+            count = sum(p.size for layer in branch for p in layer._parameters.values() if p is not None)
+            if count and not any(paths[id(layer)] in called for layer in branch):
+                block._sub_layers[name] = nn.Identity()
+                report.touched.append((paths[id(child)], f"training branch dropped, {count} parameters"))
 
 
 class Activation(nn.Layer):
@@ -244,7 +263,7 @@ class Activation(nn.Layer):
         return getattr(F, self.name)(x)
 
 
-def _fold_batch_norms(model: nn.Layer, report: RewriteReport, input_spec: InputSpec) -> None:
+def _fold_batch_norms(model: nn.Layer, report: RewriteReport, inputs: list[Any]) -> None:
     """Fold every BN that is the only reader of a convolution's (or an inference form's) output into it."""
     places = _places(model)
     inside = {id(c) for layer, _ in places.values() if isinstance(layer, InferenceForm) for _, c in walk(layer)}
@@ -254,7 +273,7 @@ def _fold_batch_norms(model: nn.Layer, report: RewriteReport, input_spec: InputS
         if isinstance(layer, InferenceForm) or (type(layer) is nn.Conv2D and id(layer) not in inside)
     ]
     norms = [layer for layer, _ in places.values() if isinstance(layer, BATCH_NORMS)]
-    flow = trace_flow(model, producers, norms, sample_inputs(input_spec, batch=2, seed=0))
+    flow = trace_flow(model, producers, norms, inputs)
     followed = {consumer: producer for producer, consumer in flow.followed_by.items()}
     owners = _owners(model)
     new_layers: dict[int, nn.Layer] = {}
@@ -309,9 +328,11 @@ def reparameterize(
         raise ReparamError("the model is in training mode; call model.eval() before fusing")
     report = RewriteReport()
     fused = _fuse_layers(_copy_model(model), report)
-    _fuse_foreign(fused, report)
+    blocks = _fuse_foreign(fused, report)
     if fold_bn:
-        _fold_batch_norms(fused, report, input_spec or IMAGENET_INPUT)
+        inputs = sample_inputs(input_spec or IMAGENET_INPUT, batch=2, seed=0, like=fused)
+        _drop_unused(fused, blocks, inputs, report)
+        _fold_batch_norms(fused, report, inputs)
     if not report.touched:
         raise ReparamError(
             f"{type(model).__name__} has nothing to fuse: no layer of this library or of PaddleClas in train form"

@@ -19,11 +19,12 @@ InputSpec = Sequence[Any]
 IMAGENET_INPUT: InputSpec = ((None, 3, 224, 224),)
 
 
-def sample_inputs(input_spec: InputSpec, batch: int, seed: int) -> list[paddle.Tensor]:
+def sample_inputs(input_spec: InputSpec, batch: int, seed: int, like: nn.Layer) -> list[paddle.Tensor]:
     """Return seeded normal inputs for a list of shapes (or `paddle.static.InputSpec`) with None for the batch.
 
-    Raises `ReparamError` where another dimension is left open.
+    They have the dtype of the parameters of `like`. Raises `ReparamError` where another dimension is left open.
     """
+    dtype = next((p.dtype for p in like.parameters()), "float32")
     generator = np.random.default_rng(seed)
     inputs = []
     for spec in input_spec:
@@ -33,7 +34,7 @@ def sample_inputs(input_spec: InputSpec, batch: int, seed: int) -> list[paddle.T
             raise ReparamError(
                 f"the input shape {shape} leaves more than the batch open; give every other size a number"
             )
-        inputs.append(paddle.to_tensor(generator.standard_normal(sizes).astype("float32")))
+        inputs.append(paddle.to_tensor(generator.standard_normal(sizes)).astype(dtype))
     return inputs
 
 

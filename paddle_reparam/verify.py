@@ -127,7 +127,7 @@ def verify(
             raise ReparamError(f"the {name} network is in training mode; call .eval() on it before comparing")
     error, agreed, expected_batches, failed = 0.0, [], [], False
     for seed in range(batches):
-        inputs = sample_inputs(input_spec, batch_size, seed)
+        inputs = sample_inputs(input_spec, batch_size, seed, like=a)
         expected, actual = _run(a, inputs), _run(b, inputs)
         batch_error, same = compare_outputs(expected, actual, tolerance)
         error = max(error, batch_error)
@@ -135,7 +135,7 @@ def verify(
         expected_batches.append(expected)
         failed = failed or not batch_error <= tolerance or not all(agreed)
     if isinstance(b, nn.Layer):
-        difference, compared = first_difference(a, b, sample_inputs(input_spec, batch_size, 0), tolerance)
+        difference, compared = first_difference(a, b, sample_inputs(input_spec, batch_size, 0, like=a), tolerance)
     else:
         difference, compared = None, 0
     if not failed and not compared and not _depends_on_input(expected_batches, tolerance):

@@ -1,0 +1,117 @@
+"""Verification finds what differs, says where, and refuses to compare what proves nothing."""
+
+import paddle
+import pytest
+from paddle import nn
+from paddle.vision.models import mobilenet_v2
+
+from paddle_reparam.errors import ReparamError
+from paddle_reparam.rewrite import reparameterize
+from paddle_reparam.verify import compare_outputs, relative_error, verify
+
+from helpers import as_array, randomise_batch_norms
+
+SPEC = [[None, 3, 32, 32]]
+
+
+@pytest.fixture(scope="module")
+def network():
+    paddle.seed(0)
+    model = mobilenet_v2(scale=0.25, num_classes=10)
+    randomise_batch_norms(model, 0)
+    model.eval()
+    return model
+
+
+def test_a_fused_network_is_the_same_function(network):
+    fused, report = reparameterize(network, fold_bn=True, input_spec=SPEC)
+    assert len(report.touched) == 52
+    assert report.skipped == []
+    result = verify(network, fused, SPEC)
+    assert result.passed
+    assert 0 < result.relative_error < 1e-5
+    assert result.top1_agreement == 1.0
+    assert result.layers > 100
+    assert "yes" in str(result)
+    result.raise_if_failed("anything")
+
+
+@pytest.mark.parametrize(
+    ("conv", "bn"), [("features.0.0", "features.0.1"), ("features.5.conv.1.0", "features.5.conv.1.1")]
+)
+def test_a_seeded_fault_is_found_where_it_is(network, conv, bn):
+    fused, _ = reparameterize(network, fold_bn=True, input_spec=SPEC)
+    layer = dict(fused.named_sublayers())[conv]
+    layer.weight.set_value(layer.weight * 1.01)
+    result = verify(network, fused, SPEC)
+    assert not result.passed
+    # The conv's BN was folded into it, so the first place where both must agree is the BN's.
+    assert result.first_difference == bn
+    with pytest.raises(ReparamError, match=f"the export is not the same function: .*first at layer '{bn}'"):
+        result.raise_if_failed("the export")
+
+
+def test_a_fault_in_the_last_layer_and_in_what_is_returned(network):
+    fused, _ = reparameterize(network, fold_bn=True, input_spec=SPEC)
+    fused.classifier[1].bias.set_value(fused.classifier[1].bias + 1.0)
+    result = verify(network, fused, SPEC)
+    assert result.first_difference == "classifier.1"
+    assert "NO" in str(result)
+    assert verify(network, lambda x: [network(x), network(x)], SPEC).relative_error == float("inf")
+
+
+def test_training_mode_is_refused(network):
+    other = nn.Conv2D(3, 3, 3)
+    with pytest.raises(ReparamError, match="second network is in training mode"):
+        verify(network, other, SPEC)
+    with pytest.raises(ReparamError, match="first network is in training mode"):
+        verify(other, network, SPEC)
+
+
+def test_an_output_that_hardly_depends_on_the_input_proves_nothing():
+    model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(4, 5))
+    model[3].weight.set_value(model[3].weight * 1e-6)
+    model[3].bias.set_value(paddle.randn([5]))
+    model.eval()
+    with pytest.raises(ReparamError, match="hardly depends on its input"):
+        verify(model, lambda x: model(x), SPEC)
+    # Two networks are compared layer by layer, which does prove it.
+    assert verify(model, model, SPEC).passed
+
+
+def test_an_open_size_is_refused(network):
+    with pytest.raises(ReparamError, match=r"\[None, 3, None, 32\] leaves more than the batch open"):
+        verify(network, network, [[None, 3, None, 32]])
+
+
+def test_networks_that_return_dicts_and_lists():
+    class Many(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2D(3, 2, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return {"b": [y, y * 2], "a": y.mean([2, 3])}
+
+    model = Many()
+    model.eval()
+    assert verify(model, model, [[None, 3, 5, 5]]).top1_agreement == 1.0
+    assert verify(model, lambda x: {**model(x), "a": model(x)["a"] * 2}, [[None, 3, 5, 5]]).relative_error > 0.4
+
+
+def test_relative_error():
+    a = as_array([1.0, -2.0])
+    assert relative_error(a, a) == 0.0
+    assert relative_error(a, as_array([1.0, -2.5])) == 0.25
+    assert relative_error(a, as_array([1.0])) == float("inf")
+    assert relative_error(a, as_array([1.0, float("nan")])) == float("inf")
+    assert relative_error(a * 0, a) == float("inf")
+    assert relative_error(a * 0, a * 0) == 0.0
+
+
+def test_top1_counts_ties_as_agreement_and_nothing_else():
+    logits = as_array([[1.0, 1.00001, 0.0], [3.0, 1.0, 0.0]])
+    swapped = as_array([[1.00001, 1.0, 0.0], [1.0, 3.0, 0.0]])
+    assert compare_outputs([logits], [swapped], 1e-4)[1].tolist() == [True, False]
+    assert compare_outputs([logits], [swapped], 1e-7)[1].tolist() == [False, False]
