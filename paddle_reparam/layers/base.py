@@ -71,14 +71,12 @@ class ReparamLayer(nn.Layer):
 
         Raises `ReparamError` in training mode, where the layer's output depends on the batch.
         """
-        if self.is_repped:
-            return copy.deepcopy(self.fused)
-        if self.training:
+        if self.training and not self.is_repped:
             raise ReparamError(
                 f"{type(self).__name__} is in training mode, where its output depends on the batch; "
                 "call model.eval() before fusing"
             )
-        fused = self.fuse()
+        fused = copy.deepcopy(self.fused) if self.is_repped else self.fuse()
         fused.eval()
         return fused
 
