@@ -108,7 +108,7 @@ def _refuse_shared(layer: nn.Layer, owners: dict[int, set[int]]) -> None:
             raise UnsupportedConv(f"its {name} is shared with another layer; a new layer would break the tie")
 
 
-def _copy_model(model: nn.Layer) -> nn.Layer:
+def copy_model(model: nn.Layer) -> nn.Layer:
     """Return a deep copy whose hooks speak of the copy.
 
     `copy.deepcopy` keeps functions as they are, so a hook that is a closure over the model (as PaddleClas'
@@ -327,7 +327,7 @@ def reparameterize(
     if model.training:
         raise ReparamError("the model is in training mode; call model.eval() before fusing")
     report = RewriteReport()
-    fused = _fuse_layers(_copy_model(model), report)
+    fused = _fuse_layers(copy_model(model), report)
     blocks = _fuse_foreign(fused, report)
     if fold_bn:
         inputs = sample_inputs(input_spec or IMAGENET_INPUT, batch=2, seed=0, like=fused)

@@ -1,0 +1,222 @@
+"""Write a network for Paddle Inference, run what was written, and check that it is still the same function."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Union
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from paddle.inference import Config, create_predictor
+
+from .errors import ReparamError
+from .rewrite import copy_model
+from .tracing import InputSpec, flatten_outputs
+from .verify import NETWORK_TOLERANCE, VerifyReport, verify
+
+Folder = Union[str, "os.PathLike[str]"]
+
+#: What the files are called before their suffixes, as in PaddleClas' exports.
+FILE_NAME = "inference"
+#: Which of them is the program depends on Paddle's version and its FLAGS_enable_pir_api.
+PROGRAM_SUFFIXES = (".json", ".pdmodel")
+WEIGHTS_SUFFIX = ".pdiparams"
+
+#: The smallest probability whose logarithm is compared.
+_SMALLEST_PROBABILITY = 1e-30
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """What an exported network puts out: `keys` pick from a network's dicts, `activation` follows ("softmax",
+    "sigmoid" or None). Of a list the first entry is taken, and of a dict before an activation "logits", as PaddleClas
+    does.
+    """
+
+    activation: str | None = None
+    keys: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.activation not in (None, "softmax", "sigmoid"):
+            raise ReparamError(f"the activation of an exported network is softmax, sigmoid or None: {self.activation}")
+
+
+class ExportedNetwork(nn.Layer):
+    """A network with the output that its export is to have."""
+
+    def __init__(self, network: nn.Layer, output: OutputSpec) -> None:
+        super().__init__()
+        self.network = network
+        self.keys = output.keys
+        self.activation = output.activation
+        self.training = network.training
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        outputs = self.network(x)
+        if isinstance(outputs, (list, tuple)):
+            outputs = outputs[0]
+        for key in self.keys:
+            outputs = outputs[key]
+        if self.activation is not None:
+            if isinstance(outputs, dict):
+                outputs = outputs["logits"]
+            outputs = getattr(F, self.activation)(outputs)
+        return outputs
+
+
+def export_inference(
+    model: nn.Layer, folder: Folder, input_spec: InputSpec, output: OutputSpec = OutputSpec()
+) -> list[Path]:
+    """Write a network in eval mode for Paddle Inference, with a dynamic batch, and return the files written.
+
+    `input_spec` holds one shape with None for the batch, e.g. `[[None, 3, 224, 224]]`; the input has the dtype of the
+    parameters. The files are called `inference` with the suffixes of the running Paddle. The model stays as it is.
+    Raises `ReparamError` for a model in training mode and where the network cannot be exported.
+    """
+    if model.training:
+        raise ReparamError("the model is in training mode; call model.eval() before exporting")
+    if len(input_spec) != 1:
+        raise ReparamError(f"a network with one input can be exported, this one has {len(input_spec)}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shape = list(getattr(input_spec[0], "shape", input_spec[0]))
+    dtype = next((str(p.dtype).rsplit(".", 1)[-1] for p in model.parameters()), "float32")
+    # Paddle's tracing puts rewritten forward methods on the layers, so it gets a copy.
+    network = ExportedNetwork(copy_model(model), output)
+    spec = paddle.static.InputSpec(shape=shape, dtype=dtype, name="x")
+    with _one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[spec])
+    program_file(folder)
+    return sorted(path for path in folder.iterdir() if path.name.startswith(f"{FILE_NAME}."))
+
+
+def program_file(folder: Folder) -> Path:
+    """Return the file of an export that holds the program, whatever Paddle wrote it; raises `ReparamError`."""
+    found = [path for suffix in PROGRAM_SUFFIXES if (path := Path(folder) / f"{FILE_NAME}{suffix}").is_file()]
+    if len(found) != 1:
+        names = " or ".join(FILE_NAME + suffix for suffix in PROGRAM_SUFFIXES)
+        raise ReparamError(f"{folder}: it must hold one exported program ({names}), it holds {len(found)}")
+    return found[0]
+
+
+@contextlib.contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Raise whatever Paddle raises in the `with` block as a `ReparamError` with the first line of its message."""
+    try:
+        yield
+    except ReparamError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # Paddle prints its call stack first; what happened is in the line that names an error, or the last one.
+        reason = next((line for line in lines if "Error:" in line), lines[-1] if lines else type(error).__name__)
+        raise ReparamError(f"{what}: {reason}") from error
+
+
+class InferenceModel:
+    """An exported network on the CPU, run by Paddle Inference's Predictor.
+
+    Call it with Tensors, as a layer; `run` takes and returns arrays.
+    """
+
+    def __init__(self, folder: Folder, onednn: bool = True, threads: int = 1) -> None:
+        """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded."""
+        program = program_file(folder)
+        self.name = str(folder)
+        with _one_sentence(f"{folder}: Paddle Inference cannot load it"):
+            config = Config(str(program), str(program.with_suffix(WEIGHTS_SUFFIX)))
+            config.disable_gpu()
+            config.disable_glog_info()
+            config.set_cpu_math_library_num_threads(threads)
+            if onednn:
+                config.enable_mkldnn()
+            else:
+                config.disable_mkldnn()
+            if program.suffix == ".json":
+                # A program of Paddle 3 cannot be run with enable_memory_optim unless these two come first.
+                config.enable_new_executor()
+                config.enable_new_ir(True)
+            config.enable_memory_optim()
+            self._predictor = create_predictor(config)
+
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for the inputs, in the order in which the network takes them."""
+        names = self._predictor.get_input_names()
+        if len(names) != len(inputs):
+            raise ReparamError(f"{self.name}: it takes {len(names)} inputs ({names}), not {len(inputs)}")
+        with _one_sentence(f"{self.name}: Paddle Inference cannot run it"):
+            for name, array in zip(names, inputs):
+                handle = self._predictor.get_input_handle(name)
+                handle.reshape(array.shape)
+                handle.copy_from_cpu(np.ascontiguousarray(array))
+            self._predictor.run()
+            return [self._predictor.get_output_handle(n).copy_to_cpu() for n in self._predictor.get_output_names()]
+
+    def __call__(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
+        return [paddle.to_tensor(array) for array in self.run(*(x.numpy() for x in inputs))]
+
+
+def load_program(folder: Folder) -> nn.Layer:
+    """Return an export as `paddle.jit.load` reads it, in eval mode; raises `ReparamError` where it cannot."""
+    path = program_file(folder).with_suffix("")
+    with _one_sentence(f"{folder}: paddle.jit.load cannot load it"):
+        layer = paddle.jit.load(str(path))
+        layer.eval()
+        return layer
+
+
+class _Comparable(nn.Layer):
+    """A function's outputs, and behind probabilities the logits that they come from.
+
+    A fault in the logits of unlikely classes, or in those of a network that is not sure of anything, hardly shows in
+    the probabilities. Their logarithms are the logits but for a constant a sample, which is taken away.
+    """
+
+    def __init__(self, function: nn.Layer | InferenceModel, output: OutputSpec) -> None:
+        super().__init__()
+        self.function = function
+        self.output = output
+
+    def forward(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
+        outputs = flatten_outputs(self.function(*inputs))
+        if self.output.activation == "softmax":
+            logarithms = [paddle.log(paddle.clip(p, min=_SMALLEST_PROBABILITY)) for p in outputs]
+            outputs += [log - log.mean(axis=-1, keepdim=True) for log in logarithms]
+        return outputs
+
+
+def check_export(
+    folder: Folder,
+    model: nn.Layer,
+    input_spec: InputSpec,
+    output: OutputSpec = OutputSpec(),
+    batch_sizes: Sequence[int] = (1, 3),
+    tolerance: float = NETWORK_TOLERANCE,
+) -> dict[str, VerifyReport]:
+    """Compare what an export's folder holds with the model in eval mode that it was made of, for each batch size.
+
+    Loaded with `paddle.jit.load`, and in the Predictor with and without oneDNN; returns the report of each. Raises
+    `ReparamError` where it cannot be loaded or run.
+    """
+    reference = _Comparable(ExportedNetwork(model, output), output)
+    reference.eval()
+    loaded = {
+        "paddle.jit.load": load_program(folder),
+        "Predictor, oneDNN": InferenceModel(folder, onednn=True),
+        "Predictor, no oneDNN": InferenceModel(folder, onednn=False),
+    }
+    return {
+        f"{name}, batch {size}": verify(
+            reference, lambda *x, f=function: _Comparable(f, output)(*x), input_spec, 2, size, tolerance
+        )
+        for name, function in loaded.items()
+        for size in batch_sizes
+    }
