@@ -1,1 +1,4 @@
 """The layers, one paper a file; importing this package registers them."""
+
+from . import refconv as refconv
+from . import spconv as spconv

@@ -1,0 +1,191 @@
+"""SPConv2D: "Split to Be Slim: An Overlooked Redundancy in Vanilla Convolution" (IJCAI 2020, arXiv 2006.12085)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from .. import kernels
+from ..errors import UnsupportedConv
+from ..geometry import ConvGeometry, read_bn_affine
+from ..registry import register_layer
+from ..tensors import assign, to_float64
+from .base import InferenceForm, ReparamLayer
+
+# float32 holds no reciprocal of what is smaller than about 1e-38; the rest is room for what is multiplied with it.
+_SMALLEST_FACTOR = 1e-30
+
+
+class SPConv2DFused(InferenceForm):
+    """A fused `SPConv2D`: out = sigmoid(gate_scale * GAP(d)) * d - v, `[N, C, H, W]` in and out.
+
+    v = -u1 comes from the uncertain channels; d = u3 - u1 is v with two convolutions of the representative channels
+    added to it, `spatial` (3x3, two groups) and `pointwise` (1x1). `gate_scale` is 1 until an affine is absorbed.
+    """
+
+    def __init__(self, spatial: nn.Conv2D, pointwise: nn.Conv2D, uncertain: nn.Conv2D) -> None:
+        super().__init__()
+        self.spatial = spatial
+        self.pointwise = pointwise
+        self.uncertain = uncertain
+        self.stride = spatial._stride[0]
+        self.channels = [spatial._in_channels, uncertain._in_channels]
+        self.register_buffer("gate_scale", paddle.ones([1, spatial._out_channels, 1, 1], spatial.weight.dtype))
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        representative, uncertain = paddle.split(x, self.channels, axis=1)
+        v = self.uncertain(_pooled(uncertain, self.stride))
+        d = self.spatial(representative) + (self.pointwise(_pooled(representative, self.stride)) + v)
+        return F.sigmoid(F.adaptive_avg_pool2d(d, 1) * self.gate_scale) * d - v
+
+    def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
+        """Make this layer compute scale * out + shift per channel, with the gate as it was.
+
+        u3 and u1 both take the affine, and the gate divides their difference by the scale again. A scale of zero, or
+        one too small to divide by in float32 (1e-30), leaves the shift alone.
+        """
+        scale, gate_scale = np.asarray(scale, np.float64), to_float64(self.gate_scale).reshape(-1)
+        vanishes = np.abs(scale) <= _SMALLEST_FACTOR * np.abs(gate_scale)
+        scale = np.where(vanishes, 0.0, scale)
+        gate_scale = np.where(vanishes, 0.0, gate_scale / np.where(vanishes, 1.0, scale))
+        no_shift = np.zeros_like(scale)
+        for conv, own_shift in ((self.spatial, no_shift), (self.pointwise, no_shift), (self.uncertain, -shift)):
+            kernel, bias = _fold(conv, scale, own_shift)
+            assign(conv.weight, kernel)
+            if conv.bias is not None:
+                assign(conv.bias, bias)
+        assign(self.gate_scale, gate_scale.reshape(self.gate_scale.shape))
+
+
+@register_layer
+class SPConv2D(ReparamLayer):
+    """A 3x3 convolution that spends its weights on a share of the input channels and little on the rest.
+
+    Of `[N, in_channels, H, W]` the first A = int(in_channels * ratio) channels are representative (x3), the rest
+    uncertain (x1):
+
+        u3 = BN1(gwc(x3) + pwc(x3)),  u1 = BN2(conv1x1(x1)),  out = g * u3 + (1 - g) * u1,  g = sigmoid(GAP(u3) - GAP(u1))
+
+    gwc is 3x3 in two groups, pwc and conv1x1 are 1x1; padding is the dilation. With stride 2 the inputs of pwc and
+    conv1x1 are averaged over 2x2 pixels. A side of odd length gets one row or column of zeros at its end for that, and
+    the zeros count: so out has the size that the 3x3 convolution gives, where the published layer fails.
+
+    `bias=True` gives gwc and pwc biases as well. Weights start from a normal distribution of variance 2 / fan_out.
+    Raises `UnsupportedConv` for channels that cannot be split so, and for a dilation with stride 2.
+    """
+
+    fused_type = SPConv2DFused
+    keeps_function_with = None
+    train_form_keys = ("gwc.weight", "pwc.weight", "conv1x1.weight")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        ratio: float = 0.5,
+        dilation: int = 1,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        representative = _representative_channels(in_channels, out_channels, ratio)
+        if stride not in (1, 2) or (stride == 2 and dilation != 1):
+            raise UnsupportedConv(
+                f"SPConv2D has stride 1 with any dilation, or stride 2 with dilation 1; stride={stride} with "
+                f"dilation={dilation} is neither"
+            )
+        self.stride = stride
+        self.channels = [representative, in_channels - representative]
+        bias_attr = None if bias else False
+        self.gwc = nn.Conv2D(representative, out_channels, 3, stride, dilation, dilation, groups=2, bias_attr=bias_attr)
+        self.pwc = nn.Conv2D(representative, out_channels, 1, bias_attr=bias_attr)
+        self.conv1x1 = nn.Conv2D(in_channels - representative, out_channels, 1)
+        self.bn1 = nn.BatchNorm2D(out_channels)
+        self.bn2 = nn.BatchNorm2D(out_channels)
+        for conv in (self.gwc, self.pwc, self.conv1x1):
+            init_fan_out_normal(conv)
+
+    @classmethod
+    def build(cls, geometry: ConvGeometry, **options: Any) -> SPConv2D:
+        """Return a layer in the place of a 3x3 convolution with padding == dilation; `options`: `ratio`, `bias`.
+
+        Nothing of the convolution's weights can be kept; a BN that follows the convolution stays after this layer.
+        """
+        stride, dilation = geometry.stride[0], geometry.dilation[0]
+        if geometry.kernel_size != (3, 3):
+            raise UnsupportedConv(f"SPConv2D stands in for 3x3 kernels only, this one is {geometry}")
+        if geometry.groups != 1:
+            raise UnsupportedConv(f"SPConv2D stands in for convolutions without groups only, this one is {geometry}")
+        if geometry.stride != (stride, stride) or geometry.dilation != (dilation, dilation):
+            raise UnsupportedConv(
+                f"SPConv2D has one stride and one dilation for height and width, this one is {geometry}"
+            )
+        if geometry.padding != (dilation,) * 4 or geometry.padding_mode != "zeros":
+            raise UnsupportedConv(
+                f"SPConv2D pads by its dilation ({dilation}) with zeros, this one has padding {geometry.padding} "
+                f"in mode {geometry.padding_mode!r}"
+            )
+        if geometry.data_format != "NCHW":
+            raise UnsupportedConv(f"SPConv2D takes NCHW, this one takes {geometry.data_format}")
+        layer = cls(geometry.in_channels, geometry.out_channels, stride, dilation=dilation, **options)
+        layer.to(dtype=geometry.dtype)
+        return layer
+
+    def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
+        representative, uncertain = paddle.split(x, self.channels, axis=1)
+        u3 = self.bn1(self.gwc(representative) + self.pwc(_pooled(representative, self.stride)))
+        u1 = self.bn2(self.conv1x1(_pooled(uncertain, self.stride)))
+        difference = u3 - u1
+        return u1 + F.sigmoid(F.adaptive_avg_pool2d(difference, 1)) * difference
+
+    def fuse(self) -> SPConv2DFused:
+        scale, shift = read_bn_affine(self.bn1)
+        spatial, bias = _fold(self.gwc, scale, shift)
+        pointwise, more_bias = _fold(self.pwc, scale, np.zeros_like(shift))
+        scale, shift = read_bn_affine(self.bn2)
+        uncertain, negative_bias = _fold(self.conv1x1, -scale, -shift)
+        return SPConv2DFused(
+            ConvGeometry.of(self.gwc).make_conv(spatial, bias + more_bias),
+            ConvGeometry.of(self.pwc).make_conv(pointwise, None),
+            ConvGeometry.of(self.conv1x1).make_conv(uncertain, negative_bias),
+        )
+
+
+def init_fan_out_normal(conv: nn.Conv2D) -> None:
+    """Draw a convolution's weights from a normal distribution of variance 2 / (out_channels * kernel area)."""
+    out_channels, _, height, width = conv.weight.shape
+    nn.initializer.Normal(0.0, (2.0 / (out_channels * height * width)) ** 0.5)(conv.weight)
+
+
+def _representative_channels(in_channels: int, out_channels: int, ratio: float) -> int:
+    representative = int(in_channels * ratio)
+    numbers = f"in_channels={in_channels} with ratio={ratio} gives {representative} representative channels"
+    if not 0 < representative < in_channels:
+        raise UnsupportedConv(
+            f"{numbers} of {in_channels}: there must be some of them and some others; choose another ratio"
+        )
+    if representative % 2 or out_channels % 2:
+        raise UnsupportedConv(
+            f"{numbers} for {out_channels} output channels: both numbers must be even, for two groups; "
+            "choose another ratio, or leave this convolution as it is"
+        )
+    return representative
+
+
+def _pooled(x: paddle.Tensor, stride: int) -> paddle.Tensor:
+    if stride == 1:
+        return x
+    # A side of unknown length counts as odd: if it turns out even, its zeros are beyond the last window. (avg_pool2d's
+    # own padding would not do: Paddle's kernels do not agree on whether zeros at the end alone count.)
+    rows, columns = (int(not isinstance(side, int) or side < 0 or side % 2) for side in x.shape[2:])
+    if rows or columns:
+        x = F.pad(x, [0, columns, 0, rows])
+    return F.avg_pool2d(x, 2, 2)
+
+
+def _fold(conv: nn.Conv2D, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return kernels.fold_affine(to_float64(conv.weight), to_float64(conv.bias), scale, shift)
