@@ -1,0 +1,378 @@
+"""Weight files: read without running what they contain, written whole or not at all, loaded strictly."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+import io
+import json
+import os
+import secrets
+import textwrap
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from . import pickles
+from .errors import CheckpointError, ReparamError
+from .registry import get_layer, list_layers
+from .report import Report, format_table
+
+_CHECKSUM = "paddle_reparam.sha256"
+# Deflate makes a file of zeros a thousand times smaller; weights hardly shrink. Below this size nobody is hurt.
+_ALWAYS_UNPACKED = 1 << 28
+_FROM_SAFETENSORS = {
+    "BOOL": "b1", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8",
+    "U8": "u1", "BF16": "u2", "F16": "f2", "F32": "f4", "F64": "f8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadReport(Report):
+    """What `load_into` did: the entries that were loaded, those left as they were, the percentage of the first."""
+
+    loaded: tuple[str, ...]
+    missing: tuple[str, ...]
+    coverage: float
+
+    def __str__(self) -> str:
+        total = len(self.loaded) + len(self.missing)
+        rows = [["loaded", len(self.loaded), ""], ["left as they were", len(self.missing), _listed(self.missing)]]
+        table = format_table(["entries of the model", "count", "names"], rows)
+        return f"{table}\ncoverage {self.coverage:.1f} % of {total}"
+
+
+def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Return the arrays of a weight file by name, without running anything that the file contains.
+
+    Reads `.safetensors`, the pickles that Paddle and PaddleClas write (`.pdparams`, `.pdema`) and `.npz`, told apart
+    by content. bfloat16 comes as uint16, its bits, as Paddle itself hands it over.
+
+    A changed byte is noticed in what `save` wrote, and in `.npz`, whose zip format has checksums. Pickles and
+    `.safetensors` by other programs have none: there, a change among the numbers themselves goes unnoticed.
+
+    Raises `CheckpointError`, and nothing else, where the file cannot be read.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: it cannot be read ({error.strerror})") from error
+    kind = _kind_of(data, Path(path).suffix)
+    try:
+        if kind is None:
+            raise CheckpointError(
+                "it is empty"
+                if not data
+                else "it is no .safetensors, .pdparams, .pdema or .npz file, by name or content"
+            )
+        arrays = _READERS[kind](data)
+        if not arrays:
+            raise CheckpointError("it holds no arrays")
+    except CheckpointError as error:
+        raise error.at(str(path)) from None
+    except ImportError as error:
+        raise CheckpointError(f"{path}: it needs a package that is not installed: {error}") from error
+    except Exception as error:  # Whatever a parser makes of damaged bytes, the user has one thing to know.
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 150)
+        raise CheckpointError(
+            f"{path}: it is truncated, damaged or no {kind} file; get or save it again ({reason})"
+        ) from error
+    # One copy for each array, in this machine's byte order, that can be written to.
+    copies = {id(array): np.array(array, array.dtype.newbyteorder("="), order="C") for array in arrays.values()}
+    return {name: copies[id(array)] for name, array in arrays.items()}
+
+
+def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a state dict of Tensors or arrays to a `.safetensors` or `.pdparams` file, whole or not at all.
+
+    Either carries a sha256 that `load` checks; other readers do not see it. A `.pdparams` file is what `paddle.save`
+    writes. uint16 is bfloat16, as everywhere in Paddle. What was written is read back and compared before it takes
+    the place of an older file.
+
+    Raises `CheckpointError` for another suffix or what is no array, `ReparamError` where it cannot be written.
+    """
+    suffix = Path(path).suffix
+    if suffix not in _WRITERS:
+        raise CheckpointError(
+            f"{path}: weights are written as {' or '.join(_WRITERS)}, not as {suffix or 'no suffix'!r}"
+        )
+    try:
+        arrays = _to_arrays(state)
+    except CheckpointError as error:
+        raise error.at(str(path)) from None
+    data = _WRITERS[suffix](arrays)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+        if not _identical(load(temporary), arrays):
+            raise ReparamError("what was read back is not what was written; the disk or the memory may be failing")
+
+    atomic_write(path, write)
+
+
+def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
+    """Let `write` make a file at a temporary path, and put it at `path` when it is whole and on the disk.
+
+    Until then, and for good if anything fails, what stood at `path` stays; no temporary file is left. The temporary
+    path has the suffix of `path` and lies in its folder, which is made where it is missing.
+
+    Raises `ReparamError` where the file cannot be written, and whatever `write` raises besides `OSError`.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.stem}-{secrets.token_hex(4)}{target.suffix}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        _flush_to_disk(temporary, os.O_RDWR)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ReparamError(
+            f"{path}: it cannot be written ({error.strerror or error}); what stood there is unchanged"
+        ) from error
+    except ReparamError as error:
+        raise error.at(str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    # The file is in place and whole; some file systems cannot flush a folder.
+    with contextlib.suppress(OSError):
+        _flush_to_disk(target.parent, os.O_RDONLY)
+
+
+def form_of(names: Iterable[str]) -> Literal["train", "fused"]:
+    """Tell from its names whether a state dict is one of layers in train form.
+
+    "train": some registered layer's `train_form_keys` are all there under one prefix. "fused": there are none; a
+    plain network reads the same.
+    """
+    present = set(names)
+    for entry in map(get_layer, list_layers()):
+        keys = entry.layer.train_form_keys
+        prefixes = (name[: -len(keys[0])] for name in present if keys and f".{name}".endswith(f".{keys[0]}"))
+        if any(all(prefix + key in present for key in keys) for prefix in prefixes):
+            return "train"
+    return "fused"
+
+
+def load_into(
+    model: nn.Layer, path_or_state: str | os.PathLike[str] | Mapping[str, Any], may_miss: Sequence[str] = ()
+) -> LoadReport:
+    """Load a weight file, or a state dict of Tensors or arrays, into a model: all of it or nothing.
+
+    `may_miss`: shell patterns for entries of the model that the file may lack and that then stay as they are, such as
+    `"*.convmap.weight"` where a plain baseline goes into RefConv layers. Float types are cast to the model's.
+
+    Raises `CheckpointError` with the entries that are missing, extra or of another shape or type, and the share in
+    percent of the model's entries that fit; the model is then unchanged.
+    """
+    if isinstance(may_miss, str):
+        raise CheckpointError(f"may_miss is a list of patterns: write [{may_miss!r}]")
+    from_file = isinstance(path_or_state, (str, os.PathLike))
+    where = str(path_or_state) if from_file else "the state"
+    arrays = load(path_or_state) if from_file else _to_arrays(path_or_state)
+    own = model.state_dict(use_hook=False)
+    for pattern in may_miss:
+        if not fnmatch.filter(own, pattern):
+            raise CheckpointError(f"may_miss {pattern!r} is the name of no entry of the model")
+
+    missing = [name for name in own if name not in arrays]
+    extra = [name for name in arrays if name not in own]
+    both = [name for name in own if name in arrays]
+    shapes = [name for name in both if list(arrays[name].shape) != list(own[name].shape)]
+    cast = {name: _cast(arrays[name], own[name]) for name in both if name not in shapes}
+    types = [name for name, value in cast.items() if value is None]
+    too_large = [name for name, value in cast.items() if value is not None and not _same_finite(arrays[name], value)]
+    faults = {
+        "missing": [n for n in missing if not any(fnmatch.fnmatchcase(n, pattern) for pattern in may_miss)],
+        "extra": extra,
+        "of another shape": [f"{n} (file {list(arrays[n].shape)}, model {list(own[n].shape)})" for n in shapes],
+        "of another type": [f"{n} (file {_type_name(arrays[n])}, model {_type_name(own[n])})" for n in types],
+        "too large for the model's type": [f"{n} (model {_type_name(own[n])})" for n in too_large],
+    }
+    loaded = [name for name in cast if name not in types and name not in too_large]
+    coverage = 100.0 * len(loaded) / max(len(own), 1)
+    if any(faults.values()) or not loaded:
+        lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names]
+        raise CheckpointError(
+            f"{where}: {_form_hint(arrays, own)}it does not fit the model, which is unchanged: "
+            f"{len(loaded)} of the model's {len(own)} entries fit ({coverage:.1f} %)\n  " + "\n  ".join(lines)
+        )
+    for name in loaded:
+        own[name].set_value(cast[name])
+    return LoadReport(tuple(loaded), tuple(missing), coverage)
+
+
+def _flush_to_disk(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _form_hint(arrays: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    file_form, model_form = form_of(arrays), form_of(own)
+    if (file_form, model_form) == ("train", "fused"):
+        return (
+            "this is a weight file in train form and the model is fused or plain: load it into the model in train form "
+            "and call reparameterize on that; "
+        )
+    if (file_form, model_form) == ("fused", "train"):
+        return (
+            "this is a weight file of a fused or plain model and the model is in train form: load it into the fused or "
+            "plain model, or name in may_miss what a plain baseline lacks; "
+        )
+    return ""
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return the first ten names, and how many more there are."""
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:10]) + more
+
+
+def _type_name(value: np.ndarray | paddle.Tensor) -> str:
+    name = str(value.dtype).replace("paddle.", "")
+    return "bfloat16" if name == "uint16" else name
+
+
+def _cast(array: np.ndarray, own: paddle.Tensor) -> paddle.Tensor | None:
+    """Return an array as a Tensor of the model's dtype; None where that would be more than a change of float type."""
+    tensor = paddle.to_tensor(array)
+    if tensor.dtype == own.dtype:
+        return tensor
+    return tensor.astype(own.dtype) if tensor.is_floating_point() and own.is_floating_point() else None
+
+
+def _same_finite(array: np.ndarray, cast: paddle.Tensor) -> bool:
+    """Return whether a cast left every finite number finite."""
+    tensor = paddle.to_tensor(array)
+    if tensor.dtype == cast.dtype:
+        return True
+    return bool((paddle.isfinite(tensor) == paddle.isfinite(cast)).all())
+
+
+def _to_arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Return the entries of a state dict as arrays, bfloat16 as uint16."""
+    arrays = {}
+    for name, value in state.items():
+        array = value.detach().cpu().numpy() if isinstance(value, paddle.Tensor) else value
+        if not isinstance(name, str) or not isinstance(array, np.ndarray) or array.dtype.str[1:] not in pickles.DTYPES:
+            kind = array.dtype if isinstance(array, np.ndarray) else type(value).__name__
+            raise CheckpointError(f"the entry {name!r} is no Tensor or array of numbers but of the type {kind}")
+        arrays[name] = np.asarray(array, array.dtype.newbyteorder("="), order="C")
+    if not arrays:
+        raise CheckpointError("the state holds no arrays")
+    return arrays
+
+
+def _raw(array: np.ndarray) -> memoryview:
+    """Return the bytes of a contiguous array without copying them."""
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _identical(arrays: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
+    """Return whether two states have the same names, types, shapes and bytes."""
+    return arrays.keys() == others.keys() and all(
+        (array.dtype, array.shape) == (others[name].dtype, others[name].shape)
+        and np.array_equal(_raw(array), _raw(others[name]))
+        for name, array in arrays.items()
+    )
+
+
+def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the sha256 over names, types, shapes and bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(json.dumps([name, array.dtype.str[1:], list(array.shape)]).encode())
+        digest.update(_raw(array))
+    return digest.hexdigest()
+
+
+def _kind_of(data: bytes, suffix: str) -> str | None:
+    """Return the format of a file's contents; where they do not show it, the one that its name says."""
+    header_size = int.from_bytes(data[:8], "little")
+    if data[8:9] == b"{" and header_size <= len(data) - 8:
+        return "safetensors"
+    if data.startswith(b"PK\x03\x04"):
+        return "npz"
+    if data[:1] == b"\x80" and data[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return "pickle"
+    by_suffix = {".safetensors": "safetensors", ".npz": "npz", ".pdparams": "pickle", ".pdema": "pickle"}
+    return by_suffix.get(suffix) if data else None
+
+
+def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
+    import safetensors
+
+    arrays = {}
+    for name, tensor in safetensors.deserialize(data):
+        if tensor["dtype"] not in _FROM_SAFETENSORS:
+            raise CheckpointError(
+                f"its entry {pickles.shown(name)} has the type {tensor['dtype']}, which no weight has"
+            )
+        code = f"<{_FROM_SAFETENSORS[tensor['dtype']]}"
+        arrays[name] = pickles.array_of(code, tensor["shape"], bytes(tensor["data"]))
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(arrays):
+        raise CheckpointError("its checksum is not that of its contents: it is damaged; get or save it again")
+    return arrays
+
+
+def _write_safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
+    from safetensors.numpy import save as to_safetensors
+
+    data = to_safetensors(dict(arrays), {_CHECKSUM: _checksum(arrays)})
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    # numpy has no bfloat16; its bits were written as uint16.
+    for entry in header.values():
+        if entry.get("dtype") == "U16":
+            entry["dtype"] = "BF16"
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
+
+
+def _write_pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    cpu = paddle.CPUPlace()
+    paddle.save({name: paddle.to_tensor(array, place=cpu) for name, array in arrays.items()}, buffer)
+    return pickles.seal(buffer.getvalue())
+
+
+def _read_npz(data: bytes) -> dict[str, np.ndarray]:
+    arrays: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries = archive.infolist()
+        # zipfile takes entries that a changed length hides for a comment; numpy writes none of either.
+        if data[-22:-18] != b"PK\5\6" or int.from_bytes(data[-12:-10], "little") != min(len(entries), 0xFFFF):
+            raise CheckpointError("its list of arrays is not whole: it is damaged; get or save it again")
+        if sum(entry.file_size for entry in entries) > max(_ALWAYS_UNPACKED, 100 * len(data)):
+            raise CheckpointError("it is packed more than a hundred times; save it again with numpy.savez")
+        for entry in entries:
+            name, suffix = os.path.splitext(entry.filename)
+            if suffix != ".npy" or name in arrays:
+                raise CheckpointError(
+                    f"it is a zip archive with {pickles.shown(entry.filename)} in it, and no .npz file"
+                )
+            arrays[name] = _read_npy(archive.read(entry))
+    return arrays
+
+
+def _read_npy(data: bytes) -> np.ndarray:
+    stream = io.BytesIO(data)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
+    return pickles.array_of(dtype.str, shape, data[stream.tell() :], fortran)
+
+
+_READERS = {"safetensors": _read_safetensors, "pickle": pickles.read, "npz": _read_npz}
+_WRITERS = {".safetensors": _write_safetensors, ".pdparams": _write_pickle}

@@ -1,0 +1,304 @@
+"""Paddle's weight pickles, read as data: nothing that a file names is ever imported or called.
+
+`paddle.load` runs whatever a file asks for. Here the pickle's instructions are taken one by one; the few calls that
+Paddle's own files make are known by name and their results are built by hand, and everything else is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickletools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .errors import CheckpointError
+
+#: numpy's codes of what a weight file may hold; "u2" is bfloat16, which Paddle hands over as its 16 bits.
+DTYPES = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "f2", "f4", "f8"})
+
+# What paddle.save adds to a mapping, and how it stores arrays of more than 1 GiB under the pickle protocols 2 and 3.
+_NAME_TABLE = "StructuredToParameterName@@"
+_SPLIT_TABLE = "UnpackBigParamInfor@@"
+# Readers of pickles stop at the STOP instruction, so that what follows it disturbs none of them.
+_SEAL = b"\npaddle-reparam sha256 "
+
+_MARK = object()
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# fmt: off
+_LITERALS = frozenset((
+    "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+    "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BINSTRING", "SHORT_BINSTRING",
+))
+# fmt: on
+
+
+def seal(pickled: bytes) -> bytes:
+    """Return a pickle with its sha256 behind its end, where `read` finds it and other readers do not look."""
+    return pickled + _SEAL + hashlib.sha256(pickled).digest()
+
+
+def read(data: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays of one of Paddle's weight pickles by name; they are read-only views of `data`.
+
+    Raises `CheckpointError` for what is no weight file, and any other exception for bytes that are no pickle.
+    """
+    start_of_seal = len(data) - len(_SEAL) - hashlib.sha256().digest_size
+    body = data[:start_of_seal] if data.startswith(_SEAL, max(start_of_seal, 0)) else data
+    if body is not data and seal(body) != data:
+        raise CheckpointError("its checksum is not that of its contents: it is damaged; get or save it again")
+    content, end = _run(body)
+    if end != len(body):
+        raise CheckpointError(f"{len(body) - end} bytes follow its end: it is damaged; get or save it again")
+    return _name_arrays(content, len(data))
+
+
+def array_of(code: str, shape: Sequence[int], data: bytes, fortran: bool = False) -> np.ndarray:
+    """Return the read-only array that raw bytes hold; `code` is numpy's, with or without a byte order in front.
+
+    Raises `CheckpointError` where the bytes are not those of such an array.
+    """
+    if not isinstance(code, str) or code.lstrip("<>=|") not in DTYPES:
+        raise CheckpointError(f"it holds an array of the dtype {shown(code)}, which no weight has")
+    dtype = np.dtype(code)
+    size = dtype.itemsize
+    for extent in shape:
+        if type(extent) is not int or extent < 0:
+            raise CheckpointError(f"it holds an array of the shape {shown(shape)}; it is damaged")
+        size *= extent
+    if not isinstance(data, (bytes, bytearray)) or size != len(data):
+        raise CheckpointError(
+            f"it holds an array of shape {shown(shape)} and dtype {dtype.name} with other than {size} bytes; "
+            "it is damaged"
+        )
+    if dtype.kind == "b" and data.strip(b"\0\1"):
+        raise CheckpointError("it holds a bool array with other bytes than 0 and 1; it is damaged")
+    return np.ndarray(tuple(shape), dtype, buffer=bytes(data), order="F" if fortran else "C")
+
+
+def shown(value: Any) -> str:
+    """Return how a value from a file is quoted in messages: on one line and short, whatever it is."""
+    if type(value) in (tuple, list):
+        return str([item if type(item) is int and item.bit_length() < 64 else "?" for item in value[:10]])
+    return (
+        repr(value if len(value) < 100 else f"{value[:97]}...") if type(value) is str else f"({type(value).__name__})"
+    )
+
+
+class _Global(str):
+    """The dotted name of something that a file wants to import, and that is not imported."""
+
+
+class _Dtype:
+    """numpy's dtype in the making."""
+
+    def __init__(self, code: str) -> None:
+        self.code = code
+
+
+class _Array:
+    """numpy's array in the making: empty until the instruction BUILD brings shape, dtype and bytes."""
+
+    def __init__(self) -> None:
+        self.value: np.ndarray | None = None
+
+
+def _run(data: bytes) -> tuple[Any, int]:
+    """Carry out a pickle's instructions; return what it holds and how many bytes it took."""
+    stream = io.BytesIO(data)
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    for opcode, argument, position in pickletools.genops(stream):
+        name = opcode.name
+        if position == 0 and name != "PROTO":
+            raise ValueError("it does not start as a pickle does")
+        if name in ("PROTO", "FRAME"):
+            continue
+        if name == "STOP":
+            return stack.pop(), stream.tell()
+        if name in _LITERALS:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in _EMPTY:
+            stack.append(_EMPTY[name]())
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name == "TUPLE":
+            stack.append(tuple(_pop_to_mark(stack)))
+        elif name in _TUPLES:
+            stack.append(tuple(_pop(stack, _TUPLES[name])))
+        elif name == "APPEND":
+            _append(stack, _pop(stack, 1))
+        elif name == "APPENDS":
+            _append(stack, _pop_to_mark(stack))
+        elif name == "SETITEM":
+            _set_items(stack, _pop(stack, 2))
+        elif name == "SETITEMS":
+            _set_items(stack, _pop_to_mark(stack))
+        elif name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("BINPUT", "LONG_BINPUT"):
+            memo[argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name in ("GLOBAL", "INST"):
+            stack.append(_global(*argument.split(" ", 1)))
+            if name == "INST":
+                raise _blocked(f"an instance of {stack[-1]}")
+        elif name == "STACK_GLOBAL":
+            stack.append(_global(*_pop(stack, 2)))
+        elif name == "REDUCE":
+            stack.append(_call(*_pop(stack, 2)))
+        elif name == "BUILD":
+            _build(stack[-2], stack.pop())
+        else:
+            raise _blocked(f"the pickle instruction {name}")
+    raise ValueError("it has no end")
+
+
+def _pop(stack: list[Any], count: int) -> list[Any]:
+    if len(stack) < count:
+        raise ValueError("it takes more from its stack than it put there")
+    values = stack[-count:]
+    del stack[-count:]
+    return values
+
+
+def _pop_to_mark(stack: list[Any]) -> list[Any]:
+    values = []
+    while stack[-1] is not _MARK:
+        values.append(stack.pop())
+    stack.pop()
+    return values[::-1]
+
+
+def _append(stack: list[Any], values: list[Any]) -> None:
+    if type(stack[-1]) is not list:
+        raise ValueError("it appends to what is no list")
+    stack[-1].extend(values)
+
+
+def _set_items(stack: list[Any], values: list[Any]) -> None:
+    if type(stack[-1]) is not dict or len(values) % 2:
+        raise ValueError("it sets items of what is no mapping")
+    for key, value in zip(values[::2], values[1::2]):
+        # Other keys could be nested so that their hash takes for ever.
+        if type(key) not in (str, int):
+            raise CheckpointError("it has a key that is neither text nor a number; this is no weight file")
+        stack[-1][key] = value
+
+
+def _blocked(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"it asks for {what}, which no weight file of Paddle does, and nothing was run; unless you trust its maker, do "
+        "not give it to paddle.load either, but ask for the weights as .safetensors"
+    )
+
+
+def _global(module: Any, name: Any) -> _Global:
+    if type(module) is not str or type(name) is not str:
+        raise ValueError("it imports by what is no name")
+    dotted = f"{_MODULES.get(module, module)}.{name}"
+    if dotted not in _CALLS:
+        raise _blocked(shown(f"{module}.{name}").strip("'\""))
+    return _Global(dotted)
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    """Return what a call that Paddle's files make would have returned, without making it."""
+    if type(function) is not _Global or type(arguments) is not tuple:
+        raise ValueError("it calls what is no function")
+    matches, result = _CALLS[function]
+    if not matches(arguments):
+        detail = f" of {shown(arguments[0])}" if arguments and type(arguments[0]) is str else ""
+        raise _blocked(f"another call of {function} than Paddle's own{detail}")
+    return result(arguments)
+
+
+# Python 2's and numpy 2's names of the same modules.
+_MODULES = {"__builtin__": "builtins", "numpy._core.multiarray": "numpy.core.multiarray"}
+
+# name: (whether these are the arguments that Paddle's and numpy's files give, what the call returns)
+_CALLS: dict[str, tuple[Any, Any]] = {
+    "numpy.core.multiarray._reconstruct": (
+        lambda a: len(a) == 3 and type(a[0]) is _Global and a[0] == "numpy.ndarray" and a[1] == (0,),
+        lambda a: _Array(),
+    ),
+    "numpy.ndarray": (lambda a: False, None),
+    "numpy.dtype": (
+        lambda a: len(a) == 3 and type(a[0]) is str and a[0] in DTYPES,
+        lambda a: _Dtype(a[0]),
+    ),
+    "collections.OrderedDict": (lambda a: a == (), lambda a: {}),
+    # A Tensor inside a container is stored as tuple((name, array)).
+    "builtins.tuple": (lambda a: len(a) == 1 and type(a[0]) is tuple, lambda a: a[0]),
+    # A DenseTensor is stored as eval('data', {'data': array}).
+    "builtins.eval": (
+        lambda a: (
+            len(a) == 2 and type(a[0]) is str and a[0] == "data" and type(a[1]) is dict and list(a[1]) == ["data"]
+        ),
+        lambda a: a[1]["data"],
+    ),
+    # Pickle protocol 2 has no bytes.
+    "builtins.bytes": (lambda a: a == (), lambda a: b""),
+    "_codecs.encode": (
+        lambda a: len(a) == 2 and type(a[0]) is str and type(a[1]) is str and a[1] == "latin1",
+        lambda a: a[0].encode("latin1"),
+    ),
+}
+
+
+def _build(target: Any, state: Any) -> None:
+    """Fill a dtype or an array in the making with its state."""
+    if type(state) is not tuple or type(target) not in (_Dtype, _Array):
+        raise _blocked("the state of an object to be set")
+    if type(target) is _Dtype:
+        # (version, byte order, then what only structured and date dtypes have)
+        if len(state) != 8 or state[1] not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
+            raise CheckpointError("it holds a structured dtype, which no weight has")
+        target.code = state[1] + target.code.lstrip("<>=|")
+        return
+    if len(state) != 5 or type(state[1]) is not tuple or type(state[2]) is not _Dtype or target.value is not None:
+        raise ValueError("it holds an array whose state is not that of an array")
+    _, shape, dtype, fortran, raw = state
+    # Python 2 wrote bytes as text.
+    data = raw.encode("latin1") if type(raw) is str else raw
+    target.value = array_of(dtype.code, shape, data, fortran is True)
+
+
+def _name_arrays(content: Any, file_size: int) -> dict[str, np.ndarray]:
+    """Take the arrays out of what paddle.save wrote, without Paddle's own bookkeeping."""
+    if type(content) is not dict:
+        raise CheckpointError(f"it holds a {type(content).__name__.lstrip('_')}, not arrays by name")
+    splits = content.pop(_SPLIT_TABLE, {})
+    content.pop(_NAME_TABLE, None)
+    arrays = {name: _array_named(name, value) for name, value in content.items()}
+    # A short file can name the same bytes many times over; one array under two names is no more than itself.
+    size = sum(array.nbytes for array in {id(array): array for array in arrays.values()}.values())
+    if size > file_size:
+        raise CheckpointError(f"its arrays come to {size} bytes, more than the file has; do not trust this file")
+    used = [id(arrays[part]) for split in splits.values() for part in split["slices"]]
+    if len(set(used)) != len(used):
+        raise CheckpointError("it uses one part of a large array twice; do not trust this file")
+    for name, split in splits.items():
+        parts = [arrays.pop(part) for part in split["slices"]]
+        arrays[name] = np.concatenate(parts).reshape(split["OriginShape"])
+    return arrays
+
+
+def _array_named(name: Any, value: Any) -> np.ndarray:
+    if type(name) is not str:
+        raise CheckpointError(f"its entry {shown(name)} has no text for a name; this is no weight file")
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is str:
+        value = value[1]
+    if type(value) is not _Array or value.value is None:
+        raise CheckpointError(
+            f"its entry {shown(name)} is a {type(value).__name__.lstrip('_')}, not an array; if that is a container, "
+            "save the part with the weights on its own"
+        )
+    return value.value
