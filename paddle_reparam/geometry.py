@@ -123,22 +123,14 @@ class ConvGeometry:
             x = F.pad(x, [left, right, top, bottom], mode=self.padding_mode, data_format=self.data_format)
             padding = (0, 0, 0, 0)
         return F.conv2d(
-            x, weight, bias, list(self.stride), self._paddle_padding(padding), list(self.dilation), self.groups,
+            x, weight, bias, list(self.stride), _paddle_padding(padding), list(self.dilation), self.groups,
             self.data_format,
         )  # fmt: skip
-
-    @staticmethod
-    def _paddle_padding(padding: str | tuple[int, int, int, int]) -> str | list[int]:
-        # The shortest form: an exported graph shows symmetric padding as a pair, which more converters accept.
-        if padding == "SAME":
-            return padding
-        top, bottom, left, right = padding
-        return [top, left] if (top, left) == (bottom, right) else list(padding)
 
     def make_conv(self, weight: np.ndarray, bias: np.ndarray | None) -> nn.Conv2D:
         """Return a plain `nn.Conv2D` of this geometry that holds a float64 weight and bias, in eval mode."""
         # With another mode than zeros Paddle takes one int only, so all four sides are alike.
-        padding = self._paddle_padding(self.padding) if self.padding_mode == "zeros" else self.padding[0]
+        padding = _paddle_padding(self.padding) if self.padding_mode == "zeros" else self.padding[0]
         conv = nn.Conv2D(
             self.in_channels, self.out_channels, list(self.kernel_size), list(self.stride), padding,
             list(self.dilation), self.groups, padding_mode=self.padding_mode, data_format=self.data_format,
@@ -151,3 +143,12 @@ class ConvGeometry:
             assign(conv.bias, bias)
         conv.eval()
         return conv
+
+
+def _paddle_padding(padding: str | tuple[int, int, int, int]) -> str | list[int]:
+    # The shortest form: an exported graph shows symmetric padding as a pair, which more converters accept. A function
+    # of the module, because the tracer of Paddle 3.3 does not find static methods of dataclass instances.
+    if padding == "SAME":
+        return padding
+    top, bottom, left, right = padding
+    return [top, left] if (top, left) == (bottom, right) else list(padding)

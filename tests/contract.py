@@ -14,7 +14,6 @@ from helpers import BATCH_NORMS, as_array, randomise_batch_norms, relative_error
 from paddle import nn
 
 from paddle_reparam.errors import ReparamError, UnsupportedConv
-from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.layers.base import ReparamLayer
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
@@ -91,9 +90,10 @@ CASES = _cases()
 
 
 def build(cls: type[ReparamLayer], case: Case, dtype: str = "float64") -> ReparamLayer | None:
-    """Return the layer for a convolution's geometry, or None where it says in a sentence that it cannot stand in."""
+    """Return the layer that stands in for a convolution, or None where it says in a sentence that it cannot."""
     try:
-        layer = cls.build(ConvGeometry.of(case.conv(dtype)))
+        # Not cls.build: a layer with a frozen base weight does nothing until it has taken one.
+        layer = cls.from_conv(case.conv(dtype))
     except UnsupportedConv as refusal:
         text = str(refusal)
         assert len(text.split()) >= 4, f"{cls.__name__} refuses {case} without a sentence: {text!r}"
