@@ -20,6 +20,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from . import layers as layers  # form_of asks every registered layer, and importing registers them
 from . import pickles
 from .errors import CheckpointError, ReparamError
 from .registry import get_layer, list_layers

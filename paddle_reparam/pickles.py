@@ -66,9 +66,9 @@ def array_of(code: str, shape: Sequence[int], data: bytes, fortran: bool = False
         raise CheckpointError(f"it holds an array of the dtype {shown(code)}, which no weight has")
     dtype = np.dtype(code)
     size = dtype.itemsize
+    if len(shape) > 32 or any(type(extent) is not int or not 0 <= extent < 1 << 63 for extent in shape):
+        raise CheckpointError(f"it holds an array of the shape {shown(shape)}; it is damaged")
     for extent in shape:
-        if type(extent) is not int or extent < 0:
-            raise CheckpointError(f"it holds an array of the shape {shown(shape)}; it is damaged")
         size *= extent
     if not isinstance(data, (bytes, bytearray)) or size != len(data):
         raise CheckpointError(
@@ -84,9 +84,9 @@ def shown(value: Any) -> str:
     """Return how a value from a file is quoted in messages: on one line and short, whatever it is."""
     if type(value) in (tuple, list):
         return str([item if type(item) is int and item.bit_length() < 64 else "?" for item in value[:10]])
-    return (
-        repr(value if len(value) < 100 else f"{value[:97]}...") if type(value) is str else f"({type(value).__name__})"
-    )
+    if type(value) is str:
+        return repr(value if len(value) < 100 else f"{value[:97]}...")
+    return f"({type(value).__name__})"
 
 
 class _Global(str):

@@ -145,14 +145,15 @@ def test_array_pickle_is_a_pickle_of_an_array(tmp_path):
     [
         ((1 << 40,), "f4", b"1234", "with other than"),
         ((1 << 62, 1 << 62), "f8", b"", "with other than"),
-        ((0, 1 << 70), "f4", b"1234", "with other than 0 bytes"),
+        ((0, 1 << 62), "f4", b"1234", "with other than 0 bytes"),
+        ((0, 1 << 70), "f4", b"", "shape [0, '?']"),
         ((-1, -1), "f4", b"1234", "shape [-1, -1]"),
         ((2,), "f4", b"1234", "with other than 8 bytes"),
         ((1,), "O8", b"12345678", "numpy.dtype than Paddle's own of 'O8'"),
         ((1,), "c8", b"12345678", "numpy.dtype than Paddle's own of 'c8'"),
         ((1,), "V8", b"12345678", "numpy.dtype than Paddle's own of 'V8'"),
         ((1,), "b1", b"\2", "bool array"),
-        ((1,) * 70, "f4", b"1234", "truncated, damaged or no pickle"),
+        ((1,) * 33, "f4", b"1234", "shape [1, 1, 1"),
     ],
 )
 def test_arrays_must_be_what_their_bytes_are(tmp_path, shape, dtype, data, words):
@@ -187,6 +188,7 @@ def test_names_from_a_file_cannot_write_to_the_terminal(tmp_path):
     assert "\x1b" not in refusal(tmp_path / "model.pdparams")
 
 
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 @pytest.mark.parametrize("name", ["tensors-3.3.1", "mixed-protocol2-2.6.2"])
 def test_random_bytes_in_files_without_a_checksum_raise_nothing_else(tmp_path, name):
     data = (DATA / f"{name}.pdparams").read_bytes()
