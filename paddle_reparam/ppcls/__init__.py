@@ -1,0 +1,24 @@
+"""The only place that knows PaddleClas: find it, mend what is old in it, register in it, train through it."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+
+def setup() -> ModuleType:
+    """Return PaddleClas' `ppcls`: found, mended, everything of this library registered; a second call does nothing.
+
+    After it, `Arch.name` in a YAML file may be `ReparamModel` or any of `list_models()`, and weight files that do not
+    fit their model are errors. Raises `ReparamError` where no PaddleClas with a training Engine is installed.
+    """
+    from . import locate
+
+    ppcls = locate.load()
+    if not hasattr(ppcls, "_paddle_reparam"):
+        from . import arch, engine, mends
+
+        mends.apply()
+        arch.register()
+        engine.register()
+        ppcls._paddle_reparam = True
+    return ppcls

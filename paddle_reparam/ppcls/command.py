@@ -1,0 +1,123 @@
+"""PaddleClas' command line, with one sentence and an exit code where it goes wrong."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import ReparamError, UnknownName
+from . import locate, setup
+from .errors import ConfigError
+
+# The parts of a PaddleClas config that an override may add.
+_SECTIONS = {
+    "Global", "Arch", "AMP", "EMA", "Loss", "UnLabelLoss", "Optimizer", "DataLoader", "Metric", "Infer", "Slim",
+    "MLDecoder",
+}  # fmt: skip
+# What the Engine reads without asking whether it is there.
+_DEFAULTS = {"pretrained_model": None, "checkpoints": None, "use_visualdl": False, "output_dir": "./output"}
+
+
+def main(mode: str, arguments: Sequence[str] | None = None) -> int:
+    """Run PaddleClas' Engine in a mode (train, eval, infer, export) with its own flags; return the exit code."""
+    parser = argparse.ArgumentParser(description=f"PaddleClas' {mode}, with the layers and models of paddle_reparam.")
+    parser.add_argument("-c", "--config", required=True, help="YAML file")
+    parser.add_argument(
+        "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
+        help="replace a value of the config, as in -o Global.epochs=3; may be given several times",
+    )  # fmt: skip
+    parser.add_argument("-p", "--profiler_options", help="profiler settings: key1=value1;key2=value2")
+    given = parser.parse_args(arguments)
+    with _exit_code() as result:
+        setup()
+        from .engine import Engine
+
+        config = read_config(given.config, given.override)
+        config["profiler_options"] = given.profiler_options
+        getattr(Engine(config, mode=mode), mode)()
+    return result[0]
+
+
+def launch(arguments: Sequence[str] | None = None) -> int:
+    """Run a script of PaddleClas as it stands, with everything of this library registered; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description="Run a script of a PaddleClas checkout with the layers and models of paddle_reparam registered."
+    )
+    parser.add_argument("script", help="such as PaddleClas/tools/train.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    given = parser.parse_args(arguments)
+    with _exit_code() as result:
+        script = Path(given.script).resolve()
+        if not script.is_file():
+            raise ConfigError(f"there is no script {given.script}")
+        if locate.has_engine(script.parents[1]):
+            os.environ[locate.HOME] = str(script.parents[1])
+        setup()
+        sys.argv = [str(script), *given.arguments]
+        runpy.run_path(str(script), run_name="__main__")
+    return result[0]
+
+
+@contextlib.contextmanager
+def _exit_code() -> Iterator[list[int]]:
+    result = [0]
+    try:
+        yield result
+    except ReparamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        result[0] = 2 if isinstance(error, (ConfigError, UnknownName)) else 1
+
+
+def read_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return PaddleClas' config of a YAML file with overrides applied; `ConfigError` says what is wrong in them."""
+    from ppcls.utils import config as ppcls_config
+
+    try:
+        config = ppcls_config.parse_config(path)
+    except OSError as error:
+        raise ConfigError(f"the config {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no YAML file with sections: {error}") from error
+    for override in overrides:
+        _check_override(config, override)
+    ppcls_config.override_config(config, list(overrides))
+    for section in ("Global", "Arch", "DataLoader"):
+        if not isinstance(config.get(section), dict):
+            raise ConfigError(f"{path} has no section {section}; is it a config of PaddleClas?")
+    for key, value in _DEFAULTS.items():
+        config["Global"].setdefault(key, value)
+    return config
+
+
+def _check_override(config: Any, override: str) -> None:
+    """Refuse what PaddleClas answers with an assertion, or takes for a new field without a word."""
+    key, *values = override.split("=")
+    if len(values) != 1 or not key:
+        raise ConfigError(f"-o {override}: write KEY=VALUE with one =, as in -o Global.epochs=3")
+    known, missing = set(config) | _SECTIONS, "section"
+    path = key.split(".")
+    for depth, part in enumerate(path):
+        if isinstance(config, dict):
+            near = difflib.get_close_matches(part, known, n=1, cutoff=0.8)
+            if part not in known and (near or depth == 0):
+                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+                raise ConfigError(f"-o {override}: the config has no {missing} {part!r}; {hint}")
+            if part not in config:
+                return
+            config = config[part]
+        elif isinstance(config, list):
+            if not part.isdigit() or int(part) >= len(config):
+                raise ConfigError(f"-o {override}: {part!r} is no index of a list of {len(config)}")
+            config = config[int(part)]
+        else:
+            raise ConfigError(f"-o {override}: {'.'.join(path[:depth])} is {config!r} and has nothing named {part!r}")
+        known, missing = set(config) if isinstance(config, dict) else set(), f"{'.'.join(path[: depth + 1])} named"

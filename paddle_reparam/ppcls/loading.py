@@ -1,0 +1,99 @@
+"""Weights that go into PaddleClas' models: read without running them, and an error where they do not fit.
+
+PaddleClas ignores what `set_state_dict` returns, so a file that does not fit leaves random weights without a word.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from paddle import nn
+from ppcls.engine import engine as engine_module
+from ppcls.loss import build_loss
+from ppcls.utils.download import get_weights_path_from_url
+
+from .. import checkpoints
+from ..errors import CheckpointError
+
+_REFOCUSING = "convmap.weight"
+
+
+@contextlib.contextmanager
+def strict_loading(config: dict[str, Any], mode: str) -> Iterator[None]:
+    """Make PaddleClas' Engine load weights strictly while it runs in here; its own files stay as they are."""
+    load = functools.partial(load_weights, config=config, mode=mode)
+    ours = {
+        "load_dygraph_pretrain": load,
+        "load_dygraph_pretrain_from_url": load,
+        "init_model": functools.partial(_resume, engine_module.init_model, config=config),
+    }
+    theirs = {name: getattr(engine_module, name) for name in ours if hasattr(engine_module, name)}
+    for name in theirs:
+        setattr(engine_module, name, ours[name])
+    try:
+        yield
+    finally:
+        for name, function in theirs.items():
+            setattr(engine_module, name, function)
+
+
+def weight_file(path: str) -> str:
+    """Return the local file of what `Global.pretrained_model` names: a URL, a file, or one without its suffix."""
+    if path.startswith(("http://", "https://")):
+        return get_weights_path_from_url(path)
+    if os.path.isfile(path):
+        return path
+    with_suffix = f"{path}.pdparams"
+    if os.path.isfile(with_suffix):
+        return with_suffix
+    raise CheckpointError(f"there is no weight file {path} or {with_suffix}")
+
+
+def load_weights(models: nn.Layer | list[nn.Layer | None], path: str, config: dict[str, Any], mode: str) -> None:
+    """Load a weight file into a model, and into the training loss where that has weights as well.
+
+    In training a plain baseline may go into RefConv layers, which it has no refocusing weights for; elsewhere they
+    would be random. Raises `CheckpointError` for whatever else is missing, left over or of another shape.
+    """
+    model, *losses = models if isinstance(models, list) else [models]
+    file = weight_file(path)
+    state = checkpoints.load(file)
+    own = model.state_dict()
+    for loss in filter(None, losses):
+        of_loss = {name: state.pop(name) for name in loss.state_dict() if name in state}
+        if of_loss:
+            checkpoints.load_into(loss, of_loss)
+    if mode != "train" and set(state) - set(own) and "Loss" in config:
+        # What was saved in training holds the training loss' weights too; no other mode has a use for them.
+        for name in build_loss(config["Loss"]["Train"]).state_dict():
+            state.pop(name, None)
+    lacking = [name for name in own if name.endswith(_REFOCUSING) and name not in state]
+    if lacking and mode != "train":
+        raise CheckpointError(
+            f"{file}: it lacks {len(lacking)} refocusing weights ({lacking[0]}), which would stay random; "
+            f"for {mode} give the weights that training saved, or the plain backbone's config for plain weights"
+        )
+    try:
+        checkpoints.load_into(model, state, may_miss=[f"*{_REFOCUSING}"] if lacking else [])
+    except CheckpointError as error:
+        raise error.at(file) from None
+
+
+def _resume(init_model: Any, settings: dict[str, Any], net: nn.Layer, *args: Any, config: dict[str, Any]) -> Any:
+    """Check a checkpoint against the model before PaddleClas resumes from it."""
+    prefix = settings.get("checkpoints")
+    if prefix:
+        for suffix in (".pdparams", ".pdopt", ".pdstates"):
+            if not Path(prefix + suffix).is_file():
+                raise CheckpointError(
+                    f"Global.checkpoints: there is no file {prefix + suffix}; give the path of a saved epoch without "
+                    "its suffix, such as output/ResNet50/latest"
+                )
+        loss = args[1] if len(args) > 1 else None
+        load_weights([getattr(net, "_layers", net), loss], prefix + ".pdparams", config, mode="resuming")
+    return init_model(settings, net, *args)
