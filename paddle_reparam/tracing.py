@@ -116,8 +116,9 @@ def trace_flow(
 ) -> Flow:
     """Run the model once and find the producers whose output goes to one consumer and nowhere else.
 
-    Each producer's output is handed on as a copy that autograd knows as a leaf, while a consumer that is called with
-    this very copy gets the original. A leaf that the network's outputs still depend on has another reader.
+    Each producer's output is handed on as a copy, made by adding a zero that autograd knows as a leaf, while a consumer
+    that is called with this very copy gets the original. A leaf that the network's outputs still depend on shows that
+    the copy has another reader.
     """
     flow = Flow()
     copies: dict[int, tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor, int]] = {}
@@ -127,9 +128,9 @@ def trace_flow(
         flow.calls[id(layer)] += 1
         if not isinstance(output, paddle.Tensor):
             return None
-        leaf = output.detach()
+        leaf = paddle.zeros_like(output)
         leaf.stop_gradient = False
-        copy = leaf.clone()
+        copy = output + leaf
         copies[id(copy)] = (copy, leaf, output, id(layer))
         return copy
 

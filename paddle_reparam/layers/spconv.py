@@ -53,7 +53,7 @@ class SPConv2DFused(InferenceForm):
         scale = np.where(vanishes, 0.0, scale)
         gate_scale = np.where(vanishes, 0.0, gate_scale / np.where(vanishes, 1.0, scale))
         no_shift = np.zeros_like(scale)
-        for conv, own_shift in ((self.spatial, no_shift), (self.pointwise, no_shift), (self.uncertain, -shift)):
+        for conv, own_shift in ((self.spatial, shift), (self.pointwise, no_shift), (self.uncertain, -shift)):
             kernel, bias = _fold(conv, scale, own_shift)
             assign(conv.weight, kernel)
             if conv.bias is not None:
@@ -68,7 +68,8 @@ class SPConv2D(ReparamLayer):
     Of `[N, in_channels, H, W]` the first A = int(in_channels * ratio) channels are representative (x3), the rest
     uncertain (x1):
 
-        u3 = BN1(gwc(x3) + pwc(x3)),  u1 = BN2(conv1x1(x1)),  out = g * u3 + (1 - g) * u1,  g = sigmoid(GAP(u3) - GAP(u1))
+        u3 = BN1(gwc(x3) + pwc(x3)),  u1 = BN2(conv1x1(x1))
+        out = g * u3 + (1 - g) * u1,  g = sigmoid(GAP(u3) - GAP(u1))
 
     gwc is 3x3 in two groups, pwc and conv1x1 are 1x1; padding is the dilation. With stride 2 the inputs of pwc and
     conv1x1 are averaged over 2x2 pixels. A side of odd length gets one row or column of zeros at its end for that, and

@@ -1,0 +1,416 @@
+"""The walk: which convolutions get a layer, what is fused, which BN is folded, and what is refused by name."""
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+from paddle import nn
+
+from paddle_reparam.errors import ReparamError, UnknownName
+from paddle_reparam.layers.refconv import RefConv2D
+from paddle_reparam.layers.spconv import SPConv2D
+from paddle_reparam.rewrite import reparameterize, replace
+from paddle_reparam.verify import verify
+
+from helpers import randomise_batch_norms, relative_error
+
+SPEC = [[None, 3, 9, 8]]
+
+
+class Net(nn.Layer):
+    """Convolutions of every kind that a walk meets."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2D(3, 8, 3, padding=1, bias_attr=False)
+        self.bn = nn.BatchNorm2D(8)
+        self.blocks = nn.Sequential(
+            nn.Sequential(nn.Conv2D(8, 8, 3, padding="SAME", groups=8), nn.BatchNorm2D(8), nn.ReLU()),
+            nn.Sequential(nn.Conv2D(8, 6, 1), nn.BatchNorm2D(6), nn.ReLU()),
+            nn.Sequential(nn.Conv2D(6, 6, (3, 5), padding=(2, 4), dilation=2), nn.ReLU()),
+        )
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.blocks(F.relu(self.bn(self.stem(x))))
+        return self.head(x.mean([2, 3]))
+
+
+def build(cls=Net, *args):
+    model = cls(*args)
+    randomise_batch_norms(model, 1)
+    model.eval()
+    return model
+
+
+def state_of(model):
+    return {k: v.numpy().copy() for k, v in model.state_dict().items()}
+
+
+def assert_same_state(model, state):
+    now = state_of(model)
+    assert list(now) == list(state)
+    for key, value in state.items():
+        np.testing.assert_array_equal(now[key], value, err_msg=key)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# replace
+
+
+def test_replace_reports_every_convolution_and_keeps_the_function():
+    model = build()
+    x = paddle.randn([2, 3, 9, 8])
+    before = model(x)
+    report = replace(model, "RefConv2D", init="zero")
+    assert [path for path, _ in report.touched] == ["stem", "blocks.0.0", "blocks.2.0"]
+    assert [path for path, _ in report.skipped] == ["blocks.1.0"]
+    assert "1x1" in report.skipped[0][1]
+    assert all(isinstance(layer, RefConv2D) for layer in (model.stem, model.blocks[0][0], model.blocks[2][0]))
+    assert relative_error(model(x), before) < 1e-6
+    assert not model.stem.training
+    assert report.coverage == 0.75
+    assert "blocks.2.0" in str(report)
+    assert '"touched"' in report.to_json()
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["blocks.*", ["blocks.0.*", "blocks.2.*"], lambda path, conv: conv._groups == 8 or conv._dilation[0] == 2],
+    ids=["pattern", "patterns", "predicate"],
+)
+def test_where_selects(where):
+    model = build()
+    report = replace(model, "RefConv2D", where=where, init="zero")
+    assert [path for path, _ in report.touched] == ["blocks.0.0", "blocks.2.0"]
+    assert dict(report.skipped)["stem"] == "not selected by `where`"
+    assert type(model.stem) is nn.Conv2D
+
+
+def test_dry_run_reports_the_same_and_changes_nothing():
+    model = build()
+    state, types = state_of(model), [type(layer) for layer in model.sublayers()]
+    dry = replace(model, "RefConv2D", dry_run=True, init="zero")
+    assert_same_state(model, state)
+    assert [type(layer) for layer in model.sublayers()] == types
+    assert dry.touched == replace(model, "RefConv2D", init="zero").touched
+
+
+def test_replacing_nothing_is_an_error_with_the_reasons():
+    with pytest.raises(ReparamError, match="in the place of no convolution of Net.*not selected by `where`"):
+        replace(build(), "RefConv2D", where="layer9.*")
+    with pytest.raises(ReparamError, match="of Linear: it has none"):
+        replace(nn.Linear(2, 2), "RefConv2D")
+    with pytest.raises(ReparamError, match="use RefConv2D.from_conv"):
+        replace(nn.Conv2D(3, 3, 3), "RefConv2D")
+    with pytest.raises(UnknownName, match="did you mean RefConv2D"):
+        replace(build(), "RefConv")
+
+
+def test_an_error_in_a_layer_carries_its_path():
+    model = build()
+    model.blocks[0][0].weight.set_value(paddle.zeros([8, 1, 3, 3]))
+    with pytest.raises(ReparamError, match=r"blocks\.0\.0: .*zero"):
+        replace(model, "RefConv2D")
+    assert type(model.stem) is nn.Conv2D, "nothing may change when one layer cannot be replaced"
+
+
+class Shared(nn.Layer):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2D(3, 3, 3, padding=1)
+        self.again = self.first
+        self.tied = nn.Conv2D(3, 3, 3, padding=1)
+        self.tied_too = nn.Conv2D(3, 3, 3, padding=1)
+        self.tied_too.weight = self.tied.weight
+        self.listed = [self.add_sublayer("in_list", nn.Conv2D(3, 3, 3, padding=1))]
+        self.by_name = {"a": self.listed[0], "pair": (self.listed[0], 1)}
+
+    def forward(self, x):
+        x = self.tied_too(self.tied(self.again(self.first(x))))
+        return self.by_name["pair"][0](self.by_name["a"](self.listed[0](x)))
+
+
+def test_shared_layers_stay_shared_and_tied_weights_are_refused():
+    model = build(Shared)
+    x = paddle.randn([1, 3, 6, 6])
+    before = model(x)
+    report = replace(model, "RefConv2D", init="zero")
+    assert [path for path, _ in report.touched] == ["first", "in_list"]
+    assert "also at again" in dict(report.touched)["first"]
+    assert model.first is model.again
+    assert [path for path, _ in report.skipped] == ["tied", "tied_too"]
+    assert "shared with another layer" in report.skipped[0][1]
+    assert relative_error(model(x), before) < 1e-6
+    # The layers that the forward reaches through a list, a dict and a tuple are the new ones.
+    assert isinstance(model.listed[0], RefConv2D)
+    assert model.by_name["a"] is model.listed[0] is model.by_name["pair"][0] is model.in_list
+
+
+def test_hooked_subclassed_and_weight_normed_convolutions_are_skipped_by_name():
+    class MyConv(nn.Conv2D):
+        pass
+
+    hooked = nn.Conv2D(3, 3, 3)
+    hooked.register_forward_post_hook(lambda layer, args, out: out * 2)
+    model = nn.Sequential(MyConv(3, 3, 3), hooked, nn.utils.weight_norm(nn.Conv2D(3, 3, 3)), nn.Conv2D(3, 3, 3))
+    reasons = dict(replace(model, "RefConv2D", init="zero").skipped)
+    assert "MyConv is not paddle.nn.Conv2D itself" in reasons["0"]
+    assert "hooks" in reasons["1"]
+    assert "weight norm" in reasons["2"] or "hooks" in reasons["2"]
+
+
+def test_layers_already_put_in_are_left_alone():
+    model = build()
+    replace(model, "RefConv2D", where="stem", init="zero")
+    report = replace(model, "RefConv2D", init="zero")
+    assert [path for path, _ in report.touched] == ["blocks.0.0", "blocks.2.0"]
+    model = build(nn.Sequential, SPConv2D(8, 8), nn.Conv2D(8, 8, 3))
+    report = replace(model, "RefConv2D")
+    assert [path for path, _ in report.touched] == ["1"]
+    assert dict(report.skipped)["0.gwc"] == "it is part of a SPConv2D"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# reparameterize
+
+
+def test_fused_without_bn_is_the_plain_network_again():
+    plain = build()
+    model = build()
+    model.set_state_dict(plain.state_dict())
+    replace(model, "RefConv2D", init="xavier")
+    state = state_of(model)
+    fused, report = reparameterize(model)
+    assert [path for path, _ in report.touched] == ["stem", "blocks.0.0", "blocks.2.0"]
+    assert {k: v.shape for k, v in fused.state_dict().items()} == {k: v.shape for k, v in plain.state_dict().items()}
+    assert [type(layer) for layer in fused.sublayers()] == [type(layer) for layer in plain.sublayers()]
+    assert report.left_over == {"BNs": 3}
+    assert verify(model, fused, SPEC).passed
+    x = paddle.randn([2, 3, 9, 8])
+    assert relative_error(model(x), plain(x)) > 1e-2
+    assert_same_state(model, state)
+    assert isinstance(model.stem, RefConv2D)
+
+
+def test_float64_networks_fuse_to_float64_accuracy():
+    paddle.set_default_dtype("float64")
+    model = build()
+    replace(model, "RefConv2D", init="xavier")
+    fused, report = reparameterize(model, fold_bn=True, input_spec=SPEC)
+    assert report.left_over == {}
+    assert verify(model, fused, SPEC, tolerance=1e-12).passed
+
+
+def test_folding_follows_the_data_not_the_names():
+    class Crossed(nn.Layer):
+        """Registered next to each other: a and bn. Following each other: nothing but c and bn."""
+
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Conv2D(3, 4, 3, padding=1)
+            self.a = nn.Conv2D(3, 4, 3, padding=1)
+            self.bn = nn.BatchNorm2D(4)
+
+        def forward(self, x):
+            return self.a(x) + self.bn(self.c(x))
+
+    model = build(Crossed)
+    fused, report = reparameterize(model, fold_bn=True, input_spec=[[None, 3, 7, 7]])
+    assert report.touched == [("bn", "folded into c")]
+    assert isinstance(fused.bn, nn.Identity)
+    np.testing.assert_array_equal(fused.a.weight.numpy(), model.a.weight.numpy())
+    assert verify(model, fused, [[None, 3, 7, 7]]).passed
+
+
+class Trap(nn.Layer):
+    """A conv and a BN between which something else happens."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv = nn.Conv2D(3, 3, 3, padding=1)
+        self.bn = nn.BatchNorm2D(3)
+        self.other = nn.Conv2D(3, 3, 1)
+        if kind == "tied":
+            self.other.weight = self.other.create_parameter([3, 3, 3, 3])
+            self.other = nn.Conv2D(3, 3, 3, padding=1)
+            self.other.weight = self.conv.weight
+        if kind == "hook":
+            self.bn.register_forward_post_hook(lambda layer, args, out: out + 1)
+        if kind == "batch statistics":
+            self.bn = nn.BatchNorm2D(3, use_global_stats=False)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if self.kind == "read twice":
+            return self.bn(y) + self.other(y)
+        if self.kind == "returned too":
+            return self.bn(y), y
+        if self.kind == "changed in place":
+            y = F.relu_(y)
+        if self.kind == "conv called twice":
+            return self.bn(y) + self.conv(x * 2)
+        if self.kind == "BN called twice":
+            return self.bn(y) + self.bn(self.other(x))
+        if self.kind == "activation between":
+            y = F.relu(y)
+        if self.kind == "BN unused":
+            return y
+        return self.other(self.bn(y))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "read twice", "returned too", "changed in place", "conv called twice", "BN called twice", "activation between",
+        "BN unused", "tied", "hook", "batch statistics",
+    ],
+)  # fmt: skip
+def test_a_bn_that_cannot_be_folded_is_named_and_left(kind):
+    model = build(Trap, kind)
+    with pytest.raises(ReparamError, match="nothing to fuse"):
+        reparameterize(model, fold_bn=True, input_spec=[[None, 3, 6, 6]])
+    replaced = build(Trap, kind)
+    if kind == "tied":
+        return
+    replace(replaced, "RefConv2D", where="conv", init="xavier")
+    fused, report = reparameterize(replaced, fold_bn=True, input_spec=[[None, 3, 6, 6]])
+    assert [path for path, _ in report.skipped] == ["bn"]
+    assert report.left_over == {"BNs": 1}
+    assert verify(replaced, fused, [[None, 3, 6, 6]]).passed
+
+
+def test_old_batch_norm_keeps_its_activation():
+    model = build(
+        nn.Sequential, nn.Conv2D(3, 4, 3, data_format="NHWC"), nn.BatchNorm(4, act="relu", data_layout="NHWC")
+    )
+    fused, report = reparameterize(model, fold_bn=True, input_spec=[[None, 9, 7, 3]])
+    assert report.touched == [("1", "folded into 0")]
+    assert verify(model, fused, [[None, 9, 7, 3]]).passed
+    assert float(fused(paddle.randn([1, 9, 7, 3])).min()) == 0.0
+
+
+def test_a_bn_behind_an_inference_form_goes_into_it():
+    model = build(nn.Sequential, SPConv2D(8, 12), nn.BatchNorm2D(12), nn.Conv2D(12, 4, 1))
+    fused, report = reparameterize(model, fold_bn=True, input_spec=[[None, 8, 7, 7]])
+    assert report.touched[-1] == ("1", "folded into 0")
+    assert report.left_over == {"inference forms": 1}
+    assert verify(model, fused, [[None, 8, 7, 7]]).passed
+
+
+def test_the_root_itself_can_be_a_layer():
+    layer = RefConv2D.from_conv(nn.Conv2D(3, 4, 3))
+    layer.eval()
+    fused, report = reparameterize(layer)
+    assert type(fused) is nn.Conv2D
+    assert len(report.touched) == 1
+
+
+def test_training_mode_and_nothing_to_fuse_are_refused():
+    model = build()
+    with pytest.raises(ReparamError, match="Net has nothing to fuse.*fold_bn=True"):
+        reparameterize(model)
+    model.train()
+    with pytest.raises(ReparamError, match=r"training mode; call model.eval\(\)"):
+        reparameterize(model)
+    model.eval()
+    replace(model, "RefConv2D", init="zero")
+    fused, _ = reparameterize(model)
+    with pytest.raises(ReparamError, match="nothing to fuse"):
+        reparameterize(fused)
+    model.stem.train()
+    with pytest.raises(ReparamError, match="stem: RefConv2D is in training mode"):
+        reparameterize(model)
+
+
+def test_a_layer_with_hooks_is_refused_by_name():
+    model = build()
+    replace(model, "RefConv2D", where="stem", init="zero")
+    model.stem.register_forward_post_hook(lambda layer, args, out: out)
+    with pytest.raises(ReparamError, match="stem: it has forward hooks"):
+        reparameterize(model)
+
+
+def test_hooks_that_close_over_the_model_speak_of_the_copy():
+    class Counting(Net):
+        def __init__(self):
+            super().__init__()
+            self.seen = 0
+
+            def count(layer, args):
+                self.seen += 1
+
+            self.register_forward_pre_hook(count)
+
+    model = build(Counting)
+    replace(model, "RefConv2D", init="zero")
+    fused, _ = reparameterize(model)
+    fused(paddle.randn([1, 3, 9, 8]))
+    assert (model.seen, fused.seen) == (0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks that fuse themselves, as PaddleClas' do
+
+
+class ForeignBlock(nn.Layer):
+    """Two branches and a scale; fused in place by the name that one PaddleClas release or the other gives it."""
+
+    def __init__(self, fault=False):
+        super().__init__()
+        self.fault = fault
+        self.is_repped = False
+        self.large = nn.Conv2D(4, 4, 3, padding=1, bias_attr=False)
+        self.small = nn.Conv2D(4, 4, 1, bias_attr=False)
+
+    def forward(self, x):
+        if self.is_repped:
+            return self.merged(x) * (1.0 if self.fault else 2.0)
+        return (self.large(x) + self.small(x)) * 2.0
+
+    def _merge(self):
+        merged = nn.Conv2D(4, 4, 3, padding=1, bias_attr=False)
+        merged.weight.set_value(self.large.weight + F.pad(self.small.weight, [1, 1, 1, 1]))
+        self.merged = merged
+        self.is_repped = True
+
+
+class Rep24Block(ForeignBlock):
+    def rep(self):
+        self._merge()
+
+
+class Rep26Block(ForeignBlock):
+    def re_parameterize(self):
+        self._merge()
+
+
+@pytest.mark.parametrize("block", [Rep24Block, Rep26Block])
+def test_foreign_blocks_are_fused_and_their_dead_branches_dropped(block):
+    model = build(nn.Sequential, nn.Conv2D(3, 4, 3), block(), nn.ReLU())
+    fused, report = reparameterize(model, fold_bn=True, input_spec=[[None, 3, 8, 8]])
+    assert report.touched[0][0] == "1"
+    assert dict(report.touched)["1.large"] == "training branch dropped, 144 parameters"
+    assert sum(p.size for p in fused[1].parameters()) == 144
+    assert verify(model, fused, [[None, 3, 8, 8]]).passed
+    assert not model[1].is_repped
+
+
+def test_a_wrong_foreign_block_is_found_by_name():
+    model = build(nn.Sequential, nn.Conv2D(3, 4, 3), nn.Sequential(Rep26Block(), Rep26Block(fault=True)), nn.ReLU())
+    fused, _ = reparameterize(model)
+    report = verify(model, fused, [[None, 3, 8, 8]])
+    assert not report.passed
+    assert report.first_difference == "1.1"
+    with pytest.raises(ReparamError, match=r"relative error 5.0e-01 .*first at layer '1\.1'"):
+        report.raise_if_failed("the fused network")
+
+
+def test_a_foreign_block_that_fails_is_named():
+    class Broken(ForeignBlock):
+        def rep(self):
+            raise TypeError("float64 is not float32")
+
+    with pytest.raises(ReparamError, match=r"^1: Broken.rep\(\) .*failed: float64 is not float32"):
+        reparameterize(build(nn.Sequential, nn.ReLU(), Broken()))
