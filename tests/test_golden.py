@@ -1,0 +1,236 @@
+"""Outputs, gradients and running statistics of the papers' published modules: `GOLDEN_DIR=<folder> pytest <this>`.
+
+One `.npz` per case: `config` (the layer and the arguments of the published module, by name), `state/<key>`, an input
+`x` and a co-vector `r` (the loss is sum(y * r)); `y_eval`, `y_train`, `grad_x`, `grad/<key>`, and `after/<key>`, the
+running statistics after the one training step. The vectors were computed in float64 and are stored in float32.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from helpers import BATCH_NORMS, as_array, relative_error
+from paddle import nn
+
+import paddle_reparam  # noqa: F401 - registers the layers
+from paddle_reparam.geometry import ConvGeometry, as_pair
+from paddle_reparam.layers.base import ReparamLayer
+from paddle_reparam.registry import get_layer, list_layers
+
+TOLERANCE = 1e-6
+FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
+
+
+# --- From the published arguments and names to ours --------------------------------------------------------------
+
+
+def _geometry(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int, padding: int, groups: int, bias: bool
+) -> ConvGeometry:
+    vertical, horizontal = as_pair(padding)
+    return ConvGeometry(
+        in_channels, out_channels, as_pair(kernel_size), as_pair(stride), (vertical, vertical, horizontal, horizontal),
+        groups=groups, bias=bias, dtype="float64",
+    )  # fmt: skip
+
+
+def make_refconv(
+    in_channels, out_channels, kernel_size, stride=1, padding=None, groups=1, map_k=3
+) -> tuple[ConvGeometry, dict]:
+    padding = [k // 2 for k in as_pair(kernel_size)] if padding is None else padding
+    return _geometry(in_channels, out_channels, kernel_size, stride, padding, groups, False), {"map_k": map_k}
+
+
+def make_spconv(inplanes, outplanes, stride=1, ratio=0.5) -> tuple[ConvGeometry, dict]:
+    return _geometry(inplanes, outplanes, 3, stride, 1, 1, False), {"ratio": ratio}
+
+
+#: Published layer -> function(published arguments) -> (geometry, options of our `build`).
+LAYERS = {"RefConv2D": make_refconv, "SPConv2D": make_spconv}
+#: Published layer -> function(published key) -> our key, where more differs than the names of a BN's statistics.
+RENAME = {}
+OF_A_BATCH_NORM = {"running_mean": "_mean", "running_var": "_variance"}
+
+
+def our_key(name: str, key: str) -> str | None:
+    """Return our name of a published key, None for a batch norm's counter, which Paddle does not keep."""
+    path, _, last = RENAME.get(name, lambda k: k)(key).rpartition(".")
+    if last == "num_batches_tracked":
+        return None
+    last = OF_A_BATCH_NORM.get(last, last)
+    return f"{path}.{last}" if path else last
+
+
+def in_our_layout(layer: nn.Layer, key: str, array: np.ndarray) -> np.ndarray:
+    """Return a published array as Paddle keeps it: the weight of a `Linear` is [in, out] there, [out, in] in torch."""
+    owners = dict(layer.named_sublayers(include_self=True))
+    path, _, last = key.rpartition(".")
+    return array.T if last == "weight" and isinstance(owners.get(path), nn.Linear) else array
+
+
+class Vector:
+    """One case, with our names and layouts."""
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        config = json.loads(str(arrays["config"]))
+        self.name = config.pop("layer")
+        assert self.name in LAYERS, f"{self.name} is registered; say in LAYERS what its published arguments mean"
+        geometry, options = LAYERS[self.name](**config)
+        self.layer: ReparamLayer = get_layer(self.name).layer.build(geometry, **options)
+        self.arrays = arrays
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key].astype(np.float64)
+
+    def group(self, prefix: str) -> dict[str, np.ndarray]:
+        """Return what is stored under `<prefix>/`."""
+        keys = {k: our_key(self.name, k[len(prefix) + 1 :]) for k in self.arrays if k.startswith(f"{prefix}/")}
+        return {ours: in_our_layout(self.layer, ours, self[k]) for k, ours in keys.items() if ours is not None}
+
+
+# --- The check ---------------------------------------------------------------------------------------------------
+
+
+def check(arrays: dict[str, np.ndarray]) -> None:
+    vector = Vector(arrays)
+    layer = vector.layer
+    state = vector.group("state")
+    assert state.keys() == layer.state_dict().keys()
+    missing, unexpected = layer.set_state_dict(state)
+    assert not missing, missing
+    assert not unexpected, unexpected
+
+    layer.eval()
+    x = paddle.to_tensor(vector["x"])
+    assert relative_error(layer(x), vector["y_eval"]) <= TOLERANCE, "output in eval mode"
+    assert relative_error(layer.reparameterize()(x), vector["y_eval"]) <= TOLERANCE, "fused output"
+
+    counts = count_elements_per_channel(layer)
+    layer.train()
+    x.stop_gradient = False
+    y = layer(x)
+    assert relative_error(y, vector["y_train"]) <= TOLERANCE, "output in training mode"
+    (y * paddle.to_tensor(vector["r"])).sum().backward()
+    check_gradients(layer, x, vector)
+    check_running_statistics(layer, state, vector.group("after"), counts)
+
+
+def count_elements_per_channel(layer: nn.Layer) -> dict[str, int]:
+    """Return a dict that a forward pass fills: path of a batch norm -> values per channel in its input."""
+    counts = {}
+
+    def hook_for(path):
+        def hook(norm, inputs, output):
+            counts[path] = inputs[0].size // norm._mean.size
+
+        return hook
+
+    for path, norm in layer.named_sublayers():
+        if isinstance(norm, BATCH_NORMS):
+            norm.register_forward_post_hook(hook_for(path))
+    return counts
+
+
+def check_gradients(layer: nn.Layer, x: paddle.Tensor, vector: Vector) -> None:
+    assert relative_error(x.grad, vector["grad_x"]) <= TOLERANCE, "gradient of the input"
+    expected = vector.group("grad")
+    trainable = {name: p for name, p in layer.named_parameters() if not p.stop_gradient}
+    assert trainable.keys() == expected.keys(), "other trainable parameters than the published ones"
+    largest = max(np.abs(gradient).max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        actual = as_array(trainable[name].grad)
+        if np.abs(gradient).max() > 1e-12 * largest:
+            assert relative_error(actual, gradient) <= TOLERANCE, f"gradient of {name}"
+        else:
+            # Zero by nature: the BN behind a bias takes it away again, for instance. What is stored is what rounding
+            # left of terms that cancel, so there is nothing to be relative to but the other gradients.
+            assert actual.shape == gradient.shape
+            assert np.abs(actual).max() <= 1e-12 * largest, f"gradient of {name}, which is zero by nature"
+
+
+def check_running_statistics(layer: nn.Layer, before: dict, after: dict, counts: dict[str, int]) -> None:
+    statistics = {f"{path}.{last}" for path in counts for last in OF_A_BATCH_NORM.values()}
+    assert after.keys() == statistics, "other running statistics than the published ones"
+    ours = layer.state_dict()
+    for key, expected in after.items():
+        path, _, last = key.rpartition(".")
+        if last == "_variance":
+            # Published: 0.9 * old + 0.1 * unbiased; Paddle on the CPU takes the biased variance of the batch.
+            kept = 0.9 * before[key]
+            expected = kept + (expected - kept) * (counts[path] - 1) / counts[path]
+        assert relative_error(ours[key], expected) <= TOLERANCE, f"{key} after one step"
+
+
+# --- The vectors -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def on_cpu():
+    """The running variance is the biased one on the CPU only."""
+    device = paddle.get_device()
+    paddle.set_device("cpu")
+    yield
+    paddle.set_device(device)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def layer_of(path: Path) -> str:
+    return json.loads(str(load(path)["config"]))["layer"]
+
+
+FILES = sorted(FOLDER.glob("*.npz"))
+REGISTERED = [path for path in FILES if layer_of(path) in list_layers()]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_our_layer_computes_what_the_published_one_does(path):
+    if path not in REGISTERED:
+        pytest.skip(f"no layer named {layer_of(path)} is registered")
+    check(load(path))
+
+
+def test_there_is_something_to_check():
+    assert REGISTERED, f"{FOLDER} holds {len(FILES)} vectors, none of them of a registered layer"
+
+
+def one_vector_of_each_layer() -> list[Path]:
+    return list({layer_of(path): path for path in REGISTERED}.values())
+
+
+@pytest.mark.parametrize("path", one_vector_of_each_layer(), ids=lambda path: path.stem)
+def test_every_number_of_a_vector_matters(path):
+    """A small change of one number, or an array too few, is found: nothing is stored that is not used or compared."""
+    vector = load(path)
+    for key in vector.keys() - {"config"}:
+        changed = {k: v.astype(np.float64) if k != "config" else v for k, v in vector.items()}
+        flat = changed[key].reshape(-1)
+        place = np.abs(flat).argmax()
+        compared = key.startswith(("y_", "grad", "after/"))
+        # What is put in shows in no single number as strongly as it was changed.
+        flat[place] += abs(flat[place]) * (1e-5 if compared else 1e-2) if abs(flat[place]) > 1e-9 else 1e-3
+        with pytest.raises(AssertionError):
+            check(changed)
+        del changed[key]
+        with pytest.raises((AssertionError, KeyError)):
+            check(changed)
+
+
+def test_the_published_arguments_are_understood():
+    geometry, options = make_refconv(8, 16, 5, stride=2, groups=8)
+    assert (geometry.kernel_size, geometry.stride, geometry.padding) == ((5, 5), (2, 2), (2, 2, 2, 2))
+    assert (geometry.groups, geometry.bias, options) == (8, False, {"map_k": 3})
+    geometry, options = make_refconv(4, 4, 3, padding=0, map_k=1)
+    assert (geometry.padding, options) == ((0, 0, 0, 0), {"map_k": 1})
+    geometry, options = make_spconv(32, 8, 2, 0.25)
+    assert (geometry.weight_shape, geometry.stride, geometry.padding) == ((8, 32, 3, 3), (2, 2), (1, 1, 1, 1))
+    assert options == {"ratio": 0.25}
+    assert make_spconv(8, 8)[1] == {"ratio": 0.5}
