@@ -157,7 +157,8 @@ class RefConv2D(ReparamLayer):
         return dataclasses.replace(self.geometry, dtype=dtype).make_conv(kernel.numpy(), to_float64(self.bias))
 
     def _refuse_zero_base(self) -> None:
-        if not np.any(to_float64(self.weight)):
+        # Without .numpy(), which the code that Paddle 2.6 leaves in a layer after jit.save turns into nothing.
+        if not bool(self.weight.astype("bool").any()):
             raise ReparamError(
                 f"the base weight of this RefConv2D ({self.geometry}) is all zeros, so T(Wb; Wr) and its gradient stay "
                 "zero: load a trained weight, make the layer with from_conv, or choose base='random'"
@@ -214,7 +215,8 @@ _C = np.array([[1, -1, -2, -2, 2], [1, 1, -2, 2, 0], [1, -1, 2, 2, -2]]) / 4
 
 def _squared(matrix: np.ndarray, like: paddle.Tensor) -> paddle.Tensor:
     """Return the matrix of both axes from that of one, in the dtype of `like`."""
-    return paddle.to_tensor(np.kron(matrix, matrix).astype("float64")).astype(like.dtype)
+    # float32 holds every entry, and the tracer of Paddle 2.6 has no constants of float64.
+    return paddle.to_tensor(np.kron(matrix, matrix).astype("float32")).astype(like.dtype)
 
 
 def _refocus_planes_3x3(base: paddle.Tensor, refocus: paddle.Tensor) -> paddle.Tensor:
