@@ -28,7 +28,7 @@ CONVS = [
     (3, 4, 4, {"padding": "same"}),
     (3, 4, (4, 3), {"padding": "SAME", "stride": 2}),
     (3, 4, 3, {"padding": "SAME", "stride": (1, 2)}),
-    (3, 4, 3, {"padding": "SAME", "dilation": 2}),
+    (3, 4, 3, {"padding": "same", "dilation": 2}),
     (3, 4, 3, {"padding": "SAME", "stride": 2, "dilation": 2}),
     (4, 4, 5, {"padding": "SAME", "groups": 4}),
     # Other paddings than zeros
