@@ -88,8 +88,10 @@ def _product(output: paddle.Tensor, x: paddle.Tensor, *_: Any, **__: Any) -> int
     return math.prod(output.shape) * x.shape[-1]
 
 
-def _matmul(output: paddle.Tensor, x: paddle.Tensor, _y: Any, transpose_x: bool = False, *_: Any) -> int:
-    return math.prod(output.shape) * x.shape[-2 if transpose_x and len(x.shape) > 1 else -1]
+def _matmul(output: paddle.Tensor, *args: Any, **kwargs: Any) -> int:
+    given = {**dict(zip(("x", "y", "transpose_x"), args)), **kwargs}
+    x = given.get("x", given.get("input"))
+    return math.prod(output.shape) * x.shape[-2 if given.get("transpose_x") and len(x.shape) > 1 else -1]
 
 
 # Every way from Python to the kernels goes through these, whether a layer or a function of paddle.nn.functional calls.

@@ -59,10 +59,11 @@ class VerifyReport(Report):
     def raise_if_failed(self, what: str) -> None:
         """Raise `ReparamError` with the first layer that differs, unless the check passed."""
         if not self.passed:
-            where = f" first at layer {self.first_difference!r}" if self.first_difference is not None else ""
+            first = self.first_difference
+            where = "" if first is None else f"; they part first at {f'layer {first!r}' if first else 'the output'}"
             raise ReparamError(
                 f"{what} is not the same function: relative error {self.relative_error:.1e} "
-                f"(tolerance {self.tolerance:.0e}), top-1 agreement {self.top1_agreement}; they part{where}"
+                f"(tolerance {self.tolerance:.0e}, top-1 agreement {self.top1_agreement}){where}"
             )
 
 

@@ -1,0 +1,331 @@
+"""From a network in train form to a folder that can be shipped: fused, exported, checked at every step, described.
+
+A folder stands under its name only when all of it has been written and checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import platform
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from . import __version__, checkpoints
+from .errors import ReparamError
+from .export import AS_THE_NETWORK, Folder, OutputSpec, check_export, export_inference
+from .flops import ModelSize, measure
+from .geometry import BATCH_NORMS
+from .report import Report, format_table
+from .rewrite import RewriteReport, reparameterize
+from .tracing import InputSpec, walk
+from .verify import NETWORK_TOLERANCE, VerifyReport, verify
+
+MANIFEST = "manifest.json"
+PLAIN_WEIGHTS = "plain.pdparams"
+
+_NO_STOCK_NETWORK = "no stock network was given that the fused weights could belong to"
+
+
+class OutputExists(ReparamError):
+    """The folder to write stands there already, and may not be replaced."""
+
+
+@dataclass
+class ReleaseReport(Report):
+    """What a release did. `manifest` is what its `manifest.json` says; without `files` in a dry run."""
+
+    fusing: RewriteReport
+    train: ModelSize
+    fused: ModelSize
+    checks: dict[str, VerifyReport]
+    manifest: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.fusing}\n\n{self.table()}\n\n{self.checks_table()}\n{self._notes()}"
+
+    def table(self) -> str:
+        """Return train form and fused form side by side."""
+        sizes = {name: entry["bytes"] for name, entry in self.manifest.get("files", {}).items()}
+        exported = sum(size for name, size in sizes.items() if name.startswith("inference."))
+        rows = [
+            ["trainable parameters", self.train.trainable_parameters, self.fused.trainable_parameters],
+            ["frozen parameters", self.train.frozen_parameters, self.fused.frozen_parameters],
+            ["multiply-adds per image", self.train.macs_per_image, self.fused.macs_per_image],
+            ["multiply-adds per pass, on weights alone", self.train.macs_per_pass, self.fused.macs_per_pass],
+            ["layers", self.train.layers, self.fused.layers],
+            ["file, bytes", self.manifest["source"]["weights"]["bytes"], exported],
+        ]
+        width = max(len(f"{value:,}") for row in rows for value in row[1:])
+        cells = [[name, *(f"{value:,}".rjust(width) if value or name != "file, bytes" else "-".rjust(width)
+                          for value in values)] for name, *values in rows]  # fmt: skip
+        return format_table(["", "train form".rjust(width), "fused".rjust(width)], cells)
+
+    def checks_table(self) -> str:
+        """Return the errors that were measured, one check a row."""
+        return format_table(
+            ["the train form against", "relative error", "top-1 agreement", "samples", "layers compared"],
+            [
+                [
+                    name,
+                    f"{check.relative_error:.1e}",
+                    "-" if check.top1_agreement is None else f"{check.top1_agreement:.1%}",
+                    check.samples,
+                    check.layers or "-",
+                ]
+                for name, check in self.checks.items()
+            ],
+        )
+
+    def _notes(self) -> str:
+        notes = [f"largest relative error {max(c.relative_error for c in self.checks.values()):.1e}"]
+        plain = self.manifest["plain_weights"]
+        notes += [f"no plain weight file: {plain['why_none']}"] if plain["why_none"] else []
+        for form, size in (("train form", self.train), ("fused", self.fused)):
+            notes += [f"not counted, {form}: {', '.join(size.uncounted)}"] if size.uncounted else []
+        return "\n".join(notes)
+
+
+def release(
+    model: nn.Layer,
+    weights: Folder,
+    folder: Folder,
+    input_spec: InputSpec,
+    *,
+    output: OutputSpec = AS_THE_NETWORK,
+    stock: nn.Layer | None = None,
+    why_no_stock: str = _NO_STOCK_NETWORK,
+    facts: Mapping[str, Any] | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    tolerance: float = NETWORK_TOLERANCE,
+    progress: Callable[[str], None] = print,
+) -> ReleaseReport:
+    """Load weights into a model in train form, fuse it, export it and put all of it in a new folder, checked.
+
+    The folder gets the files of Paddle Inference, `plain.pdparams` (where the fused network, BNs kept, has the entries
+    and shapes of `stock`, the freshly built network without layers of this library) and `manifest.json`. The weights
+    must fit the model strictly. The train form is compared with the fused network layer by layer, with `stock` loaded
+    from `plain.pdparams`, and with what was exported: by `paddle.jit.load` and by the Predictor, with and without
+    oneDNN, at batch sizes 1 and 3. `input_spec` holds one shape with None for the batch. `facts` goes into the manifest
+    beside what is measured here; `progress` gets one line for each step done.
+
+    With `dry_run` nothing is written. A folder that stands there is kept, with `OutputExists`, unless `force`: then
+    the old one, which must be a release too, stays whole until the new one takes its place. Raises `ReparamError`
+    where any check fails; nothing is then written.
+    """
+    target = Path(os.path.realpath(folder))
+    if not dry_run:
+        _refuse_to_replace(target, folder, force)
+    step = _steps(progress)
+
+    with step("load the weights"):
+        before = _digest(Path(weights))
+        checkpoints.load_into(model, weights)
+        source = _digest(Path(weights))
+        if before != source:
+            raise ReparamError(f"{weights}: it changed while it was read; wait until it is written and run again")
+        model.eval()
+    with step("fuse"):
+        fused, fusing = reparameterize(model, fold_bn=True, input_spec=input_spec)
+    checks: dict[str, VerifyReport] = {}
+
+    def check(name: str, report: VerifyReport) -> None:
+        report.raise_if_failed(name)
+        checks[name] = report
+
+    with step("compare with the train form, layer by layer"):
+        check("fused network", verify(model, fused, input_spec, tolerance=tolerance))
+    with step("count parameters and multiply-adds"):
+        train_size, fused_size = measure(model, input_spec), measure(fused, input_spec)
+    plain, why_no_plain = None, why_no_stock
+    if stock is not None:
+        with step("fuse without folding BNs, for the plain weight file"):
+            plain, why_no_plain = _plain_weights(model, stock)
+
+    manifest = {
+        "tool": {"name": "paddle-reparam", "version": __version__},
+        "versions": {
+            "python": platform.python_version(), "paddle": paddle.__version__, "numpy": np.__version__,
+        },
+        "source": {"weights": {"name": str(weights), **source}},
+        "input": {
+            "shape": [list(getattr(spec, "shape", spec)) for spec in input_spec],
+            "dtype": next((str(p.dtype).rsplit(".", 1)[-1] for p in model.parameters()), "float32"),
+        },
+        "output": {"activation": output.activation, "keys": list(output.keys)},
+        "batch_norm_epsilons": _epsilons(model),
+        "size": {"train_form": asdict(train_size), "fused": asdict(fused_size)},
+        "fusing": fusing.to_dict(),
+        "plain_weights": {"file": PLAIN_WEIGHTS if plain else None, "why_none": None if plain else why_no_plain},
+    }  # fmt: skip
+    _merge(manifest, facts or {})
+    result = ReleaseReport(fusing, train_size, fused_size, checks, manifest)
+    if dry_run:
+        manifest["checks"] = {name: report.to_dict() for name, report in checks.items()}
+        return result
+
+    with new_folder(target, folder, force) as temporary:
+        with step("export for Paddle Inference"):
+            export_inference(fused, temporary, input_spec, output)
+        if plain is not None:
+            checkpoints.save(plain, temporary / PLAIN_WEIGHTS)
+        written = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        if plain is not None:
+            with step("compare with the stock network that loads the plain weight file"):
+                checkpoints.load_into(stock, temporary / PLAIN_WEIGHTS)
+                check("stock network, plain weights", verify(model, stock, input_spec, tolerance=tolerance))
+        with step("compare with what was exported, loaded in three ways"):
+            for name, report in check_export(temporary, model, input_spec, output, tolerance=tolerance).items():
+                check(name, report)
+        manifest["files"] = written
+        manifest["checks"] = {name: report.to_dict() for name, report in checks.items()}
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        if {name: _digest(temporary / name) for name in written} != written:
+            raise ReparamError(f"{folder}: a file changed after it was written; the disk may be failing, run again")
+    progress(f"written: {folder}")
+    return result
+
+
+def _steps(progress: Callable[[str], None]) -> Callable[[str], contextlib.AbstractContextManager]:
+    @contextlib.contextmanager
+    def step(name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        progress(f"{time.perf_counter() - started:6.1f} s  {name}")
+
+    return step
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    """Return the size in bytes and the sha256 of a file."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ReparamError(f"{path}: it cannot be read ({error.strerror})") from error
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _epsilons(model: nn.Layer) -> dict[str, int]:
+    """Return epsilon -> number of BNs with it."""
+    norms = {id(layer): layer for _, layer in walk(model) if isinstance(layer, BATCH_NORMS)}
+    return dict(Counter(repr(float(norm._epsilon)) for norm in norms.values()))
+
+
+def _merge(manifest: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            _merge(manifest.setdefault(key, {}), value)
+        else:
+            manifest[key] = value
+
+
+def _plain_weights(model: nn.Layer, stock: nn.Layer) -> tuple[dict[str, paddle.Tensor] | None, str | None]:
+    """Return the fused network's state with its BNs kept where it is one of `stock`; else None and the reason."""
+    fused, _ = reparameterize(model, fold_bn=False)
+    state = fused.state_dict()
+    ours = {name: list(tensor.shape) for name, tensor in state.items()}
+    theirs = {name: list(tensor.shape) for name, tensor in stock.state_dict().items()}
+    different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    if different:
+        name = different[0]
+        return None, (
+            f"{len(different)} entries of the fused network are not those of the stock one, the first is {name} "
+            f"(fused {ours.get(name, 'has none')}, stock {theirs.get(name, 'has none')})"
+        )
+    return state, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A folder that appears whole
+
+
+def _refuse_to_replace(target: Path, folder: Folder, force: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise OutputExists(f"{folder} exists already and is kept; name another folder, or replace it with --force")
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        raise OutputExists(
+            f"{folder} holds no {MANIFEST}, so it is no earlier release and is kept; name another folder"
+        )
+
+
+@contextlib.contextmanager
+def new_folder(target: Path, folder: Folder, replace: bool) -> Iterator[Path]:
+    """Give a temporary folder to fill, and put it in the place of `target` when the `with` block ends without an error.
+
+    It lies beside the target, as `.NAME-*.partial`, and is flushed to the disk before it is put in place. An older
+    folder is exchanged with the new one in a single step where the system can do that (Linux). Elsewhere it is moved
+    aside first: for the moment between two renames no folder has the name, and the old one is whole beside it. If the
+    process is killed, a `.partial` folder may be left; it can be deleted.
+    """
+    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}.partial")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            _flush(path)
+        if replace and target.exists():
+            _exchange(temporary, target)
+        else:
+            os.rename(temporary, target)
+        _flush(target.parent)
+    except OSError as error:
+        raise ReparamError(f"{folder}: it cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        # Some file systems cannot flush a folder; a file they can.
+        if path.is_file():
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap the two folders: in one step, or in two renames where the system has no such step."""
+    if _exchange_at_once(new, old):
+        return
+    aside = new.with_suffix(".old")
+    os.rename(old, aside)
+    try:
+        os.rename(new, old)
+    except OSError:
+        os.rename(aside, old)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange_at_once(new: Path, old: Path) -> bool:
+    """Exchange two names with Linux' renameat2; return False where this system or file system cannot."""
+    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
+    if function is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if function(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number))
