@@ -198,7 +198,7 @@ def load_into(
     }
     loaded = [name for name in cast if name not in types and name not in too_large]
     coverage = 100.0 * len(loaded) / max(len(own), 1)
-    if any(faults.values()) or not loaded:
+    if any(faults.values()):
         lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names]
         raise CheckpointError(
             f"{where}: {_form_hint(arrays, own)}it does not fit the model, which is unchanged: "
