@@ -53,6 +53,14 @@ class ConvGeometry:
     bias: bool = True
     dtype: str = "float32"
 
+    def __post_init__(self) -> None:
+        # Paddle takes one int as the padding of these modes; `convolve` and `make_conv` build on that.
+        if self.padding_mode != "zeros" and len(set(self.padding)) > 1:
+            raise UnsupportedConv(
+                f"padding {self.padding} in mode {self.padding_mode!r} is no convolution of Paddle's, "
+                "which pads all four sides alike there"
+            )
+
     @staticmethod
     def of(conv: nn.Conv2D) -> ConvGeometry:
         """Read a `paddle.nn.Conv2D`; what is no plain convolution raises `UnsupportedConv`."""
@@ -119,8 +127,7 @@ class ConvGeometry:
         """Convolve `x` with this geometry and the given weight and bias."""
         padding = self.padding
         if self.padding_mode != "zeros":
-            top, bottom, left, right = padding
-            x = F.pad(x, [left, right, top, bottom], mode=self.padding_mode, data_format=self.data_format)
+            x = F.pad(x, list(padding), mode=self.padding_mode, data_format=self.data_format)
             padding = (0, 0, 0, 0)
         return F.conv2d(
             x, weight, bias, list(self.stride), _paddle_padding(padding), list(self.dilation), self.groups,
@@ -129,7 +136,6 @@ class ConvGeometry:
 
     def make_conv(self, weight: np.ndarray, bias: np.ndarray | None) -> nn.Conv2D:
         """Return a plain `nn.Conv2D` of this geometry that holds a float64 weight and bias, in eval mode."""
-        # With another mode than zeros Paddle takes one int only, so all four sides are alike.
         padding = _paddle_padding(self.padding) if self.padding_mode == "zeros" else self.padding[0]
         conv = nn.Conv2D(
             self.in_channels, self.out_channels, list(self.kernel_size), list(self.stride), padding,

@@ -14,7 +14,7 @@ from helpers import BATCH_NORMS, as_array, randomise_batch_norms, relative_error
 from paddle import nn
 
 from paddle_reparam.errors import ReparamError, UnsupportedConv
-from paddle_reparam.layers.base import ReparamLayer
+from paddle_reparam.layers.base import InferenceForm, ReparamLayer
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-5}
 SIZES = [(11, 9), (8, 10)]
@@ -229,6 +229,26 @@ def check_fuses_in_place(cls: type[ReparamLayer], case: Case) -> None:
                 np.testing.assert_array_equal(y.numpy(), z, err_msg=f"{case}: {method}()")
 
 
+def check_absorbs_an_affine(cls: type[ReparamLayer], case: Case) -> None:
+    """An inference form takes the affines of two BNs that follow, negative, zero and one after the other."""
+    layer = ready(cls, case)
+    if layer is None or not issubclass(cls.fused_type, InferenceForm):
+        return
+    inputs = case.inputs_of_all_sizes("float64")
+    fused = layer.reparameterize()
+    scale, shift = np.linspace(-1.5, 1.0, case.outputs), np.linspace(0.5, 2.0, case.outputs)
+    scale[1] = 0.0
+    axes = [1, 1, 1, -1] if case.options.get("data_format") == "NHWC" else [1, -1, 1, 1]
+    factor, offset = (paddle.to_tensor(v.reshape(axes)) for v in (scale, shift))
+    expected = outputs(fused, inputs)
+    for _ in range(2):
+        expected = [y * factor + offset for y in expected]
+        fused.absorb_affine(scale, shift)
+        for y, z in zip(expected, outputs(fused, inputs)):
+            assert_same_output(z, y, TOLERANCES["float64"], case)
+    assert not fused.training
+
+
 def check_copies_are_equal(cls: type[ReparamLayer], case: Case) -> None:
     """A deep copy, and a new layer that takes the state dict, compute the same."""
     layer = ready(cls, case)
@@ -341,6 +361,7 @@ CHECKS = [
     check_fused_is_the_same_function,
     check_fused_follows_a_cast,
     check_fuses_in_place,
+    check_absorbs_an_affine,
     check_copies_are_equal,
     check_every_parameter_learns,
     check_training_mode_is_refused,

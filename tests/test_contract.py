@@ -13,7 +13,7 @@ import paddle_reparam  # noqa: F401 - registers the layers
 from paddle_reparam import kernels, registry
 from paddle_reparam.errors import UnsupportedConv
 from paddle_reparam.geometry import ConvGeometry, read_bn_affine
-from paddle_reparam.layers.base import ReparamLayer
+from paddle_reparam.layers.base import InferenceForm, ReparamLayer
 from paddle_reparam.tensors import assign, to_float64
 
 ENTRIES = {name: registry.get_layer(name) for name in registry.list_layers()}
@@ -116,6 +116,46 @@ def test_the_toy_layer_keeps_the_contract(case):
 
 def test_the_toy_layer_supports_everything():
     contract.check_supports_some(ToyConv2D, len(CASES))
+
+
+class ToyInferenceForm(InferenceForm):
+    def __init__(self, conv: nn.Conv2D) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x):
+        return self.conv(x)
+
+    def absorb_affine(self, scale, shift):
+        kernel, bias = kernels.fold_affine(to_float64(self.conv.weight), to_float64(self.conv.bias), scale, shift)
+        assign(self.conv.weight, kernel)
+        assign(self.conv.bias, bias)
+
+
+class ToyDynamicConv2D(ToyConv2D):
+    fused_type = ToyInferenceForm
+
+    def fuse(self):
+        return self.fused_type(super().fuse())
+
+
+def test_the_toy_inference_form_keeps_the_contract():
+    for check in CHECKS:
+        check(ToyDynamicConv2D, COMMON)
+
+
+class ForgetsTheShift(ToyDynamicConv2D):
+    class fused_type(ToyInferenceForm):
+        def absorb_affine(self, scale, shift):
+            super().absorb_affine(scale, np.zeros_like(shift))
+
+
+class AbsorbsOnlyOnce(ToyDynamicConv2D):
+    class fused_type(ToyInferenceForm):
+        def absorb_affine(self, scale, shift):
+            if not hasattr(self, "absorbed"):
+                super().absorb_affine(scale, shift)
+            self.absorbed = True
 
 
 class ForgetsTheMean(ToyConv2D):
@@ -315,6 +355,7 @@ FAULTS = {
     ],
     contract.check_fused_follows_a_cast: [KeepsTheOldDtype],
     contract.check_fuses_in_place: [RepDoesNothing, LeavesTheBranches, HandsOutItsOwnPart],
+    contract.check_absorbs_an_affine: [ForgetsTheShift, AbsorbsOnlyOnce],
     contract.check_copies_are_equal: [KeepsAGraphTensor, CachesTooLong, HasStateOutsideItsStateDict],
     contract.check_every_parameter_learns: [HasADeadParameter, DetachesABranch],
     contract.check_training_mode_is_refused: [AllowsTrainingMode],

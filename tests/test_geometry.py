@@ -145,6 +145,12 @@ def test_an_even_same_convolution_pads_more_at_the_bottom_and_right():
     assert ConvGeometry.of(make((1, 1, (4, 3), {"padding": "SAME"}))).padding == (1, 2, 1, 1)
 
 
+@pytest.mark.parametrize("padding", [(0, 1, 0, 1), "SAME"])
+def test_a_geometry_that_no_convolution_has_is_refused(padding):
+    with pytest.raises(UnsupportedConv, match=r"in mode 'reflect' is no convolution of Paddle's"):
+        ConvGeometry(3, 4, (3, 3), padding=padding, padding_mode="reflect")
+
+
 def test_depthwise_with_any_multiplier():
     assert ConvGeometry.of(make((4, 8, 3, {"groups": 4}))).is_depthwise
     assert not ConvGeometry.of(make((4, 8, 3, {"groups": 2}))).is_depthwise
