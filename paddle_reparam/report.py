@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from typing import Any
+
+import numpy as np
 
 
 def format_table(header: list[str], rows: list[list[Any]]) -> str:
@@ -23,9 +26,19 @@ class Report:
     """Base of the report dataclasses: JSON from their fields, text from `__str__`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as plain containers."""
-        return asdict(self)
+        """Return the report as what JSON can hold; a number that is not finite, which it cannot, becomes its name."""
+        return _plain(asdict(self))
 
     def to_json(self) -> str:
         """Return the report as indented JSON."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
