@@ -19,7 +19,7 @@ from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from .registry import get_layer
 from .report import Report, format_table
 from .tensors import to_float64
-from .tracing import IMAGENET_INPUT, InputSpec, record_outputs, sample_inputs, trace_flow, walk
+from .tracing import IMAGENET_INPUT, InputSpec, sample_inputs, trace_flow, visit_outputs, walk
 
 Where = Union[str, Sequence[str], Callable[[str, nn.Conv2D], bool], None]
 
@@ -242,7 +242,8 @@ def _drop_unused(model: nn.Layer, blocks: list[nn.Layer], inputs: list[Any], rep
     Dropped is what a forward pass does not call. An Identity stays in its place, for blocks that ask for it by name.
     """
     paths = {id(layer): places[0] for layer, places in _places(model).values()}
-    called = set(record_outputs(model, inputs))
+    called: set[str] = set()
+    visit_outputs(model, inputs, lambda path, _: called.add(path))
     for block in blocks:
         for name, child in list(block._sub_layers.items()):
             branch = [layer for _, layer in walk(child)] if child is not None else []

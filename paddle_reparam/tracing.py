@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import paddle
@@ -81,25 +81,22 @@ class _Hooks:
             handle.remove()
 
 
-def record_outputs(model: nn.Layer, inputs: Sequence[paddle.Tensor]) -> dict[str, np.ndarray]:
-    """Return path -> first output tensor of the layer's first call, in the order in which the layers finish.
-
-    Layers that hand on one and the same tensor share one and the same array.
-    """
-    outputs: dict[str, np.ndarray] = {}
-    arrays: dict[int, tuple[paddle.Tensor, np.ndarray]] = {}
+def visit_outputs(
+    model: nn.Layer, inputs: Sequence[paddle.Tensor], visit: Callable[[str, paddle.Tensor], None]
+) -> None:
+    """Call `visit` with the path and the first output tensor of every layer's first call, as the layers finish."""
+    seen: set[str] = set()
     with _Hooks() as hooks, paddle.no_grad():
         for path, layer in walk(model):
 
             def record(_layer: nn.Layer, _inputs: Any, output: Any, path: str = path) -> None:
                 tensors = flatten_outputs(output)
-                if tensors and path not in outputs:
-                    first = tensors[0]
-                    outputs[path] = arrays.setdefault(id(first), (first, first.numpy()))[1]
+                if tensors and path not in seen:
+                    seen.add(path)
+                    visit(path, tensors[0])
 
             hooks.after(layer, record)
         model(*inputs)
-    return outputs
 
 
 @dataclass
@@ -149,7 +146,9 @@ def trace_flow(
             hooks.after(layer, hand_on_copy)
         for layer in {id(c): c for c in consumers}.values():
             hooks.before(layer, take_original)
-        outputs = [o for o in flatten_outputs(model(*inputs)) if not o.stop_gradient]
+        # A network may hand out one tensor under several names.
+        by_id = {id(o): o for o in flatten_outputs(model(*inputs)) if not o.stop_gradient}
+        outputs = list(by_id.values())
     leaves = [(leaf, producer) for _, leaf, _, producer in copies.values()]
     if not outputs or not leaves:
         return flow

@@ -4,6 +4,7 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
+from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 
 from paddle_reparam.errors import ReparamError, UnknownName
@@ -11,8 +12,6 @@ from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.rewrite import reparameterize, replace
 from paddle_reparam.verify import verify
-
-from helpers import randomise_batch_norms, relative_error
 
 SPEC = [[None, 3, 9, 8]]
 

@@ -2,14 +2,13 @@
 
 import paddle
 import pytest
+from helpers import as_array, randomise_batch_norms
 from paddle import nn
 from paddle.vision.models import mobilenet_v2
 
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.rewrite import reparameterize
 from paddle_reparam.verify import compare_outputs, relative_error, verify
-
-from helpers import as_array, randomise_batch_norms
 
 SPEC = [[None, 3, 32, 32]]
 
@@ -58,6 +57,39 @@ def test_a_fault_in_the_last_layer_and_in_what_is_returned(network):
     assert result.first_difference == "classifier.1"
     assert "NO" in str(result)
     assert verify(network, lambda x: [network(x), network(x)], SPEC).relative_error == float("inf")
+
+
+def test_rounding_that_the_network_makes_grow_is_allowed_and_a_fault_is_not():
+    class Cancelling(nn.Layer):
+        """Two paths whose outputs cancel but for 1/1000 of them: rounding shows a thousand times as large."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv, self.other = nn.Conv2D(3, 4, 3), nn.Conv2D(3, 4, 3)
+            self.other.set_state_dict(self.conv.state_dict())
+            self.other.weight.set_value(self.conv.weight * 0.999)
+
+        def forward(self, x):
+            return self.conv(x) - self.other(x)
+
+    model, rounded, broken = (Cancelling() for _ in range(3))
+    for network in (model, rounded, broken):
+        network.set_state_dict(model.state_dict())
+        network.eval()
+    rounded.conv.weight.set_value(rounded.conv.weight * (1 + 1e-6))
+    broken.conv.weight.set_value(broken.conv.weight * (1 + 1e-5))
+    report = verify(model, rounded, SPEC)
+    assert report.passed
+    assert report.relative_error > 1e-4
+    assert report.tolerance > report.relative_error
+    assert not verify(model, broken, SPEC).passed
+
+
+def test_what_is_not_finite_is_never_the_same(network):
+    model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.ReLU())
+    model[0].weight.set_value(model[0].weight * float("nan"))
+    model.eval()
+    assert not verify(model, model, SPEC).passed
 
 
 def test_training_mode_is_refused(network):
