@@ -1,0 +1,42 @@
+"""What the builders of networks share: arguments that nobody takes, and pretrained weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from paddle import nn
+
+from ..errors import ReparamError, UnknownName
+
+
+def check_arguments(
+    name: str,
+    pretrained: bool | str | os.PathLike[str],
+    use_ssld: bool,
+    unknown: Mapping[str, Any],
+    options: Sequence[str] = (),
+) -> None:
+    """Refuse, before the model `name` is built, weights that nobody published and arguments that it does not have.
+
+    `options` are the arguments that it has besides `pretrained`, `use_ssld` and `class_num`. Raises `ReparamError`, and
+    `UnknownName` for the `unknown` ones.
+    """
+    if unknown:
+        allowed = ", ".join(["pretrained", "use_ssld", "class_num", *options])
+        raise UnknownName(f"{name} has no argument {', '.join(map(repr, unknown))}; it takes {allowed}")
+    if pretrained is True or use_ssld:
+        raise ReparamError(
+            f"no weights of {name} are published in Paddle's format; "
+            "give pretrained the path of a weight file, or False, and leave use_ssld out"
+        )
+
+
+def load_pretrained(model: nn.Layer, pretrained: bool | str | os.PathLike[str]) -> nn.Layer:
+    """Load a weight file into the model, all of it, and return the model; `pretrained=False` leaves it as it is."""
+    if pretrained is not False:
+        from ..checkpoints import load_into
+
+        load_into(model, pretrained)
+    return model

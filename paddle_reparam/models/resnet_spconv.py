@@ -1,0 +1,120 @@
+"""ResNets with SPConv2D (arXiv 2006.12085): for ImageNet, and the ResNet-20 for CIFAR-10.
+
+They are Paddle's own blocks with their 3x3 convolutions replaced: conv2 of a bottleneck, both of a basic block. The
+stem stays, and so do the BNs that follow. Entries are named as in Paddle's and torchvision's ResNet:
+`layer1.0.conv2.gwc.weight`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import paddle
+from paddle import nn
+from paddle.vision.models import ResNet
+from paddle.vision.models.resnet import BasicBlock, BottleneckBlock
+
+from ..layers.spconv import SPConv2D, init_fan_out_normal
+from ..registry import register_model
+from .builders import check_arguments, load_pretrained
+
+
+class _ResNetForCifar(nn.Layer):
+    """Three stages of basic blocks, 16, 32 and 64 channels wide, with 1x1 convolutions as shortcuts."""
+
+    def __init__(self, blocks: int, class_num: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2D(3, 16, 3, padding=1, bias_attr=False)
+        self.bn1 = nn.BatchNorm2D(16)
+        self.relu = nn.ReLU()
+        self.layer1 = _basic_stage(16, 16, 1, blocks)
+        self.layer2 = _basic_stage(16, 32, 2, blocks)
+        self.layer3 = _basic_stage(32, 64, 2, blocks)
+        self.avgpool = nn.AdaptiveAvgPool2D(1)
+        self.fc = nn.Linear(64, class_num)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(paddle.flatten(self.avgpool(x), 1))
+
+
+def _basic_stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:
+    shortcut = None
+    if stride != 1:
+        conv = nn.Conv2D(in_channels, out_channels, 1, stride, bias_attr=False)
+        shortcut = nn.Sequential(conv, nn.BatchNorm2D(out_channels))
+    first = BasicBlock(in_channels, out_channels, stride, shortcut)
+    return nn.Sequential(first, *[BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)])
+
+
+def _with_spconv(model: nn.Layer, ratio: float) -> nn.Layer:
+    """Replace the 3x3 convolutions of all blocks, and draw the weights of all that stay."""
+    for layer in model.sublayers():
+        names = {BottleneckBlock: ["conv2"], BasicBlock: ["conv1", "conv2"]}.get(type(layer), [])
+        for name in names:
+            setattr(layer, name, SPConv2D.from_conv(getattr(layer, name), ratio=ratio))
+    for layer in model.sublayers():
+        if isinstance(layer, nn.Conv2D):
+            init_fan_out_normal(layer)
+    return model
+
+
+def _build(
+    depth: int,
+    block: type,
+    pretrained: bool | str,
+    use_ssld: bool,
+    class_num: int,
+    ratio: float,
+    unknown: Mapping[str, Any],
+) -> nn.Layer:
+    check_arguments(f"ResNet{depth}_SPConv", pretrained, use_ssld, unknown, ["ratio"])
+    model = _with_spconv(ResNet(block, depth, num_classes=class_num), ratio)
+    return load_pretrained(model, pretrained)
+
+
+@register_model
+def ResNet18_SPConv(
+    pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 1000, ratio: float = 0.5, **kwargs: Any
+) -> nn.Layer:
+    """ResNet-18, `[N, 3, H, W]` to `[N, class_num]`; `ratio` is the share of representative channels (1/2, 1/4, 1/8).
+
+    `pretrained` is False or the path of a weight file. Raises `ReparamError` where that is True or does not fit.
+    """
+    return _build(18, BasicBlock, pretrained, use_ssld, class_num, ratio, kwargs)
+
+
+@register_model
+def ResNet34_SPConv(
+    pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 1000, ratio: float = 0.5, **kwargs: Any
+) -> nn.Layer:
+    """ResNet-34; arguments as for `ResNet18_SPConv`."""
+    return _build(34, BasicBlock, pretrained, use_ssld, class_num, ratio, kwargs)
+
+
+@register_model
+def ResNet50_SPConv(
+    pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 1000, ratio: float = 0.5, **kwargs: Any
+) -> nn.Layer:
+    """ResNet-50; arguments as for `ResNet18_SPConv`."""
+    return _build(50, BottleneckBlock, pretrained, use_ssld, class_num, ratio, kwargs)
+
+
+@register_model
+def ResNet101_SPConv(
+    pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 1000, ratio: float = 0.5, **kwargs: Any
+) -> nn.Layer:
+    """ResNet-101; arguments as for `ResNet18_SPConv`."""
+    return _build(101, BottleneckBlock, pretrained, use_ssld, class_num, ratio, kwargs)
+
+
+@register_model
+def ResNet20_SPConv(
+    pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 10, ratio: float = 0.5, **kwargs: Any
+) -> nn.Layer:
+    """ResNet-20 for 32x32 images; arguments as for `ResNet18_SPConv`."""
+    check_arguments("ResNet20_SPConv", pretrained, use_ssld, kwargs, ["ratio"])
+    model = _with_spconv(_ResNetForCifar(blocks=3, class_num=class_num), ratio)
+    return load_pretrained(model, pretrained)
