@@ -209,8 +209,8 @@ def refocused(base: paddle.Tensor, refocus: paddle.Tensor, identity: bool = True
 # at 1, -1 and i: 5 real multiplications, t = C ((A b) * (R r)), where the definition takes 7; in two axes 25, not 49,
 # with the Kronecker squares of A, R and C. Exact but for rounding: all entries are 0 or +-1, in C also +-1/2, +-1/4.
 # ResNet18, forward and backward of all 17 transforms against a training step (CPU time, one thread, Paddle 3.3.1):
-# 0.02 at 224 px, batch 32, and 0.29 at 32 px, batch 64; as a grouped convolution 0.16 and 2.2 (2.6.2: 0.34, not 4.5,
-# at 32 px). Half of the rest is moving planes from rows to columns and back, which every form in whole tensors needs.
+# 0.02 at 224 px, batch 32, and 0.29 at 32 px, batch 64; as a grouped convolution 0.16 and 2.2 (2.6.2 at 32 px: 0.34
+# and 4.5). What is left is spent on the three products, the transpose back, and fresh pages for the results.
 _A = np.array([[1, 1, 1], [1, -1, 1], [1, 0, -1], [0, 1, 0], [1, 1, -1]])
 _R = _A[:, ::-1]
 _C = np.array([[1, -1, -2, -2, 2], [1, 1, -2, 2, 0], [1, -1, 2, 2, -2]]) / 4
