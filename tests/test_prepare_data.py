@@ -1,0 +1,225 @@
+"""tools/prepare_data.py: what it writes, and every sentence with which it refuses."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from paddle_reparam import datasets
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "tools" / "prepare_data.py"
+
+
+@pytest.fixture(scope="module")
+def prepare():
+    spec = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return lambda *arguments: module.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """Two classes; the folder of the validation images is called test, one image lies deeper."""
+    root = tmp_path / "images"
+    for path in ("train/cat/2.jpg", "train/cat/10.PNG", "train/ant/more/1.jpeg", "test/cat/3.jpg", "test/ant/4.bmp"):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), "red").save(root / path)
+    (root / "train/cat/notes.txt").write_text("no image")
+    (root / "train/.hidden").mkdir()
+    return root
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def lists(root):
+    return {
+        name: (root / name).read_text().splitlines() for name in ("train_list.txt", "val_list.txt", "label_names.txt")
+    }
+
+
+def test_digits_are_the_images_of_scikit_learn(prepare, tmp_path, capsys):
+    from sklearn.datasets import load_digits
+
+    assert prepare("digits", "--output", tmp_path / "made" / "digits") == 0
+    assert "10 classes, 1437 images for training, 360 for validation" in capsys.readouterr().out
+    root = tmp_path / "made" / "digits"
+    written = lists(root)
+    assert written["label_names.txt"] == [f"{i} {i}" for i in range(10)]
+    assert [len(written[name]) for name in ("train_list.txt", "val_list.txt")] == [1437, 360]
+    lines = written["train_list.txt"] + written["val_list.txt"]
+    digits = load_digits()
+    for line in lines:
+        path, label = line.split(" ")
+        index = int(Path(path).stem)
+        assert int(label) == digits.target[index] == int(Path(path).parent.name)
+        np.testing.assert_array_equal(np.asarray(Image.open(root / path)), np.rint(digits.images[index] * 255 / 16))
+    assert sorted(int(Path(line.split(" ")[0]).stem) for line in lines) == list(range(1797))
+    counts = np.bincount([int(line.split(" ")[1]) for line in written["val_list.txt"]])
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+    assert [p.name for p in root.parent.iterdir()] == ["digits"], "something was left beside the folder"
+
+
+def test_digits_are_the_same_each_time(prepare, tmp_path):
+    for name in ("one", "two"):
+        assert prepare("digits", "--output", tmp_path / name) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_digits_replace_only_their_own(prepare, tmp_path, capsys):
+    output = tmp_path / "digits"
+    output.mkdir()
+    assert prepare("digits", "--output", output) == 0, "an empty folder is free"
+    good = contents(output)
+    lost = output / "train_list.txt"
+    lost.unlink()
+    assert prepare("digits", "--output", output) == 2
+    assert "exists already and is kept" in capsys.readouterr().err
+    assert not lost.exists()
+    assert prepare("digits", "--output", output, "--force") == 0
+    assert contents(output) == good
+
+    theirs = tmp_path / "theirs"
+    (theirs / "train").mkdir(parents=True)
+    (theirs / "val_list.txt").write_text("val/dog/1.png 0\n")
+    assert prepare("digits", "--output", theirs, "--force") == 2
+    assert "not what this command wrote" in capsys.readouterr().err
+    assert (theirs / "val_list.txt").read_text() == "val/dog/1.png 0\n"
+
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert prepare("digits", "--output", file, "--force") == 2
+    assert file.read_text() == "mine"
+
+
+def test_digits_that_fail_leave_nothing(prepare, tmp_path, monkeypatch, capsys):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    assert prepare("digits", "--output", tmp_path / "digits") == 0
+    before = contents(tmp_path)
+    monkeypatch.setattr(datasets, "_write_whole", full_disk)
+    assert prepare("digits", "--output", tmp_path / "digits", "--force") == 1
+    assert prepare("digits", "--output", tmp_path / "other") == 1
+    assert "No space left" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["digits"]
+
+
+def test_folder(prepare, tree, capsys):
+    assert prepare("folder", "--root", tree) == 0
+    assert "2 classes, 3 images for training, 2 for validation" in capsys.readouterr().out
+    assert lists(tree) == {
+        "train_list.txt": ["train/ant/more/1.jpeg 0", "train/cat/10.PNG 1", "train/cat/2.jpg 1"],
+        "val_list.txt": ["test/ant/4.bmp 0", "test/cat/3.jpg 1"],
+        "label_names.txt": ["0 ant", "1 cat"],
+    }
+
+
+def test_folder_takes_val_before_test(prepare, tree):
+    (tree / "val").mkdir()
+    for name in ("ant", "cat"):
+        (tree / "val" / name).mkdir()
+        Image.new("L", (4, 4)).save(tree / "val" / name / "5.png")
+    assert prepare("folder", "--root", tree) == 0
+    assert lists(tree)["val_list.txt"] == ["val/ant/5.png 0", "val/cat/5.png 1"]
+
+
+def test_folder_keeps_lists_unless_forced(prepare, tree, capsys):
+    (tree / "label_names.txt").write_text("0 mine\n")
+    before = contents(tree)
+    assert prepare("folder", "--root", tree) == 2
+    assert "label_names.txt exists already and is kept" in capsys.readouterr().err
+    assert contents(tree) == before
+    assert prepare("folder", "--root", tree, "--force") == 0
+    assert lists(tree)["label_names.txt"] == ["0 ant", "1 cat"]
+
+
+def cut_short(root):
+    Image.effect_noise((64, 64), 50).save(root / "train/cat/2.jpg")
+    data = (root / "train/cat/2.jpg").read_bytes()
+    (root / "train/cat/2.jpg").write_bytes(data[: len(data) // 2])
+
+
+def two_that_are_none(root):
+    for path in ("train/cat/2.jpg", "test/cat/3.jpg"):
+        (root / path).write_text("<html>not found</html>")
+
+
+def with_a_blank(root):
+    (root / "test/cat/3.jpg").rename(root / "test/cat/3 b.jpg")
+
+
+def one_class_more(root):
+    (root / "test/dog").mkdir()
+    Image.new("L", (4, 4)).save(root / "test/dog/1.png")
+
+
+def without_images(root):
+    (root / "test/cat/3.jpg").unlink()
+
+
+def without_classes(root):
+    for path in sorted((root / "train").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def without_validation(root):
+    (root / "test").rename(root / "other")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (cut_short, r"train/cat/2\.jpg: image file is truncated.*; replace or remove what cannot be read"),
+        (two_that_are_none, r"train/cat/2\.jpg: not an image \(and 1 more\)"),
+        (with_a_blank, r"test/cat/3 b\.jpg: a path with a blank.* rename it"),
+        (one_class_more, r"the classes differ: only \S*test has dog"),
+        (without_images, r"test/cat holds no images \(\.jpg, .*\); fill it"),
+        (without_classes, r"train holds no folders; it needs one for each class"),
+        (without_validation, r"must hold the folders train and val or test"),
+    ],
+)
+def test_folder_refuses(prepare, tree, capsys, spoil, sentence):
+    spoil(tree)
+    before = contents(tree)
+    assert prepare("folder", "--root", tree) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert re.search(sentence, error), error
+    assert contents(tree) == before
+
+
+def test_folder_without_the_check_takes_what_it_finds(prepare, tree):
+    two_that_are_none(tree)
+    assert prepare("folder", "--root", tree, "--skip-check") == 0
+
+
+def test_folder_that_is_none(prepare, tmp_path, capsys):
+    assert prepare("folder", "--root", tmp_path / "nowhere") == 1
+    assert "nowhere is no folder" in capsys.readouterr().err
+
+
+def test_the_command_as_it_is_typed(tmp_path):
+    """Wrong usage is exit code 2, an error is one line, and no Paddle is imported for it."""
+    usage = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True)
+    assert usage.returncode == 2
+    assert "usage" in usage.stderr
+    code = (
+        f"import runpy, sys; sys.argv = ['prepare_data.py', 'folder', '--root', {str(tmp_path)!r}]\n"
+        f"try: runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+        "finally: print('paddle' in sys.modules)"
+    )
+    failed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert failed.returncode == 1
+    assert failed.stdout.strip() == "False"
+    assert len(failed.stderr.splitlines()) == 1

@@ -1,0 +1,46 @@
+"""Bring images into the form that PaddleClas reads: list files of `path label` lines, and a file of label names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from paddle_reparam.datasets import CHECKED_AT_ONCE, ListsExist, list_folder, write_digits
+from paddle_reparam.errors import ReparamError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 2 for wrong usage, 1 where the data are not as they must be."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    digits = kinds.add_parser("digits", help="write scikit-learn's 1797 digits as image files, with list files")
+    digits.add_argument("--output", required=True, help="the folder to make")
+    folder = kinds.add_parser("folder", help="write list files for train/<class>/ and val/<class>/ (or test/<class>/)")
+    folder.add_argument("--root", required=True, help="the folder that holds train and val or test")
+    folder.add_argument("--skip-check", action="store_true", help="do not decode every image")
+    for kind in (digits, folder):
+        kind.add_argument("--force", action="store_true", help="replace what an earlier run wrote")
+    given = parser.parse_args(arguments)
+    try:
+        if given.kind == "digits":
+            print(write_digits(given.output, given.force))
+        else:
+            print(list_folder(given.root, given.force, not given.skip_check, _show_progress))
+    except (ReparamError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ListsExist) else 1
+    return 0
+
+
+def _show_progress(starts: Sequence[int]) -> Sequence[int]:
+    from tqdm import tqdm
+
+    return tqdm(starts, desc="decode every image", unit=" images", unit_scale=CHECKED_AT_ONCE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
