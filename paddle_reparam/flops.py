@@ -129,6 +129,7 @@ def _count_macs(model: nn.Layer, input_spec: InputSpec, batch: int) -> tuple[int
     """Return the multiply-adds of one forward pass, and the paths of the layers that were not counted."""
     total = 0
     running: list[nn.Layer] = []
+    called: set[int] = set()
     counted: set[int] = set()
 
     def on_macs(macs: int) -> None:
@@ -136,11 +137,10 @@ def _count_macs(model: nn.Layer, input_spec: InputSpec, batch: int) -> tuple[int
         total += macs
         if running:
             counted.add(id(running[-1]))
-            # A sublayer that only keeps the weights of its owner is never called itself.
-            counted.update(id(child) for child in running[-1].children())
 
     def enter(layer: nn.Layer, _inputs: Any) -> None:
         running.append(layer)
+        called.add(id(layer))
 
     def leave(_layer: nn.Layer, _inputs: Any, _output: Any) -> None:
         running.pop()
@@ -155,6 +155,9 @@ def _count_macs(model: nn.Layer, input_spec: InputSpec, batch: int) -> tuple[int
     finally:
         for handle in handles:
             handle.remove()
+    # A sublayer that is not called may keep a weight for its owner, which was then counted there.
+    owners = [layer for _, layer in layers.values() if id(layer) in counted]
+    counted |= {id(child) for owner in owners for child in owner.children()} - called
     uncounted = [
         path or type(layer).__name__
         for path, layer in reversed(layers.values())

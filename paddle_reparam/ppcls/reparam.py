@@ -104,9 +104,9 @@ def build_stock(config: dict[str, Any]) -> tuple[nn.Layer | None, str]:
             backbone.setdefault("class_num", network["class_num"])
         network.clear()
         network.update(backbone)
-    stock = _build(config)
-    stock.eval()
-    return stock, ""
+    # Some backbones give their parameters fixed names, which can be given once; in here the names start anew.
+    with paddle.utils.unique_name.guard():
+        return _build(config), ""
 
 
 def _build(config: dict[str, Any]) -> nn.Layer:

@@ -1,0 +1,241 @@
+"""Exports that are checked after they are written, and the counter of parameters and multiply-adds."""
+
+import paddle
+import paddle.nn.functional as F
+import pytest
+from helpers import randomise_batch_norms, relative_error
+from paddle import nn
+
+from paddle_reparam.errors import ReparamError
+from paddle_reparam.export import (
+    WEIGHTS_SUFFIX,
+    InferenceModel,
+    OutputSpec,
+    check_export,
+    export_inference,
+    load_program,
+    program_file,
+)
+from paddle_reparam.flops import measure
+from paddle_reparam.layers.refconv import RefConv2D
+from paddle_reparam.rewrite import reparameterize, replace
+
+SPEC = [[None, 3, 16, 16]]
+
+
+def small_net(classes=5):
+    net = nn.Sequential(
+        nn.Conv2D(3, 8, 3, stride=2, padding=1, bias_attr=False), nn.BatchNorm2D(8), nn.ReLU(),
+        nn.Conv2D(8, 8, 3, padding=1, groups=8, bias_attr=False), nn.BatchNorm2D(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2D(2), nn.Flatten(), nn.Linear(32, classes),
+    )  # fmt: skip
+    randomise_batch_norms(net)
+    net.eval()
+    return net
+
+
+def flip_a_weight(folder, tensor):
+    """Change the sign of the first number of a tensor in an export's weights."""
+    path = program_file(folder).with_suffix(WEIGHTS_SUFFIX)
+    data = bytearray(path.read_bytes())
+    place = data.index(tensor.numpy().tobytes())
+    data[place + 3] ^= 0x80
+    path.write_bytes(bytes(data))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exports
+
+
+@pytest.mark.parametrize("activation", [None, "softmax", "sigmoid"])
+def test_an_export_computes_what_the_model_does(tmp_path, activation):
+    net = small_net()
+    output = OutputSpec(activation)
+    files = export_inference(net, tmp_path / "out", SPEC, output)
+    assert {path.name for path in files} == {path.name for path in (tmp_path / "out").iterdir()}
+
+    reports = check_export(tmp_path / "out", net, SPEC, output)
+    assert [name for name, report in reports.items() if not report.passed] == []
+    assert len(reports) == 6
+    assert max(report.relative_error for report in reports.values()) < 1e-5
+
+    x = paddle.randn([4, 3, 16, 16])
+    expected = net(x) if activation is None else getattr(F, activation)(net(x))
+    for onednn in (True, False):
+        (actual,) = InferenceModel(tmp_path / "out", onednn=onednn, threads=2).run(x.numpy())
+        assert relative_error(actual, expected) < 1e-5
+
+
+def test_exporting_leaves_the_model_as_it_was(tmp_path):
+    net = small_net()
+    before = {name: tensor.numpy().copy() for name, tensor in net.state_dict().items()}
+    export_inference(net, tmp_path, SPEC)
+    assert not any("forward" in vars(layer) for layer in net.sublayers(include_self=True))
+    assert {name: (tensor.numpy() == before[name]).all() for name, tensor in net.state_dict().items()} == dict.fromkeys(
+        before, True
+    )
+    fused, _ = reparameterize(net, fold_bn=True, input_spec=SPEC)
+    assert not any("forward" in vars(layer) for layer in fused.sublayers())
+
+
+def test_outputs_are_picked_as_paddleclas_does(tmp_path):
+    class Student(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.net = small_net()
+
+        def forward(self, x):
+            return {"Teacher": x, "Student": {"features": self.net[:8](x), "logits": self.net(x)}}
+
+    net = Student()
+    net.eval()
+    x = paddle.randn([2, 3, 16, 16])
+    for name, output, expected in [
+        ("logits", OutputSpec("softmax", ("Student",)), F.softmax(net.net(x))),
+        ("features", OutputSpec(None, ("Student", "features")), net.net[:8](x)),
+    ]:
+        export_inference(net, tmp_path / name, SPEC, output)
+        assert relative_error(load_program(tmp_path / name)(x), expected) < 1e-5
+
+
+def test_a_changed_weight_is_noticed_in_every_way_of_loading(tmp_path):
+    net = small_net()
+    export_inference(net, tmp_path, SPEC, OutputSpec("softmax"))
+    flip_a_weight(tmp_path, net[-1].weight)
+    reports = check_export(tmp_path, net, SPEC, OutputSpec("softmax"))
+    assert [name for name, report in reports.items() if report.passed] == []
+
+
+def test_a_fault_in_an_unlikely_class_is_noticed_behind_softmax(tmp_path):
+    net = small_net()
+    net[-1].bias.set_value(paddle.to_tensor([20.0, 0.0, 0.0, 0.0, 0.0]))
+    output = OutputSpec("softmax")
+    export_inference(net, tmp_path, SPEC, output)
+    assert all(report.passed for report in check_export(tmp_path, net, SPEC, output).values())
+    net[-1].bias.set_value(paddle.to_tensor([20.0, 0.0, 0.1, 0.0, 0.0]))
+    x = paddle.randn([4, 3, 16, 16])
+    assert relative_error(load_program(tmp_path)(x), F.softmax(net(x))) < 1e-6
+    assert not any(report.passed for report in check_export(tmp_path, net, SPEC, output).values())
+
+
+def test_a_damaged_export_is_never_taken_for_a_good_one(tmp_path):
+    net = small_net()
+    export_inference(net, tmp_path, SPEC)
+    program = program_file(tmp_path)
+    weights = program.with_suffix(WEIGHTS_SUFFIX)
+    # Paddle 3.3 loads the rest of such a file without a word.
+    weights.write_bytes(weights.read_bytes()[:-700])
+    try:
+        reports = check_export(tmp_path, net, SPEC)
+    except ReparamError as error:
+        assert "cannot load it" in str(error)  # noqa: PT017  (either way of noticing will do)
+    else:
+        assert not all(report.passed for report in reports.values())
+    program.write_text("{}")
+    with pytest.raises(ReparamError, match="paddle.jit.load cannot load it") as error:
+        check_export(tmp_path, net, SPEC)
+    assert "\n" not in str(error.value)
+    program.unlink()
+    with pytest.raises(ReparamError, match=r"inference.json or inference.pdmodel\), it holds 0"):
+        InferenceModel(tmp_path)
+
+
+class Breaks(nn.Layer):
+    def forward(self, x):
+        raise RuntimeError("out of order")
+
+
+def broken():
+    net = Breaks()
+    net.eval()
+    return net
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda net, folder: export_inference(net.train() or net, folder, SPEC), r"call model.eval\(\)"),
+        (lambda net, folder: export_inference(net, folder, SPEC * 2), "one input"),
+        (lambda net, folder: export_inference(broken(), folder, SPEC), "Breaks cannot be exported: .*out of order"),
+        (lambda net, folder: OutputSpec("tanh"), "softmax, sigmoid or None"),
+        (lambda net, folder: measure(net.train() or net, SPEC), r"call model.eval\(\)"),
+    ],
+)
+def test_wrong_use_is_refused(tmp_path, call, message):
+    with pytest.raises(ReparamError, match=message):
+        call(small_net(), tmp_path)
+
+
+def test_the_predictor_says_how_many_inputs_it_takes(tmp_path):
+    export_inference(small_net(), tmp_path, SPEC)
+    x = paddle.randn([1, 3, 16, 16]).numpy()
+    with pytest.raises(ReparamError, match="it takes 1 inputs"):
+        InferenceModel(tmp_path).run(x, x)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+@pytest.mark.parametrize(
+    ("name", "macs", "parameters"),
+    [("resnet50", 4_089_184_256, 25_557_032), ("mobilenet_v2", 300_774_272, 3_504_872)],
+)
+def test_the_counts_of_known_networks(name, macs, parameters):
+    net = getattr(paddle.vision.models, name)()
+    net.eval()
+    size = measure(net, [[None, 3, 224, 224]])
+    assert (size.macs_per_image, size.macs_per_pass, size.parameters) == (macs, 0, parameters)
+    assert size.uncounted == []
+
+
+def test_functions_are_counted_like_layers_and_what_is_not_counted_is_named():
+    class Functional(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.kernel = self.create_parameter([4, 3, 3, 3])
+            self.a = nn.Linear(4, 6)
+            self.b = nn.Linear(6, 2)
+            self.embedding = nn.Embedding(10, 4)
+            self.scale = nn.BatchNorm2D(4)
+
+        def forward(self, x):
+            x = self.scale(F.conv2d(x, self.kernel, padding=1)).mean(axis=[2, 3])
+            x = x + self.embedding(paddle.zeros([1], dtype="int64"))
+            x = self.a(x) @ self.b.weight
+            return paddle.matmul(x, paddle.ones([5, 2]), transpose_y=True) + paddle.matmul(
+                paddle.ones([3, 4]), paddle.ones([3, 5]), transpose_x=True
+            ).sum(axis=0)
+
+    net = Functional()
+    net.eval()
+    size = measure(net, SPEC)
+    assert size.macs_per_image == 4 * 16 * 16 * 3 * 9 + 4 * 6 + 6 * 2 + 2 * 5
+    assert size.macs_per_pass == 4 * 5 * 3
+    assert size.uncounted == ["embedding"]
+    assert size.parameters == 4 * 27 + 4 * 6 + 6 + 6 * 2 + 2 + 40 + 8
+
+
+def test_the_transform_of_weights_is_counted_once_a_pass():
+    net = small_net()
+    plain = measure(net, SPEC)
+    replace(net, "RefConv2D", where="3")
+    assert type(net[3]) is RefConv2D
+    train = measure(net, SPEC)
+    # Wr [8, 8, 3, 3] against the 3x3 patches of 8 planes of 3x3.
+    assert train.macs_per_pass == 8 * 8 * 9 * 9
+    assert train.macs_per_image == plain.macs_per_image
+    assert (train.trainable_parameters, train.frozen_parameters) == (plain.parameters - 72 + 576, 72)
+    assert train.uncounted == []
+    fused, _ = reparameterize(net, fold_bn=True, input_spec=SPEC)
+    assert measure(fused, SPEC).macs_per_image == plain.macs_per_image
+    assert measure(fused, SPEC).layers == plain.layers - 2
+
+
+def test_counting_leaves_paddle_as_it_was():
+    before = paddle._C_ops.conv2d, paddle._C_ops.matmul, paddle.Tensor.__matmul__
+    net = small_net()
+    with pytest.raises(ValueError, match="."):
+        measure(net, [[None, 4, 16, 16]])
+    assert (paddle._C_ops.conv2d, paddle._C_ops.matmul, paddle.Tensor.__matmul__) == before
+    assert not any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in net.sublayers(include_self=True))
