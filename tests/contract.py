@@ -218,7 +218,9 @@ def check_fuses_in_place(cls: type[ReparamLayer], case: Case) -> None:
         once = state_of(in_place)
         wanted = {f"fused.{name}": value for name, value in state_of(fused).items()}
         assert_same_state(once, wanted, f"{case}: {method}() left or lost state")
+        first = in_place.fused
         getattr(in_place, method)()
+        assert in_place.fused is first, f"{case}: a second {method}() did something"
         assert_same_state(state_of(in_place), once, f"{case}: a second {method}()")
         in_place.train()
         again = in_place.reparameterize()
