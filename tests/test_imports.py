@@ -1,0 +1,53 @@
+"""`import paddle_reparam` registers the layers, and the core needs nothing but Paddle and numpy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import paddle_reparam
+
+# These import PaddleClas, VisualDL or the packages of the figures by nature.
+NOT_CORE = {"ppcls", "monitor", "analysis"}
+FOREIGN = {"ppcls", "paddleclas", "visualdl", "torch", "matplotlib", "onnxruntime", "cv2", "safetensors"}
+
+ROOT = Path(paddle_reparam.__file__).parent
+FILES = [path.relative_to(ROOT).with_suffix("").parts for path in ROOT.rglob("*.py")]
+CORE = sorted(
+    ".".join(("paddle_reparam", *(p for p in parts if p != "__init__"))) for parts in FILES if parts[0] not in NOT_CORE
+)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """What a process of its own holds after `import paddle_reparam`, and after every core module."""
+    code = f"""
+import importlib, json, sys
+import paddle
+packages = lambda: {{name.split(".")[0] for name in sys.modules}}
+of_paddle = packages()
+import paddle_reparam
+first = packages() - of_paddle
+from paddle_reparam.registry import list_layers
+layers = list_layers()
+for name in {CORE!r}:
+    importlib.import_module(name)
+print(json.dumps([sorted(of_paddle), sorted(first), sorted(packages() - of_paddle), layers, list_layers()]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_core_is_found():
+    assert {"paddle_reparam", "paddle_reparam.kernels", "paddle_reparam.layers.base"} <= set(CORE)
+
+
+def test_the_core_imports_no_foreign_package(fresh):
+    of_paddle, first, core, _, _ = fresh
+    assert "paddle_reparam" in first
+    assert not FOREIGN & set(core), f"imported by the core: {sorted(FOREIGN & set(core))}"
+    # Paddle alone must not have hidden one of them from the line above.
+    assert not {"ppcls", "paddleclas", "visualdl", "torch"} & set(of_paddle)
