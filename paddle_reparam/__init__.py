@@ -1,6 +1,37 @@
-"""Convolutions that train rich and ship plain, for PaddlePaddle and PaddleClas."""
+"""Convolutions that train rich and ship plain, for PaddlePaddle and PaddleClas.
+
+replace(model, "RefConv2D")        put a layer in the place of a model's convolutions
+reparameterize(model)              fuse them out again
+verify(model, fused, input_spec)   prove that both are the same function
+release(model, weights, folder)    all of it, exported for Paddle Inference and checked
+"""
 
 # Before paddle: 2.6 exports a zlib of its own, and Python's, where it is loaded after that one, crashes in it.
 import zlib  # noqa: F401
 
 __version__ = "0.1.0"
+
+from . import layers as layers
+from . import models as models
+from .checkpoints import load, load_into, save
+from .errors import ReparamError
+from .registry import create_model, list_layers, list_models
+from .release import release
+from .rewrite import reparameterize, replace
+from .verify import verify
+
+__all__ = [
+    "ReparamError",
+    "create_model",
+    "layers",
+    "list_layers",
+    "list_models",
+    "load",
+    "load_into",
+    "models",
+    "release",
+    "reparameterize",
+    "replace",
+    "save",
+    "verify",
+]
