@@ -20,5 +20,8 @@ def setup() -> ModuleType:
         mends.apply()
         arch.register()
         engine.register()
+        if ppcls.utils.logger._logger is None:
+            # An Engine sets it up; models built without one write to it as well.
+            ppcls.utils.logger.init_logger()
         ppcls._paddle_reparam = True
     return ppcls

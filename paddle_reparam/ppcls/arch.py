@@ -14,6 +14,8 @@ from ppcls.utils import logger
 from .. import checkpoints, models, rewrite  # noqa: F401  (importing the models registers them)
 from ..errors import ReparamError
 from ..registry import Registry, get_model, list_models
+from .errors import ConfigError
+from .loading import weight_file
 
 # What PaddleClas reads from Arch for itself and passes on to every builder.
 _ENGINE_KEYS = {"infer_output_key", "infer_add_softmax", "infer_model_name", "is_rec", "use_multilabel"}
@@ -41,8 +43,8 @@ def get_builder(name: str) -> Callable[..., nn.Layer]:
 
 
 def ReparamModel(
-    backbone: dict[str, Any],
-    layer: dict[str, Any],
+    backbone: dict[str, Any] | None = None,
+    layer: dict[str, Any] | None = None,
     where: str | list[str] | None = None,
     pretrained: str | None = None,
     class_num: int | None = None,
@@ -54,13 +56,14 @@ def ReparamModel(
     match a pattern; `pretrained` is a weight file of the plain backbone, loaded before the replacement. What is
     returned is the backbone itself, so its state dict keeps its names.
 
-    Raises `UnknownName` for unknown names and keys, `CheckpointError` where the weights do not fit.
+    Raises `UnknownName` for unknown names and keys, `ConfigError` for what is no name with options, and
+    `CheckpointError` where the weights do not fit.
     """
     own = set(inspect.signature(ReparamModel).parameters) - {"engine_keys"}
     for key in engine_keys:
         _refuse_unknown(key, own | _ENGINE_KEYS, "ReparamModel")
     if pretrained is True:
-        raise ReparamError(
+        raise ConfigError(
             "Arch.pretrained of ReparamModel is a weight file; for PaddleClas' own weights set "
             "Arch.backbone.pretrained: True"
         )
@@ -69,24 +72,24 @@ def ReparamModel(
         options.setdefault("class_num", class_num)
     model = get_builder(backbone_name)(**options)
     if pretrained:
-        checkpoints.load_into(model, _weight_file(pretrained))
+        checkpoints.load_into(model, weight_file(pretrained))
     layer_name, options = _named("layer", layer)
-    report = rewrite.replace(model, layer_name, where=where, **options)
+    try:
+        report = rewrite.replace(model, layer_name, where=where, **options)
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in options:
+            raise
+        raise ConfigError(f"Arch.layer: {layer_name} has no option {unknown[1]!r}") from error
     logger.info(f"{layer_name} in {backbone_name}:\n{report}")
     return model
 
 
 def _named(part: str, config: Any) -> tuple[str, dict[str, Any]]:
     if not isinstance(config, dict) or "name" not in config:
-        raise ReparamError(f"Arch.{part} of ReparamModel needs a name and options, as {{name: ...}}, not {config!r}")
+        raise ConfigError(f"Arch.{part} of ReparamModel needs a name and options, as {{name: ...}}, not {config!r}")
     options = dict(config)
     return options.pop("name"), options
-
-
-def _weight_file(path: str) -> str:
-    """PaddleClas writes the paths of weight files without their suffix."""
-    known = (".pdparams", ".pdema", ".safetensors", ".npz")
-    return path if path.endswith(known) else f"{path}.pdparams"
 
 
 def _build_registered(name: str, **config: Any) -> nn.Layer:
@@ -120,12 +123,14 @@ def _as_theseus(model: nn.Layer, options: dict[str, Any]) -> nn.Layer:
         _refuse_unknown(
             re.sub(r"\[(\d+)\]", r".\1", pattern), {n for n, _ in model.named_sublayers()}, type(model).__name__
         )
+    if options.get("return_stages") and not stages:
+        raise ConfigError(f"{type(model).__name__} has no stages to return; name layers with return_patterns")
     if hasattr(model, "init_net"):
         model.init_net(stages_pattern=stages, **options)
         return model
     # PaddleClas 2.4 has the same in two calls, and cannot freeze.
     if options.get("freeze_befor"):
-        raise ReparamError("freeze_befor needs PaddleClas 2.5 or later")
+        raise ConfigError("freeze_befor needs PaddleClas 2.5 or later")
     if patterns or options.get("return_stages"):
         model.init_res(stages, return_patterns=patterns, return_stages=options.get("return_stages"))
     if options.get("stop_after"):

@@ -23,8 +23,6 @@ _SECTIONS = {
     "Global", "Arch", "AMP", "EMA", "Loss", "UnLabelLoss", "Optimizer", "DataLoader", "Metric", "Infer", "Slim",
     "MLDecoder",
 }  # fmt: skip
-# What the Engine reads without asking whether it is there.
-_DEFAULTS = {"pretrained_model": None, "checkpoints": None, "use_visualdl": False, "output_dir": "./output"}
 
 
 def main(mode: str, arguments: Sequence[str] | None = None) -> int:
@@ -93,8 +91,6 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for section in ("Global", "Arch", "DataLoader"):
         if not isinstance(config.get(section), dict):
             raise ConfigError(f"{path} has no section {section}; is it a config of PaddleClas?")
-    for key, value in _DEFAULTS.items():
-        config["Global"].setdefault(key, value)
     return config
 
 
@@ -103,21 +99,21 @@ def _check_override(config: Any, override: str) -> None:
     key, *values = override.split("=")
     if len(values) != 1 or not key:
         raise ConfigError(f"-o {override}: write KEY=VALUE with one =, as in -o Global.epochs=3")
-    known, missing = set(config) | _SECTIONS, "section"
-    path = key.split(".")
-    for depth, part in enumerate(path):
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        where = ".".join(parts[:depth]) or "the config"
         if isinstance(config, dict):
+            known = set(config) if depth else set(config) | _SECTIONS
             near = difflib.get_close_matches(part, known, n=1, cutoff=0.8)
             if part not in known and (near or depth == 0):
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-                raise ConfigError(f"-o {override}: the config has no {missing} {part!r}; {hint}")
+                raise ConfigError(f"-o {override}: {where} has no {part!r}; {hint}")
             if part not in config:
                 return
             config = config[part]
         elif isinstance(config, list):
             if not part.isdigit() or int(part) >= len(config):
-                raise ConfigError(f"-o {override}: {part!r} is no index of a list of {len(config)}")
+                raise ConfigError(f"-o {override}: {where} is a list of {len(config)} and has no {part!r}")
             config = config[int(part)]
         else:
-            raise ConfigError(f"-o {override}: {'.'.join(path[:depth])} is {config!r} and has nothing named {part!r}")
-        known, missing = set(config) if isinstance(config, dict) else set(), f"{'.'.join(path[: depth + 1])} named"
+            raise ConfigError(f"-o {override}: {where} is {config!r} and has nothing named {part!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,11 +14,27 @@ from .loading import strict_loading
 
 PaddleClasEngine = engine_module.Engine
 
+# What the Engine reads from Global without asking whether it is there.
+_NEEDED = {
+    "train": ("epochs", "print_batch_step", "save_interval", "eval_during_train", "eval_interval"),
+    "eval": ("print_batch_step",),
+    "infer": (),
+    "export": ("image_shape", "save_inference_dir"),
+}
+_DEFAULTS = {
+    "pretrained_model": None,
+    "checkpoints": None,
+    "use_visualdl": False,
+    "output_dir": "./output",
+    "device": "cpu",
+}
+
 
 class Engine(PaddleClasEngine):
     """PaddleClas' Engine: a config that cannot work is refused at once, and weights that do not fit are an error."""
 
     def __init__(self, config: dict[str, Any], mode: str = "train") -> None:
+        check_run(config, mode)
         check_config(config, mode)
         with strict_loading(config, mode):
             super().__init__(config, mode)
@@ -49,12 +66,10 @@ def networks(arch: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def check_config(config: dict[str, Any], mode: str) -> None:
-    """Raise `UnknownName` or `ConfigError` for what PaddleClas would fail at, or pass over in silence."""
-    settings = config["Global"]
-    if mode != "train" or settings["device"] == "cpu":
-        # Only training needs it, and Paddle has none for the CPU.
-        config["Arch"]["use_sync_bn"] = False
-    weights, checkpoints = settings.get("pretrained_model"), settings.get("checkpoints")
+    """Raise `UnknownName` or `ConfigError` for an `Arch` that cannot be built, or would never learn."""
+    weights, checkpoints = config["Global"].get("pretrained_model"), config["Global"].get("checkpoints")
+    if not config["Arch"].get("name"):
+        raise ConfigError("Arch has no name; give the model's, as in -o Arch.name=ResNet50")
     for network in networks(config["Arch"]):
         get_builder(network["name"])
         if network["name"] != "ReparamModel":
@@ -67,25 +82,39 @@ def check_config(config: dict[str, Any], mode: str) -> None:
                 "RefConv2D with base: pretrained has nothing to refocus: set Arch.pretrained or "
                 "Global.pretrained_model to the weights of the trained plain backbone, or base: random"
             )
-    if mode in ("eval", "infer", "export") and checkpoints and not weights:
-        raise ConfigError(
-            f"Global.checkpoints is where training goes on from; {mode} reads Global.pretrained_model: set that to "
-            f"{checkpoints}"
-        )
-    if mode in ("eval", "infer") and not weights and not any(_own_weights(n) for n in networks(config["Arch"])):
-        raise ConfigError(f"{mode} has no weights: set Global.pretrained_model to what training saved")
-
-
-def _own_weights(network: dict[str, Any]) -> bool:
-    return bool(network.get("pretrained"))
 
 
 def _wants_base(network: dict[str, Any]) -> bool:
-    layer = network.get("layer") or {}
-    if (
-        layer.get("name") != "RefConv2D"
-        or network.get("pretrained")
-        or (network.get("backbone") or {}).get("pretrained")
-    ):
+    layer, backbone = network.get("layer") or {}, network.get("backbone") or {}
+    if layer.get("name") != "RefConv2D" or network.get("pretrained") or backbone.get("pretrained"):
         return False
     return layer.get("base", "pretrained") == "pretrained"
+
+
+def check_run(config: dict[str, Any], mode: str) -> None:
+    """Fill in what may be left out of `Global`; raise `ConfigError` for what the Engine would stumble over."""
+    settings = config["Global"]
+    for key, value in _DEFAULTS.items():
+        settings.setdefault(key, value)
+    lacking = [key for key in _NEEDED[mode] if key not in settings]
+    if lacking:
+        raise ConfigError(f"the config lacks Global.{', Global.'.join(lacking)}, which {mode} needs")
+    if mode != "train" or settings["device"] == "cpu":
+        # Only training shares its batch statistics between processes, and Paddle cannot on a CPU.
+        config["Arch"]["use_sync_bn"] = False
+    if mode != "train" and settings["checkpoints"] and not settings["pretrained_model"]:
+        raise ConfigError(
+            "Global.checkpoints is where training goes on from; "
+            f"{mode} reads Global.pretrained_model: set that to {settings['checkpoints']}"
+        )
+    inner = list(networks(config["Arch"]))
+    # The baseline that training starts from says nothing of what the layers put into it have learnt.
+    complete = any(n.get("pretrained") for n in inner) and not any(n["name"] == "ReparamModel" for n in inner)
+    if mode != "train" and not settings["pretrained_model"] and not complete:
+        raise ConfigError(f"{mode} has no weights: set Global.pretrained_model to what training saved")
+    splits = {"train": ["Train", "Eval"] if settings.get("eval_during_train") else ["Train"], "eval": ["Eval"]}
+    for split in splits.get(mode, []):
+        dataset = (config["DataLoader"].get(split) or {}).get("dataset") or {}
+        for key in ("image_root", "cls_label_path"):
+            if isinstance(dataset.get(key), str) and not os.path.exists(dataset[key]):
+                raise ConfigError(f"DataLoader.{split}.dataset.{key}: there is no {dataset[key]}")
