@@ -51,3 +51,9 @@ def test_the_core_imports_no_foreign_package(fresh):
     assert not FOREIGN & set(core), f"imported by the core: {sorted(FOREIGN & set(core))}"
     # Paddle alone must not have hidden one of them from the line above.
     assert not {"ppcls", "paddleclas", "visualdl", "torch"} & set(of_paddle)
+
+
+def test_import_registers_every_layer(fresh):
+    *_, after_import, after_all = fresh
+    assert after_import, "import paddle_reparam registers no layer"
+    assert after_import == after_all, "a layer is registered only once its own module is imported"
