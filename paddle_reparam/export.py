@@ -29,7 +29,7 @@ FILE_NAME = "inference"
 PROGRAM_SUFFIXES = (".json", ".pdmodel")
 WEIGHTS_SUFFIX = ".pdiparams"
 
-#: The smallest probability whose logarithm is compared: Paddle's own softmax stops at e^-64, the one of oneDNN does not.
+#: The smallest probability whose logarithm is compared: Paddle's own softmax stops at e^-64, oneDNN's does not.
 _SMALLEST_PROBABILITY = 1e-25
 
 
@@ -95,7 +95,7 @@ def export_inference(
     # Paddle's tracing puts rewritten forward methods on the layers, so it gets a copy.
     network = ExportedNetwork(copy_model(model), output)
     spec = paddle.static.InputSpec(shape=shape, dtype=dtype, name="x")
-    with _one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
+    with one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[spec])
     program_file(folder)
@@ -112,8 +112,8 @@ def program_file(folder: Folder) -> Path:
 
 
 @contextlib.contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
-    """Raise whatever Paddle raises in the `with` block as a `ReparamError` with the first line of its message."""
+def one_sentence(what: str) -> Iterator[None]:
+    """Raise whatever is raised in the `with` block as a `ReparamError` that says what, and why in one line."""
     try:
         yield
     except ReparamError:
@@ -121,7 +121,8 @@ def _one_sentence(what: str) -> Iterator[None]:
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         # Paddle prints its call stack first; what happened is in the line that names an error, or the last one.
-        reason = next((line for line in lines if "Error:" in line), lines[-1] if lines else type(error).__name__)
+        last = ": ".join([type(error).__name__, *lines[-1:]])
+        reason = next((line for line in lines if "Error:" in line), last)
         raise ReparamError(f"{what}: {reason}") from error
 
 
@@ -135,7 +136,7 @@ class InferenceModel:
         """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded."""
         program = program_file(folder)
         self.name = str(folder)
-        with _one_sentence(f"{folder}: Paddle Inference cannot load it"):
+        with one_sentence(f"{folder}: Paddle Inference cannot load it"):
             config = Config(str(program), str(program.with_suffix(WEIGHTS_SUFFIX)))
             config.disable_gpu()
             config.disable_glog_info()
@@ -156,7 +157,7 @@ class InferenceModel:
         names = self._predictor.get_input_names()
         if len(names) != len(inputs):
             raise ReparamError(f"{self.name}: it takes {len(names)} inputs ({names}), not {len(inputs)}")
-        with _one_sentence(f"{self.name}: Paddle Inference cannot run it"):
+        with one_sentence(f"{self.name}: Paddle Inference cannot run it"):
             for name, array in zip(names, inputs):
                 handle = self._predictor.get_input_handle(name)
                 handle.reshape(array.shape)
@@ -171,7 +172,7 @@ class InferenceModel:
 def load_program(folder: Folder) -> nn.Layer:
     """Return an export as `paddle.jit.load` reads it, in eval mode; raises `ReparamError` where it cannot."""
     path = program_file(folder).with_suffix("")
-    with _one_sentence(f"{folder}: paddle.jit.load cannot load it"):
+    with one_sentence(f"{folder}: paddle.jit.load cannot load it"):
         layer = paddle.jit.load(str(path))
         layer.eval()
         return layer

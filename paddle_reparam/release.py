@@ -27,7 +27,7 @@ from paddle import nn
 
 from . import __version__, checkpoints
 from .errors import ReparamError
-from .export import AS_THE_NETWORK, Folder, OutputSpec, check_export, export_inference
+from .export import AS_THE_NETWORK, Folder, OutputSpec, check_export, export_inference, one_sentence
 from .flops import ModelSize, measure
 from .geometry import BATCH_NORMS
 from .report import Report, format_table
@@ -78,11 +78,12 @@ class ReleaseReport(Report):
     def checks_table(self) -> str:
         """Return the errors that were measured, one check a row."""
         return format_table(
-            ["the train form against", "relative error", "top-1 agreement", "samples", "layers compared"],
+            ["the train form against", "relative error", "tolerance", "top-1 agreement", "samples", "layers compared"],
             [
                 [
                     name,
                     f"{check.relative_error:.1e}",
+                    f"{check.tolerance:.1e}",
                     "-" if check.top1_agreement is None else f"{check.top1_agreement:.1%}",
                     check.samples,
                     check.layers or "-",
@@ -205,7 +206,8 @@ def _steps(progress: Callable[[str], None]) -> Callable[[str], contextlib.Abstra
     @contextlib.contextmanager
     def step(name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with one_sentence(f"could not {name}"):
+            yield
         progress(f"{time.perf_counter() - started:6.1f} s  {name}")
 
     return step

@@ -15,7 +15,7 @@ import paddle
 from paddle import nn
 
 from ..errors import ReparamError, UnknownName
-from ..export import OutputSpec
+from ..export import OutputSpec, one_sentence
 from ..release import OutputExists, release
 from . import setup
 from .errors import ConfigError
@@ -54,9 +54,10 @@ def _release(given: argparse.Namespace) -> Any:
     ppcls.utils.logger.init_logger(log_level="WARNING")
     config = read_config(given.config, given.override)
     weights = _weight_file(given.weights)
+    model = build_train_form(config)
     stock, why_no_stock = build_stock(config)
     return release(
-        build_train_form(config),
+        model,
         weights,
         given.output,
         [[None, *_image_shape(config)]],
@@ -114,7 +115,8 @@ def _build(config: dict[str, Any]) -> nn.Layer:
 
     # Batch statistics are shared between processes in training only.
     config["Arch"]["use_sync_bn"] = False
-    model = build_model(config, mode="export")
+    with one_sentence(f"Arch {config['Arch'].get('name')} cannot be built"):
+        model = build_model(config, mode="export")
     model.eval()
     return model
 
