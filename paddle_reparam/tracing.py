@@ -141,7 +141,7 @@ def trace_flow(
         reached[producer] = id(layer)
         return (original, *args[1:])
 
-    with _Hooks() as hooks:
+    with _Hooks() as hooks, paddle.enable_grad():
         for layer in {id(p): p for p in producers}.values():
             hooks.after(layer, hand_on_copy)
         for layer in {id(c): c for c in consumers}.values():

@@ -280,6 +280,15 @@ def test_a_bn_that_cannot_be_folded_is_named_and_left(kind):
     assert verify(replaced, fused, [[None, 3, 6, 6]]).passed
 
 
+def test_folding_does_not_depend_on_the_caller_s_gradients():
+    model = build()
+    for parameter in model.parameters():
+        parameter.stop_gradient = True
+    with paddle.no_grad():
+        _, report = reparameterize(model, fold_bn=True, input_spec=SPEC)
+    assert report.left_over == {}
+
+
 def test_old_batch_norm_keeps_its_activation():
     model = build(
         nn.Sequential, nn.Conv2D(3, 4, 3, data_format="NHWC"), nn.BatchNorm(4, act="relu", data_layout="NHWC")
