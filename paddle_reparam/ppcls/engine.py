@@ -70,8 +70,10 @@ def check_config(config: dict[str, Any], mode: str) -> None:
     weights, checkpoints = config["Global"].get("pretrained_model"), config["Global"].get("checkpoints")
     if not config["Arch"].get("name"):
         raise ConfigError("Arch has no name; give the model's, as in -o Arch.name=ResNet50")
-    for network in networks(config["Arch"]):
+    parts = list(networks(config["Arch"]))
+    for network in parts:
         get_builder(network["name"])
+    for network in parts:
         if network["name"] != "ReparamModel":
             continue
         if mode != "train" and weights:
