@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint visualdl lock clean
 
 quickstart: $(VENV)/.ready
-	$(BIN)/python tools/quickstart.py
+	GLOG_minloglevel=2 $(BIN)/python -W 'ignore:No ccache' tools/quickstart.py
 
 test: lint
 	$(BIN)/python -m pytest -q
