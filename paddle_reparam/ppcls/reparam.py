@@ -98,7 +98,8 @@ def build_stock(config: dict[str, Any]) -> tuple[nn.Layer | None, str]:
     config = copy.deepcopy(config)
     wrapped = [network for network in networks(config["Arch"]) if network["name"] == "ReparamModel"]
     if not wrapped:
-        return None, f"{config['Arch'].get('name')} is no ReparamModel: it has no backbone of its own that is plain"
+        name = config["Arch"].get("name")
+        return None, f"{name} is no ReparamModel around a backbone, so there is no plain network to load its weights"
     for network in wrapped:
         backbone = {**network["backbone"], "pretrained": False}
         if network.get("class_num") is not None:
