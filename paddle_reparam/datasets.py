@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from .errors import ReparamError
+from .release import OutputExists, new_folder
 from .report import Report
 
 TRAIN_LIST, VAL_LIST, LABEL_NAMES = "train_list.txt", "val_list.txt", "label_names.txt"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 VAL_FOLDERS = ("val", "test")
 CHECKED_AT_ONCE = 256
-
-
-class ListsExist(ReparamError):
-    """The files to write stand there already, and may not be replaced."""
 
 
 @dataclass
@@ -45,7 +40,7 @@ def write_digits(output: str | os.PathLike[str], force: bool = False) -> Dataset
     """Write scikit-learn's digits, 1797 grey images of 8x8 pixels, as `train|val/<class>/NNNN.png` with list files.
 
     A fifth of each class is for validation, always the same images. The folder appears whole or not at all. Raises
-    `ListsExist` where it stands there already, unless `force`: then an earlier one of this function is replaced.
+    `OutputExists` where it stands there already, unless `force`: then an earlier one of this function is replaced.
     """
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -65,7 +60,7 @@ def write_digits(output: str | os.PathLike[str], force: bool = False) -> Dataset
     )
     lists = _lists(classes, *([(path, digits.target[i]) for path, i in part.items()] for part in (train, val)))
     _refuse_to_replace(output, force, lists[VAL_LIST])
-    with _new_folder(output) as folder:
+    with new_folder(Path(os.path.realpath(output)), output, replace=output.exists()) as folder:
         for path, i in (train | val).items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels[i]).save(folder / path)
@@ -83,14 +78,14 @@ def list_folder(
 
     Classes are numbered in the order of their names. With `check_images` every image is decoded: PaddleClas puts a
     random other image in the place of one that it cannot read. `progress` wraps the steps of `CHECKED_AT_ONCE` images.
-    Raises `ListsExist` where list files stand there already, unless `force`, and `ReparamError` for folders that are
+    Raises `OutputExists` where list files stand there already, unless `force`, and `ReparamError` for folders that are
     missing, empty or without images, classes that differ, paths with blanks, and unreadable images. Nothing is then
     written.
     """
     root = Path(root)
     existing = [name for name in (TRAIN_LIST, VAL_LIST, LABEL_NAMES) if (root / name).exists()]
     if existing and not force:
-        raise ListsExist(f"{root / existing[0]} exists already and is kept; replace it with --force")
+        raise OutputExists(f"{root / existing[0]} exists already and is kept; replace it with --force")
     if not root.is_dir():
         raise ReparamError(f"{root} is no folder; give the one that holds train and {' or '.join(VAL_FOLDERS)}")
     for_validation = next((name for name in VAL_FOLDERS if (root / name).is_dir()), None)
@@ -105,20 +100,6 @@ def list_folder(
         _check_images([root / path for path, _ in (*train, *val)], progress)
     _write_whole(root, _lists(classes, train, val))
     return DatasetReport(str(root), classes, len(train), len(val))
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside `target`, and put it in its place when the `with` block ends without an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Both inside one more folder: whatever happens, that is all there is to remove.
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as beside:
-        new, old = Path(beside) / "new", Path(beside) / "old"
-        new.mkdir()
-        yield new
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
 
 
 def _class_names(folder: Path) -> list[str]:
@@ -200,7 +181,7 @@ def _refuse_to_replace(output: Path, force: bool, val_list: str) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not force:
-        raise ListsExist(f"{output} exists already and is kept; name another folder, or replace it with --force")
+        raise OutputExists(f"{output} exists already and is kept; name another folder, or replace it with --force")
     earlier = output / VAL_LIST
     if not earlier.is_file() or earlier.read_text(encoding="utf-8", errors="replace") != val_list:
-        raise ListsExist(f"{output} is not what this command wrote, so it is kept; name another folder")
+        raise OutputExists(f"{output} is not what this command wrote, so it is kept; name another folder")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam.datasets import CHECKED_AT_ONCE, ListsExist, list_folder, write_digits
+from paddle_reparam.datasets import CHECKED_AT_ONCE, list_folder, write_digits
 from paddle_reparam.errors import ReparamError
+from paddle_reparam.release import OutputExists
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(list_folder(given.root, given.force, not given.skip_check, _show_progress))
     except (ReparamError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ListsExist) else 1
+        return 2 if isinstance(error, OutputExists) else 1
     return 0
 
 
