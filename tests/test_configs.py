@@ -32,7 +32,7 @@ WRAPPED = {"name", "class_num", "backbone", "layer", "pretrained"}
 DATASETS = {"digits": (10, 1), "cifar10": (10, 1), "imagenet": (1000, 4)}
 #: (dataset, paper) -> batch of the recipe, epochs, learning rate, weight decay
 RECIPES = {
-    ("digits", "refconv"): (16, 8, 0.05, 4e-5),
+    ("digits", "refconv"): (16, 10, 0.05, 4e-5),
     ("cifar10", "refconv"): (128, 105, 0.1, 5e-4),
     ("cifar10", "spconv"): (128, 200, 0.1, 5e-4),
     ("imagenet", "refconv"): (256, 105, 0.1, 4e-5),
