@@ -17,5 +17,9 @@ class UnknownName(ReparamError):
     """A name that nothing is registered under."""
 
 
+class NothingProven(ReparamError):
+    """A comparison that would pass whatever was wrong, because the output hardly depends on the input."""
+
+
 class CheckpointError(ReparamError):
     """A weight file that cannot be read, or whose keys and shapes are not those of the model."""

@@ -58,7 +58,7 @@ def header(path):
 
 def documented_overrides(path):
     """Return the lines of the header that give overrides: one list of KEY=VALUE each."""
-    return [re.findall(r"-o (\S+)", line) for line in header(path) if re.match(r"# +-o ", line)]
+    return [re.findall(r"-o (\S+)", line) for line in header(path) if line.startswith("#   -o ")]
 
 
 def test_there_is_what_the_documentation_names():

@@ -6,7 +6,8 @@ import pytest
 from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam.errors import ReparamError
+from paddle_reparam import release, save
+from paddle_reparam.errors import NothingProven, ReparamError
 from paddle_reparam.export import (
     WEIGHTS_SUFFIX,
     InferenceModel,
@@ -165,7 +166,7 @@ def broken():
         (lambda net, folder: export_inference(net.train() or net, folder, SPEC), r"call model.eval\(\)"),
         (lambda net, folder: export_inference(net, folder, SPEC * 2), "one input"),
         (lambda net, folder: export_inference(broken(), folder, SPEC), "Breaks cannot be exported: .*out of order"),
-        (lambda net, folder: OutputSpec("tanh"), "softmax, sigmoid or None"),
+        (lambda net, folder: OutputSpec("tanh"), "softmax, sigmoid, identity or None"),
         (lambda net, folder: measure(net.train() or net, SPEC), r"call model.eval\(\)"),
     ],
 )
@@ -247,3 +248,21 @@ def test_counting_leaves_paddle_as_it_was():
         measure(net, [[None, 4, 16, 16]])
     assert (paddle._C_ops.conv2d, paddle._C_ops.matmul, paddle.Tensor.__matmul__) == before
     assert not any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in net.sublayers(include_self=True))
+
+
+def test_probabilities_that_are_all_alike_are_checked_by_their_logits(tmp_path):
+    paddle.seed(0)
+    model = small_net()
+    model[2] = nn.Sigmoid()
+    model[8].weight.set_value(model[8].weight * 1e-7)
+    spec, softmax = [[None, 3, 8, 8]], OutputSpec("softmax")
+    export_inference(model, tmp_path, spec, softmax)
+    with pytest.raises(NothingProven, match="hardly depends on its input"):
+        check_export(tmp_path, model, spec, softmax)
+    assert all(r.passed for r in check_export(tmp_path, model, spec, softmax, must_depend=False).values())
+
+    save(model.state_dict(), tmp_path / "weights.pdparams")
+    report = release(model, tmp_path / "weights.pdparams", tmp_path / "out", spec, output=softmax, progress=print)
+    assert {name.endswith("logits") for name in report.checks} == {True, False}
+    assert all(check.passed for check in report.checks.values())
+    assert not list((tmp_path / "out").glob("*logits*"))

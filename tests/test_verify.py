@@ -6,7 +6,7 @@ from helpers import as_array, randomise_batch_norms
 from paddle import nn
 from paddle.vision.models import mobilenet_v2
 
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import NothingProven, ReparamError
 from paddle_reparam.rewrite import reparameterize
 from paddle_reparam.verify import compare_outputs, relative_error, verify
 
@@ -56,7 +56,9 @@ def test_a_fault_in_the_last_layer_and_in_what_is_returned(network):
     result = verify(network, fused, SPEC)
     assert result.first_difference == "classifier.1"
     assert "NO" in str(result)
-    assert verify(network, lambda x: [network(x), network(x)], SPEC).relative_error == float("inf")
+    twice = verify(network, lambda x: [network(x), network(x)], SPEC, must_depend=False)
+    assert twice.relative_error == float("inf")
+    assert not twice.passed
 
 
 def test_rounding_that_the_network_makes_grow_is_allowed_and_a_fault_is_not():
@@ -101,14 +103,32 @@ def test_training_mode_is_refused(network):
 
 
 def test_an_output_that_hardly_depends_on_the_input_proves_nothing():
-    model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(4, 5))
-    model[3].weight.set_value(model[3].weight * 1e-6)
-    model[3].bias.set_value(paddle.randn([5]))
+    model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.Sigmoid(), nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(4, 5))
+    model[4].weight.set_value(model[4].weight * 1e-6)
+    model[4].bias.set_value(paddle.randn([5]))
     model.eval()
-    with pytest.raises(ReparamError, match="hardly depends on its input"):
+    with pytest.raises(NothingProven, match="hardly depends on its input"):
         verify(model, lambda x: model(x), SPEC)
+    assert verify(model, lambda x: model(x), SPEC, must_depend=False).passed
     # Two networks are compared layer by layer, which does prove it.
     assert verify(model, model, SPEC).passed
+
+
+def test_inputs_are_scaled_until_the_output_depends_on_them():
+    model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(4, 5))
+    model[4].weight.set_value(model[4].weight * 1e3)
+    model = nn.Sequential(*model, nn.Softmax())
+    model.eval()
+
+    def wrong(x):
+        return nn.functional.softmax(model[4](model[3](model[2](model[1](model[0](x * 1.01))))))
+
+    # One class has all the probability at this scale, and a network that is wrong by 1 percent the same.
+    assert verify(model, wrong, SPEC, must_depend=False).passed
+    report = verify(model, lambda x: model(x), SPEC)
+    assert report.passed
+    assert report.input_scale < 1
+    assert not verify(model, wrong, SPEC).passed
 
 
 def test_an_open_size_is_refused(network):
