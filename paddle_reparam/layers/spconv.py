@@ -20,8 +20,8 @@ from .base import InferenceForm, ReparamLayer
 _SMALLEST_FACTOR = 1e-30
 
 
-# Why `pointwise` is not merged into the centre tap of a dense 3x3: in Paddle Inference with oneDNN, on ResNet50's shapes
-# at batch 1 and 8, a block of (1x1, this layer, 1x1) takes 0.53 to 0.88 of the time of the same block with a plain 3x3
+# Why `pointwise` is not merged into the centre of a dense 3x3: in Paddle Inference with oneDNN, on ResNet50's shapes at
+# batch 1 and 8, a block of (1x1, this layer, 1x1) takes 0.53 to 0.88 of the time of the same block with a plain 3x3
 # at ratio 1/2, and 0.65 to 0.98 with the two merged; at ratio 1/4 0.55 to 0.73 against 0.58 to 0.74; at 1/8 they are
 # equal. The order of the sums lets oneDNN do both additions inside the convolutions.
 class SPConv2DFused(InferenceForm):
