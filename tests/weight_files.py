@@ -1,5 +1,7 @@
 """What the tests of weight files share: what the files in tests/data hold, and how a refusal is worded."""
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 
