@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,8 +102,47 @@ def export_inference(
     with one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[spec])
-    program_file(folder)
+    program = program_file(folder)
+    if program.suffix == ".pdmodel":
+        _add_biases_by_axis(program)
     return sorted(path for path in folder.iterdir() if path.name.startswith(f"{FILE_NAME}."))
+
+
+def _add_biases_by_axis(path: Path) -> None:
+    """Rewrite a `.pdmodel` so that oneDNN takes the biases of convolutions into them.
+
+    Paddle writes a bias as a reshape of the parameter and an addition, a pair that its oneDNN passes do not know; they
+    know the addition of the parameter itself along an axis. Without it a MobileNetV2 with folded BNs takes 1.33 times
+    as long.
+    """
+    was_dynamic = paddle.in_dynamic_mode()
+    paddle.enable_static()
+    try:
+        program = paddle.static.Program.parse_from_string(path.read_bytes())
+        block = program.global_block()
+        parameters = {
+            op.output("Out")[0]: op.input("X")[0]
+            for op in block.ops
+            if op.type == "reshape2" and block.var(op.input("X")[0]).persistable
+            if list(op.attr("shape")) == [1, *block.var(op.input("X")[0]).shape, 1, 1]
+        }
+        readers = Counter(name for op in block.ops for name in op.input_arg_names)
+        added = [
+            op
+            for op in block.ops
+            if op.type == "elementwise_add" and op.input("Y")[0] in parameters and readers[op.input("Y")[0]] == 1
+        ]
+        reshaped = {op.input("Y")[0] for op in added}
+        for op in added:
+            op._rename_input(op.input("Y")[0], parameters[op.input("Y")[0]])
+            op._set_attr("axis", 1)
+        for index in reversed(range(len(block.ops))):
+            if block.ops[index].type == "reshape2" and block.ops[index].output("Out")[0] in reshaped:
+                block._remove_op(index)
+        path.write_bytes(program.desc.serialize_to_string())
+    finally:
+        if was_dynamic:
+            paddle.disable_static()
 
 
 def program_file(folder: Folder) -> Path:

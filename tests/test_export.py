@@ -266,3 +266,17 @@ def test_probabilities_that_are_all_alike_are_checked_by_their_logits(tmp_path):
     assert {name.endswith("logits") for name in report.checks} == {True, False}
     assert all(check.passed for check in report.checks.values())
     assert not list((tmp_path / "out").glob("*logits*"))
+
+
+def test_a_bias_is_added_where_onednn_takes_it_into_the_convolution(tmp_path):
+    net = small_net()
+    fused, _ = reparameterize(net, fold_bn=True, input_spec=SPEC)
+    export_inference(fused, tmp_path, SPEC)
+    program = program_file(tmp_path)
+    if program.suffix == ".pdmodel":
+        paddle.enable_static()
+        ops = paddle.static.Program.parse_from_string(program.read_bytes()).global_block().ops
+        paddle.disable_static()
+        assert [op.attr("axis") for op in ops if op.type == "elementwise_add"][:2] == [1, 1]
+        assert "reshape2" not in [op.type for op in ops]
+    assert all(report.passed for report in check_export(tmp_path, net, SPEC).values())
