@@ -14,7 +14,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from ..errors import ReparamError, UnknownName
+from ..errors import CheckpointError, ReparamError, UnknownName
 from ..export import OutputSpec, one_sentence
 from ..release import OutputExists, release
 from . import setup
@@ -48,12 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _release(given: argparse.Namespace) -> Any:
     ppcls = setup()
     from .command import read_config
+    from .loading import weight_file
 
     # Fused, exported and compared where the Predictor runs; a GPU's shorter floats would blur the comparison.
     paddle.set_device("cpu")
     ppcls.utils.logger.init_logger(log_level="WARNING")
     config = read_config(given.config, given.override)
-    weights = _weight_file(given.weights)
+    try:
+        weights = weight_file(given.weights)
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
     model = build_train_form(config)
     stock, why_no_stock = build_stock(config)
     return release(
@@ -141,14 +145,6 @@ def _image_shape(config: dict[str, Any]) -> list[int]:
             f"Global.image_shape is {shape!r}; give [channels, height, width], as in -o Global.image_shape=[3,224,224]"
         )
     return list(shape)
-
-
-def _weight_file(path: str) -> str:
-    """Return the weight file; PaddleClas writes such paths without their suffix."""
-    found = next((p for p in (path, f"{path}.pdparams") if Path(p).is_file()), None)
-    if found is None:
-        raise ConfigError(f"there is no weight file {path}")
-    return found
 
 
 def _version_of(ppcls: Any) -> dict[str, Any]:
