@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 from . import layers as layers
 from . import models as models
-from .checkpoints import load, load_into, save
+from .checkpoints import convert_state, load, load_into, save
 from .errors import ReparamError
 from .registry import create_model, list_layers, list_models
 from .release import release
@@ -22,6 +22,7 @@ from .verify import verify
 
 __all__ = [
     "ReparamError",
+    "convert_state",
     "create_model",
     "layers",
     "list_layers",

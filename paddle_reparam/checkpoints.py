@@ -23,7 +23,7 @@ from paddle import nn
 from . import layers as layers  # form_of asks every registered layer, and importing registers them
 from . import pickles
 from .errors import CheckpointError, ReparamError
-from .registry import get_layer, list_layers
+from .registry import create_model, get_layer, get_model, list_layers, list_models
 from .report import Report, format_table
 
 _CHECKSUM = "paddle_reparam.sha256"
@@ -207,6 +207,55 @@ def load_into(
     for name in loaded:
         own[name].set_value(cast[name])
     return LoadReport(tuple(loaded), tuple(missing), coverage)
+
+
+#: Published names of what a BN keeps -> Paddle's; the counter has no counterpart.
+_OF_A_BATCH_NORM = {"running_mean": "_mean", "running_var": "_variance", "num_batches_tracked": None}
+
+
+def convert_state(name: str, state: Mapping[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
+    """Return a published state dict as one that `create_model(name, **options)` takes, entry for entry.
+
+    `state`: published key -> array, in the layouts of the published files (a Linear's weight is `[out, in]`), with or
+    without the prefix `module.`. Floats are cast to the model's type.
+
+    Raises `CheckpointError` with what is missing, left over or of another shape, and for a model without published
+    weights.
+    """
+    rename = get_model(name).rename
+    if rename is None:
+        known = ", ".join(n for n in list_models() if get_model(n).rename is not None)
+        raise CheckpointError(f"no published weight files of {name} are known; those of {known} can be converted")
+    from_parallel = all(key.startswith("module.") for key in state)
+    renamed = rename({key[len("module.") :] if from_parallel else key: value for key, value in state.items()})
+    model = create_model(name, **options)
+    own = model.state_dict()
+    owners = dict(model.named_sublayers(include_self=True))
+    arrays: dict[str, np.ndarray] = {}
+    for key, value in renamed.items():
+        path, _, last = key.rpartition(".")
+        last = _OF_A_BATCH_NORM.get(last, last)
+        if last is None:
+            continue
+        key = f"{path}.{last}" if path else last
+        array = np.asarray(value)
+        arrays[key] = array.T if last == "weight" and isinstance(owners.get(path), nn.Linear) else array
+    faults = {
+        "missing": [key for key in own if key not in arrays],
+        "left over": [key for key in arrays if key not in own],
+        "of another shape": [
+            f"{key} (file {list(arrays[key].shape)}, model {list(own[key].shape)})"
+            for key in own
+            if key in arrays and list(arrays[key].shape) != list(own[key].shape)
+        ],
+    }
+    if any(faults.values()):
+        lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names]
+        raise CheckpointError(
+            f"the published weights are not those of {name}{options or ''}; give the options that they were trained "
+            "with\n  " + "\n  ".join(lines)
+        )
+    return {key: np.ascontiguousarray(arrays[key].astype(_type_name(own[key]))) for key in own}
 
 
 def _flush_to_disk(path: Path, flags: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Callable
 
+import numpy as np
 import paddle
 from paddle import _C_ops, nn
 
@@ -42,7 +43,8 @@ class ModelSize(Report):
 def measure(model: nn.Layer, input_spec: InputSpec) -> ModelSize:
     """Return the size of a network in eval mode; `input_spec` is a list of input shapes with None for the batch.
 
-    Convolutions and matrix products are counted as Paddle runs them, so a functional one counts like a layer.
+    Convolutions and matrix products are counted as Paddle runs them, so a functional one counts like a layer. They are
+    not computed: zeros of their shape stand for them, which is fast for networks of any size.
     Raises `ReparamError` for a network in training mode.
     """
     if model.training:
@@ -80,45 +82,79 @@ def _count_parameters(model: nn.Layer) -> tuple[int, int]:
 # Counting
 
 
-def _convolution(output: paddle.Tensor, _x: paddle.Tensor, weight: paddle.Tensor, *_: Any, **__: Any) -> int:
-    return math.prod(output.shape) * math.prod(weight.shape[1:])
+Shape = list[int]
 
 
-def _product(output: paddle.Tensor, x: paddle.Tensor, *_: Any, **__: Any) -> int:
-    return math.prod(output.shape) * x.shape[-1]
+def _convolution(x: Shape, weight: Shape, strides: Shape, paddings: Shape, algorithm: str, *rest: Any) -> tuple:
+    """Return (shape of the output, multiply-adds). `rest`: dilations and groups in either order, and the format."""
+    [dilations] = [value for value in rest if isinstance(value, (list, tuple))]
+    [groups] = [value for value in rest if isinstance(value, int)]
+    axes = range(1, len(x) - 1) if "NHWC" in rest or "NDHWC" in rest else range(2, len(x))
+    paddings = [p for p in paddings for _ in range(2)] if len(paddings) == len(strides) else list(paddings)
+    output, channel = list(x), 1 if axes[0] == 2 else -1
+    if x[channel] != weight[1] * groups:
+        raise ReparamError(f"a kernel of shape {weight} in {groups} groups got an input of shape {x}")
+    output[channel] = weight[0]
+    for i, axis in enumerate(axes):
+        reach = dilations[i] * (weight[2 + i] - 1) + 1
+        padding = 0 if algorithm == "VALID" else paddings[2 * i] + paddings[2 * i + 1]
+        same = -(-x[axis] // strides[i])
+        output[axis] = same if algorithm == "SAME" else (x[axis] + padding - reach) // strides[i] + 1
+    return output, math.prod(output) * math.prod(weight[1:])
 
 
-def _matmul(output: paddle.Tensor, *args: Any, **kwargs: Any) -> int:
-    given = {**dict(zip(("x", "y", "transpose_x"), args)), **kwargs}
-    x = given.get("x", given.get("input"))
-    return math.prod(output.shape) * x.shape[-2 if given.get("transpose_x") and len(x.shape) > 1 else -1]
+def _convolution_with_bias(x: Shape, weight: Shape, _bias: Shape, *rest: Any) -> tuple:
+    return _convolution(x, weight, *rest)
 
 
+def _matmul(x: Shape, y: Shape, transpose_x: bool = False, transpose_y: bool = False, **_: Any) -> tuple:
+    """Return (shape of the output, multiply-adds) of a matrix product with NumPy's broadcasting."""
+    rows = [] if len(x) == 1 else [x[-1 if transpose_x else -2]]
+    columns = [] if len(y) == 1 else [y[-2 if transpose_y else -1]]
+    inner = x[-2 if transpose_x and len(x) > 1 else -1]
+    if inner != y[-2 if not transpose_y and len(y) > 1 else -1]:
+        raise ReparamError(f"matrices of shapes {x} and {y} have no product")
+    output = [*np.broadcast_shapes(tuple(x[:-2]), tuple(y[:-2])), *rows, *columns]
+    return output, math.prod(output) * inner
+
+
+def _linear(x: Shape, weight: Shape, *_: Any) -> tuple:
+    return _matmul(x, weight)
+
+
+# paddle.matmul takes PyTorch's names as well, and hands them on.
+_ALIASES = {"input": "x", "other": "y"}
 # Every way from Python to the kernels goes through these, whether a layer or a function of paddle.nn.functional calls.
-_COUNTED: list[tuple[Any, str, Callable[..., int]]] = [
-    *[(_C_ops, name, _convolution) for name in ("conv2d", "depthwise_conv2d", "depthwise_conv2d_bias", "conv3d")],
-    *[(_C_ops, name, _product) for name in ("bmm", "linear", "linear_v2")],
-    (_C_ops, "matmul", _matmul),
-    (paddle.Tensor, "__matmul__", _product),
+_COUNTED: list[tuple[Any, str, Callable[..., tuple]]] = [
+    *[(_C_ops, name, _convolution) for name in ("conv2d", "depthwise_conv2d", "conv3d")],
+    (_C_ops, "depthwise_conv2d_bias", _convolution_with_bias),
+    *[(_C_ops, name, _linear) for name in ("linear", "linear_v2")],
+    *[(_C_ops, name, _matmul) for name in ("bmm", "matmul")],
+    (paddle.Tensor, "__matmul__", _matmul),
 ]
 
 
 @contextlib.contextmanager
 def _watch(on_macs: Callable[[int], None]) -> Iterator[None]:
-    """Call `on_macs` with the multiply-adds of each convolution and matrix product while the `with` block runs."""
+    """While the `with` block runs, call `on_macs` with the multiply-adds of each convolution and matrix product, and
+    hand out zeros in the place of their results."""
 
-    def watched(operation: Callable[..., Any], macs: Callable[..., int]) -> Callable[..., Any]:
+    def watched(rule: Callable[..., tuple]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            output = operation(*args, **kwargs)
-            on_macs(macs(output, *args, **kwargs))
-            return output
+            def shape(value: Any) -> Any:
+                return list(value.shape) if isinstance(value, paddle.Tensor) else value
+
+            dtype = next(v.dtype for v in (*args, *kwargs.values()) if isinstance(v, paddle.Tensor))
+            output, macs = rule(*map(shape, args), **{_ALIASES.get(k, k): shape(v) for k, v in kwargs.items()})
+            on_macs(macs)
+            return paddle.zeros(output, dtype)
 
         return run
 
-    originals = [(owner, name, getattr(owner, name), macs) for owner, name, macs in _COUNTED if hasattr(owner, name)]
+    originals = [(owner, name, getattr(owner, name), rule) for owner, name, rule in _COUNTED if hasattr(owner, name)]
     try:
-        for owner, name, operation, macs in originals:
-            setattr(owner, name, watched(operation, macs))
+        for owner, name, _, rule in originals:
+            setattr(owner, name, watched(rule))
         yield
     finally:
         for owner, name, operation, _ in originals:

@@ -29,6 +29,13 @@ def read_bn_affine(bn: nn.Layer) -> tuple[np.ndarray, np.ndarray]:
     return kernels.bn_affine(weight, bias, mean, variance, bn._epsilon)
 
 
+def affine_of_layer_norm(norm: nn.LayerNorm) -> tuple[np.ndarray, np.ndarray]:
+    """Return (scale, shift), each `[channels]` in float64, that an `nn.LayerNorm` over one axis ends with."""
+    size = norm._normalized_shape[-1]
+    scale, shift = to_float64(norm.weight), to_float64(norm.bias)
+    return np.ones(size) if scale is None else scale, np.zeros(size) if shift is None else shift
+
+
 def as_pair(value: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
     """Return (height, width) of an int or of a pair."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -41,6 +41,24 @@ def fold_affine(kernel: Array, bias: Array | None, scale: Array, shift: Array) -
     return kernel * scale[:, None, None, None], bias * scale + shift
 
 
+def fold_input_affine(kernel: Array, bias: Array | None, scale: Array, shift: Array, groups: int) -> tuple:
+    """Return (kernel, bias) of scale * x + shift per input channel, followed by the convolution.
+
+    Exact where the convolution does not pad: padding puts zeros behind the affine.
+    """
+    kernel, scale, shift = _f64(kernel), _f64(scale), _f64(shift)
+    out_channels, group_in = kernel.shape[:2]
+    if scale.shape != (group_in * groups,):
+        raise ReparamError(
+            f"an affine of {scale.size} channels cannot precede a kernel of shape {list(kernel.shape)} with "
+            f"groups={groups}: it needs one factor for each of the {group_in * groups} input channels"
+        )
+    group_of_row = np.arange(out_channels) // (out_channels // groups)
+    factors, shifts = (v.reshape(groups, group_in)[group_of_row] for v in (scale, shift))
+    bias = np.zeros(out_channels) if bias is None else _f64(bias)
+    return kernel * factors[:, :, None, None], bias + np.einsum("oihw,oi->o", kernel, shifts)
+
+
 def centre_pad(kernel: Array, size: tuple[int, int]) -> Array:
     """Return the kernel in the middle of zeros; `size` = (height, width), each as large or larger by an even number.
 

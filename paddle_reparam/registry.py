@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Callable
+
+import numpy as np
 
 from .errors import ReparamError, UnknownName
 
@@ -47,6 +50,29 @@ class LayerEntry:
     untestable: str | None
 
 
+@dataclass(frozen=True)
+class Published:
+    """What others published of a network: `top1` accuracy in percent, `source` says who and where.
+
+    `options` are the builder's arguments that make this network, `input_size` the side of its images in pixels. `top1`
+    is None where no text source gives one.
+    """
+
+    source: str
+    top1: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    input_size: int = 224
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """A registered builder, what was published of its networks, and how published weights are renamed for it."""
+
+    build: Callable[..., Any]
+    published: Sequence[Published]
+    rename: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None
+
+
 _layers = Registry("layer")
 _models = Registry("model")
 
@@ -62,9 +88,21 @@ def register_layer(cls: type | None = None, *, untestable: str | None = None) ->
     return cls
 
 
-def register_model(builder: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorator: register a function that builds a model under the function's name."""
-    _models.add(builder.__name__, builder)
+def register_model(
+    builder: Callable[..., Any] | None = None,
+    *,
+    published: Sequence[Published] = (),
+    rename: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
+) -> Callable[..., Any]:
+    """Decorator: register a function that builds a model under the function's name.
+
+    `published`: one entry for each network that its paper or repository published. `rename`: takes the state dict of a
+    published weight file, by its own keys, and returns the arrays under the names of this library; the running
+    statistics of BNs and the layout of `nn.Linear` are seen to by `checkpoints.convert_state`.
+    """
+    if builder is None:
+        return lambda b: register_model(b, published=published, rename=rename)
+    _models.add(builder.__name__, ModelEntry(builder, tuple(published), rename))
     return builder
 
 
@@ -83,11 +121,11 @@ def list_models(pattern: str = "*") -> list[str]:
     return _models.names(pattern)
 
 
-def get_model(name: str) -> Callable[..., Any]:
-    """Return the function that builds a registered model; `UnknownName` names the nearest ones."""
+def get_model(name: str) -> ModelEntry:
+    """Return the entry of a registered model; `UnknownName` names the nearest ones."""
     return _models.get(name)
 
 
 def create_model(name: str, **kwargs: Any) -> Any:
     """Build a registered model by name; keyword arguments go to its builder."""
-    return get_model(name)(**kwargs)
+    return get_model(name).build(**kwargs)

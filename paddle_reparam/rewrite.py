@@ -14,12 +14,12 @@ from paddle import nn
 
 from . import kernels
 from .errors import ReparamError, UnsupportedConv
-from .geometry import BATCH_NORMS, ConvGeometry, read_bn_affine
+from .geometry import BATCH_NORMS, ConvGeometry, affine_of_layer_norm, read_bn_affine
 from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from .registry import get_layer
 from .report import Report, format_table
-from .tensors import to_float64
-from .tracing import IMAGENET_INPUT, InputSpec, sample_inputs, trace_flow, visit_outputs, walk
+from .tensors import assign, to_float64
+from .tracing import IMAGENET_INPUT, InputSpec, sample_inputs, trace_flow, visit_inputs, visit_outputs, walk
 
 Where = Union[str, Sequence[str], Callable[[str, nn.Conv2D], bool], None]
 
@@ -306,6 +306,90 @@ def _fold_batch_norms(model: nn.Layer, report: RewriteReport, inputs: list[Any])
     _swap(model, new_layers)
 
 
+def _fold_into_readers(model: nn.Layer, report: RewriteReport, inputs: list[Any]) -> None:
+    """Fold the affine of a norm that one linear layer alone reads into that layer.
+
+    That is a BN before a 1x1 convolution without padding, and a LayerNorm over the last axis before an `nn.Linear`.
+    What stays of the norm is marked with `affine_moved_on`: its output is no longer what it was.
+    """
+    places = _places(model)
+    inside = {id(c) for layer, _ in places.values() if isinstance(layer, InferenceForm) for _, c in walk(layer)}
+    owners = _owners(model)
+
+    def free(layer: nn.Layer) -> bool:
+        return id(layer) not in inside and not _has_hooks(layer)
+
+    layers = [layer for layer, _ in places.values() if free(layer)]
+    batch_norms = [n for n in layers if isinstance(n, BATCH_NORMS) and not getattr(n, "_act", None)]
+    pointwise = [c for c in layers if type(c) is nn.Conv2D and _is_pointwise(c)]
+    layer_norms = [n for n in layers if type(n) is nn.LayerNorm and len(n._normalized_shape) == 1]
+    layer_norms = [n for n in layer_norms if n.weight is not None or n.bias is not None]
+    linears = [c for c in layers if type(c) is nn.Linear]
+    followed_by = {
+        **trace_flow(model, batch_norms, pointwise, inputs).followed_by,
+        **trace_flow(model, layer_norms, linears, inputs).followed_by,
+    }
+    new_layers: dict[int, nn.Layer] = {}
+    for norm in batch_norms + layer_norms:
+        reader, reader_paths = places[followed_by[id(norm)]] if id(norm) in followed_by else (None, [])
+        path = places[id(norm)][1][0]
+        try:
+            if reader is None:
+                continue
+            _refuse_shared(reader, owners)
+            if isinstance(norm, nn.LayerNorm):
+                new_layers[id(reader)] = _linear_behind(reader, *affine_of_layer_norm(norm))
+                remains = nn.LayerNorm(norm._normalized_shape, norm._epsilon, weight_attr=False, bias_attr=False)
+            else:
+                new_layers[id(reader)] = _pointwise_behind(reader, *read_bn_affine(norm))
+                remains = nn.Identity()
+        except ReparamError as reason:
+            report.skipped.append((path, str(reason)))
+            continue
+        remains.affine_moved_on = True
+        new_layers[id(norm)] = remains
+        report.skipped[:] = [entry for entry in report.skipped if entry[0] != path]
+        report.touched.append((path, f"folded into {reader_paths[0]}, which reads it"))
+    for layer in new_layers.values():
+        layer.eval()
+    _swap(model, new_layers)
+
+
+def _is_pointwise(conv: nn.Conv2D) -> bool:
+    geometry = ConvGeometry.of(conv) if "weight" in conv._parameters else None
+    return geometry is not None and geometry.kernel_size == (1, 1) and geometry.padding in ((0, 0, 0, 0), "SAME")
+
+
+def _pointwise_behind(conv: nn.Conv2D, scale: Any, shift: Any) -> nn.Conv2D:
+    weight, bias = to_float64(conv.weight), to_float64(conv.bias)
+    return ConvGeometry.of(conv).make_conv(*kernels.fold_input_affine(weight, bias, scale, shift, conv._groups))
+
+
+def _linear_behind(linear: nn.Linear, scale: Any, shift: Any) -> nn.Linear:
+    kernel = to_float64(linear.weight).T[:, :, None, None]
+    kernel, bias = kernels.fold_input_affine(kernel, to_float64(linear.bias), scale, shift, 1)
+    folded = nn.Linear(*linear.weight.shape, weight_attr=nn.initializer.Constant(0.0))
+    folded.to(dtype=linear.weight.dtype)
+    assign(folded.weight, kernel[:, :, 0, 0].T)
+    assign(folded.bias, bias)
+    return folded
+
+
+def _fit_to_size(model: nn.Layer, report: RewriteReport, inputs: list[Any]) -> None:
+    """Let every inference form become what is best for the one size of map that it gets."""
+    sizes: dict[str, tuple[int, int]] = {}
+    visit_inputs(model, inputs, lambda path, x: sizes.update({path: tuple(x.shape[2:])}))
+    new_layers: dict[int, nn.Layer] = {}
+    for layer, paths in _places(model).values():
+        seen = {sizes[path] for path in paths if path in sizes}
+        fitted = layer.for_size(*seen.pop()) if isinstance(layer, InferenceForm) and len(seen) == 1 else None
+        if fitted is not None:
+            fitted.eval()
+            new_layers[id(layer)] = fitted
+            report.touched.append((paths[0], f"for maps of {sizes[paths[0]][0]}x{sizes[paths[0]][1]}: {fitted}"))
+    _swap(model, new_layers)
+
+
 def _count_left_over(model: nn.Layer) -> dict[str, int]:
     layers = [layer for layer, _ in _places(model).values()]
     counts = {
@@ -317,23 +401,30 @@ def _count_left_over(model: nn.Layer) -> dict[str, int]:
 
 
 def reparameterize(
-    model: nn.Layer, fold_bn: bool = False, input_spec: InputSpec | None = None
+    model: nn.Layer, fold_bn: bool = False, input_spec: InputSpec | None = None, fixed_size: bool = False
 ) -> tuple[nn.Layer, RewriteReport]:
     """Return a new model in eval mode with every fusable layer fused, and the report; the model itself stays as it is.
 
     Fuses the layers of this library and PaddleClas' own (`re_parameterize`, `rep`). With `fold_bn`, also every BN that
     in a forward pass on `input_spec` (shapes with None for the batch; [None, 3, 224, 224] unless told) is the only
-    reader of a convolution's output. Raises `ReparamError` for a model in training mode and where nothing was fused.
+    reader of a convolution's output, and every BN or LayerNorm that one 1x1 convolution or `nn.Linear` alone reads.
+    With `fixed_size`, layers also take the form that is best for the height and width of `input_spec`; the new model
+    is then right for images of that size only.
+    Raises `ReparamError` for a model in training mode and where nothing was fused.
     """
     if model.training:
         raise ReparamError("the model is in training mode; call model.eval() before fusing")
     report = RewriteReport()
     fused = _fuse_layers(copy_model(model), report)
     blocks = _fuse_foreign(fused, report)
-    if fold_bn:
+    if fold_bn or fixed_size:
         inputs = sample_inputs(input_spec or IMAGENET_INPUT, batch=2, seed=0, like=fused)
+    if fold_bn:
         _drop_unused(fused, blocks, inputs, report)
         _fold_batch_norms(fused, report, inputs)
+        _fold_into_readers(fused, report, inputs)
+    if fixed_size:
+        _fit_to_size(fused, report, inputs)
     if not report.touched:
         raise ReparamError(
             f"{type(model).__name__} has nothing to fuse: no layer of this library or of PaddleClas in train form"

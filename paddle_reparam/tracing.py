@@ -99,6 +99,19 @@ def visit_outputs(
         model(*inputs)
 
 
+def visit_inputs(model: nn.Layer, inputs: Sequence[paddle.Tensor], visit: Callable[[str, paddle.Tensor], None]) -> None:
+    """Call `visit` with the path and the first input tensor of every call of every layer."""
+    with _Hooks() as hooks, paddle.no_grad():
+        for path, layer in walk(model):
+
+            def record(_layer: nn.Layer, inputs: Any, path: str = path) -> None:
+                if inputs and isinstance(inputs[0], paddle.Tensor):
+                    visit(path, inputs[0])
+
+            hooks.before(layer, record)
+        model(*inputs)
+
+
 @dataclass
 class Flow:
     """Who follows whom in a forward pass, by the ids of the layers."""

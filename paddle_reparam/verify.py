@@ -214,8 +214,9 @@ def first_difference(
     """Return the path of the first layer whose outputs differ in two networks, and how many layers were compared.
 
     "First" is in the order in which the layers finish. Compared are the layers that both networks run, but not a layer
-    whose following BN was folded into it: there the two are to agree after the BN's place. Where a change of the input
-    by the size of rounding grows, the tolerance grows with it.
+    whose following BN was folded into it, nor a norm whose affine moved into its reader: there the two are to agree
+    after the BN's place, or after the reader. Where a change of the input by the size of rounding grows, the tolerance
+    grows with it.
     """
     places_a, places_b = _places(a), _places(b)
     norms = [layer for layer in places_a.values() if isinstance(layer, BATCH_NORMS)]
@@ -232,7 +233,12 @@ def first_difference(
             outputs[path] = arrays.setdefault(id(output), (output, output.numpy()))[1]
 
     visit_outputs(a, inputs, store)
-    folded = [outputs[p] for p, layer in places_a.items() if followed_by.get(id(layer)) in changed and p in outputs]
+    moved = {path for path, layer in places_b.items() if getattr(layer, "affine_moved_on", False)}
+    folded = [
+        outputs[path]
+        for path, layer in places_a.items()
+        if path in outputs and (path in moved or followed_by.get(id(layer)) in changed)
+    ]
 
     def errors_of(network: nn.Layer, inputs: Sequence[paddle.Tensor], places: Container[str]) -> dict[str, float]:
         errors: dict[str, float] = {}

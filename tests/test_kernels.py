@@ -97,6 +97,22 @@ def test_fold_affine_of_other_channels_is_refused():
         kernels.fold_affine(random(4, 2, 3, 3), None, random(3), random(3))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_an_affine_in_front_goes_into_the_kernel(groups):
+    kernel, bias, scale, shift = random(8, 4 // groups, 3, 3), random(8), random(4), random(4)
+    x = random(2, 4, 7, 6)
+    expected = conv(x * scale[:, None, None] + shift[:, None, None], kernel, bias, groups=groups)
+    folded, folded_bias = kernels.fold_input_affine(kernel, bias, scale, shift, groups)
+    assert relative_error(conv(x, folded, folded_bias, groups=groups), expected) < EXACT
+    _, without = kernels.fold_input_affine(kernel, None, scale, shift, groups)
+    assert relative_error(without + bias, folded_bias) < EXACT
+
+
+def test_an_affine_in_front_of_other_channels_is_refused():
+    with pytest.raises(ReparamError, match=r"affine of 3 channels cannot precede.*\[8, 2, 3, 3\].*of the 4 input"):
+        kernels.fold_input_affine(random(8, 2, 3, 3), None, random(3), random(3), 2)
+
+
 # --- Parallel kernels --------------------------------------------------------------------------------------------
 
 

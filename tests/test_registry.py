@@ -38,9 +38,17 @@ def test_a_layer_can_say_why_the_contract_test_cannot_test_it(empty):
 def test_a_model_is_registered_under_its_function_name_and_gets_its_arguments(empty):
     assert registry.register_model(ResNet18_Toy) is ResNet18_Toy
     assert registry.list_models() == ["ResNet18_Toy"]
-    assert registry.get_model("ResNet18_Toy") is ResNet18_Toy
+    assert registry.get_model("ResNet18_Toy").build is ResNet18_Toy
+    assert registry.get_model("ResNet18_Toy").published == ()
     assert registry.create_model("ResNet18_Toy") == 1000
     assert registry.create_model("ResNet18_Toy", class_num=10) == 10
+
+
+def test_a_model_carries_what_was_published_of_it(empty):
+    published = [registry.Published("its paper", 70.5, {"class_num": 10}, 32)]
+    assert registry.register_model(published=published, rename=dict)(ResNet18_Toy) is ResNet18_Toy
+    entry = registry.get_model("ResNet18_Toy")
+    assert (entry.published, entry.rename) == (tuple(published), dict)
 
 
 @pytest.mark.parametrize(("kind", "thing"), [("layer", ToyConv2D), ("model", ResNet18_Toy)])

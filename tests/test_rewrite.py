@@ -8,6 +8,7 @@ from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 
 from paddle_reparam.errors import ReparamError, UnknownName
+from paddle_reparam.layers.base import InferenceForm
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.rewrite import reparameterize, replace
@@ -35,8 +36,8 @@ class Net(nn.Layer):
         return self.head(x.mean([2, 3]))
 
 
-def build(cls=Net, *args):
-    model = cls(*args)
+def build(cls=Net, *args, **options):
+    model = cls(*args, **options)
     randomise_batch_norms(model, 1)
     model.eval()
     return model
@@ -256,7 +257,7 @@ class Trap(nn.Layer):
             y = F.relu(y)
         if self.kind == "BN unused":
             return y
-        return self.other(self.bn(y))
+        return self.other(F.sigmoid(self.bn(y)))
 
 
 @pytest.mark.parametrize(
@@ -278,6 +279,80 @@ def test_a_bn_that_cannot_be_folded_is_named_and_left(kind):
     assert [path for path, _ in report.skipped] == ["bn"]
     assert report.left_over == {"BNs": 1}
     assert verify(replaced, fused, [[None, 3, 6, 6]]).passed
+
+
+class NormsInFront(nn.Layer):
+    """A residual network in the style of transformers: each norm is read by a linear layer alone, or not."""
+
+    def __init__(self, groups=1, read_twice=False, padding=0):
+        super().__init__()
+        self.bn = nn.BatchNorm2D(4)
+        self.conv = nn.Conv2D(4, 8, 1, groups=groups, padding=padding, bias_attr=False)
+        self.norm = nn.LayerNorm(8)
+        self.linear = nn.Linear(8, 6)
+        self.read_twice = read_twice
+        for parameter in (self.norm.weight, self.norm.bias):
+            parameter.set_value(paddle.randn(parameter.shape))
+
+    def forward(self, x):
+        normed = self.bn(F.relu(x))
+        y = self.norm(self.conv(normed).transpose([0, 2, 3, 1]))
+        z = self.linear(y)
+        return z + (y[..., :6] + normed.mean() if self.read_twice else 0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_norms_fold_into_the_layer_that_reads_them(groups):
+    spec = [[None, 4, 6, 5]]
+    model = build(NormsInFront, groups)
+    fused, report = reparameterize(model, fold_bn=True, input_spec=spec)
+    assert report.touched == [
+        ("bn", "folded into conv, which reads it"),
+        ("norm", "folded into linear, which reads it"),
+    ]
+    assert report.skipped == []
+    assert report.left_over == {}
+    assert not list(fused.norm.parameters())
+    assert model.norm.weight is not None
+    proof = verify(model, fused, spec)
+    assert proof.passed
+    assert proof.layers >= 3
+    fused.conv.bias.set_value(fused.conv.bias + 1)
+    assert verify(model, fused, spec).first_difference == "conv"
+
+
+@pytest.mark.parametrize("options", [{"read_twice": True}, {"padding": 1}])
+def test_norms_with_another_reader_or_padding_behind_them_stay(options):
+    spec = [[None, 4, 6, 5]]
+    model = build(NormsInFront, **options)
+    if "padding" in options:
+        _, report = reparameterize(model, fold_bn=True, input_spec=spec)
+        assert [path for path, _ in report.touched] == ["norm"]
+        assert [path for path, _ in report.skipped] == ["bn"]
+        return
+    with pytest.raises(ReparamError, match="nothing to fuse"):
+        reparameterize(model, fold_bn=True, input_spec=spec)
+
+
+def test_inference_forms_take_the_form_for_one_size():
+    class Smaller(InferenceForm):
+        def forward(self, x):
+            return x * 2
+
+    class Scale(InferenceForm):
+        def forward(self, x):
+            return x + x
+
+        def for_size(self, height, width):
+            return Smaller() if (height, width) == (6, 5) else None
+
+    model = build(nn.Sequential, nn.Conv2D(4, 4, 1), Scale(), nn.MaxPool2D(2), Scale())
+    fused, report = reparameterize(model, fixed_size=True, input_spec=[[None, 4, 6, 5]])
+    assert [path for path, _ in report.touched] == ["1"]
+    assert "6x5" in report.touched[0][1]
+    assert isinstance(fused[1], Smaller)
+    assert isinstance(fused[3], Scale)
+    assert isinstance(model[1], Scale)
 
 
 def test_folding_does_not_depend_on_the_caller_s_gradients():

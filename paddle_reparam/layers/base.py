@@ -104,5 +104,12 @@ class InferenceForm(nn.Layer):
     """A fused layer that still depends on the input, and so is no plain convolution."""
 
     def absorb_affine(self, scale: Any, shift: Any) -> None:
-        """Fold the affine of a BN that follows, scale * y + shift per channel (float64), into this layer's weights."""
+        """Fold the affine of a BN that follows, scale * y + shift per channel (float64), into this layer's weights.
+
+        Raises `UnsupportedConv` with the reason, and changes nothing, where there are no weights that could take it.
+        """
         raise NotImplementedError
+
+    def for_size(self, height: int, width: int) -> nn.Layer | None:
+        """Return a layer that is faster on maps of this one size, in its own copy of the weights; None: this is it."""
+        return None

@@ -13,7 +13,7 @@ from ppcls.utils import logger
 
 from .. import checkpoints, models, rewrite  # noqa: F401  (importing the models registers them)
 from ..errors import ReparamError
-from ..registry import Registry, get_model, list_models
+from ..registry import Registry, create_model, list_models
 from .errors import ConfigError
 from .loading import weight_file
 
@@ -96,7 +96,7 @@ def _build_registered(name: str, **config: Any) -> nn.Layer:
     """Build a model of this library as one of PaddleClas' own: with `stop_after`, `return_stages` and their like."""
     options = {k: config.pop(k) for k in _THESEUS_KEYS & set(config)}
     config = {k: v for k, v in config.items() if k not in _ENGINE_KEYS}
-    return _as_theseus(get_model(name)(**config), options)
+    return _as_theseus(create_model(name, **config), options)
 
 
 def _refuse_unknown(key: str, known: set[str], owner: str) -> None:

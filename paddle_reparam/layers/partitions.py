@@ -1,0 +1,39 @@
+"""Maps cut into partitions of one size, and fully connected layers that run over them: what RepMLP and RepMLPNet share."""
+
+from __future__ import annotations
+
+import paddle
+import paddle.nn.functional as F
+
+
+def split_into_partitions(x: paddle.Tensor, height: int, width: int) -> paddle.Tensor:
+    """Return `[N, C, H, W]` as `[N, rows, columns, C, height, width]`; zeros fill up the last row and column."""
+    rows, columns = partition_counts(x, height, width)
+    bottom, right = rows * height - x.shape[2], columns * width - x.shape[3]
+    if not isinstance(bottom, int) or not isinstance(right, int) or bottom or right:
+        x = F.pad(x, [0, right, 0, bottom])
+    x = x.reshape([-1, x.shape[1], rows, height, columns, width])
+    return x.transpose([0, 2, 4, 1, 3, 5])
+
+
+def join_partitions(parts: paddle.Tensor, height: int, width: int) -> paddle.Tensor:
+    """Return `[N, rows, columns, C, h, w]` as `[N, C, height, width]`, without what was filled up."""
+    _, rows, columns, channels, part_height, part_width = parts.shape
+    x = parts.transpose([0, 3, 1, 4, 2, 5]).reshape([-1, channels, rows * part_height, columns * part_width])
+    return x[:, :, :height, :width]
+
+
+def partition_counts(x: paddle.Tensor, height: int, width: int) -> tuple[int, int]:
+    """Return (rows, columns) of the partitions of `[N, C, H, W]`, the last ones filled up."""
+    return (x.shape[2] + height - 1) // height, (x.shape[3] + width - 1) // width
+
+
+def grouped_linear(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
+    """Return a fully connected layer in groups as one batched matrix product.
+
+    x `[rows, groups, in]`, weight `[groups * out, in]` (the layout of a grouped 1x1 convolution): `[rows, groups, out]`.
+    A grouped 1x1 convolution over thousands of channels computes the same many times slower.
+    """
+    groups = x.shape[1]
+    weight = weight.reshape([groups, -1, x.shape[2]])
+    return paddle.matmul(x.transpose([1, 0, 2]), weight, transpose_y=True).transpose([1, 0, 2])

@@ -1,0 +1,4 @@
+"""The published modules of DCD: their arguments as ours."""
+
+LAYERS = {}
+RENAME = {}

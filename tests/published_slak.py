@@ -1,0 +1,4 @@
+"""The published modules of SLaK and RepLKNet: their arguments as ours."""
+
+LAYERS = {}
+RENAME = {}
