@@ -1,4 +1,4 @@
-"""Maps cut into partitions of one size, and fully connected layers that run over them: what RepMLP and RepMLPNet share."""
+"""Maps cut into partitions of one size, and fully connected layers over them: what RepMLP and RepMLPNet share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def partition_counts(x: paddle.Tensor, height: int, width: int) -> tuple[int, in
 def grouped_linear(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
     """Return a fully connected layer in groups as one batched matrix product.
 
-    x `[rows, groups, in]`, weight `[groups * out, in]` (the layout of a grouped 1x1 convolution): `[rows, groups, out]`.
+    `[rows, groups, in]` times `[groups * out, in]` (the layout of a grouped 1x1 convolution): `[rows, groups, out]`.
     A grouped 1x1 convolution over thousands of channels computes the same many times slower.
     """
     groups = x.shape[1]

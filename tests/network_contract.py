@@ -1,0 +1,74 @@
+"""What every network of this library must keep, as functions that raise AssertionError."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import paddle
+from helpers import randomise_batch_norms
+from paddle import nn
+
+from paddle_reparam.export import check_export, export_inference
+from paddle_reparam.flops import measure
+from paddle_reparam.rewrite import reparameterize
+from paddle_reparam.tracing import sample_inputs
+from paddle_reparam.verify import verify
+
+Shape = list
+
+
+def count(model: nn.Layer) -> int:
+    """Return how many numbers the trainable parameters have."""
+    return sum(math.prod(p.shape) for p in model.parameters() if not p.stop_gradient)
+
+
+def macs(model: nn.Layer, size: int) -> int:
+    """Return the multiply-adds of an image; whatever was not counted is a fault."""
+    model.eval()
+    measured = measure(model, [[None, 3, size, size]])
+    assert not measured.uncounted
+    return measured.macs_per_image
+
+
+def check_one_step_changes_every_parameter(model: nn.Layer, shape: Shape, batch: int = 4) -> None:
+    """One step of SGD on random labels changes every trainable parameter."""
+    model.train()
+    trainable = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+    before = {name: p.numpy().copy() for name, p in trainable.items()}
+    [x] = sample_inputs([shape], batch, seed=0, like=model)
+    logits = model(x)
+    labels = paddle.to_tensor(np.arange(batch) % logits.shape[1])
+    nn.functional.cross_entropy(logits, labels).backward()
+    paddle.optimizer.SGD(1.0, parameters=list(trainable.values())).step()
+    assert trainable
+    same = [name for name, p in trainable.items() if np.array_equal(p.numpy(), before[name])]
+    assert not same, f"unchanged after one step: {same}"
+
+
+def check_fused_is_the_same_function(model: nn.Layer, shape: Shape, *other_shapes: Shape) -> nn.Layer:
+    """The fused network computes the same, also at other sizes, and for its own size alone; return it."""
+    randomise_batch_norms(model)
+    model.eval()
+    fused, report = reparameterize(model, fold_bn=True, input_spec=[shape])
+    assert "layers in train form" not in report.left_over
+    for spec in ([shape], *([other] for other in other_shapes)):
+        verify(model, fused, spec, batches=2).raise_if_failed(f"fused, {spec}")
+    fitted, _ = reparameterize(model, fold_bn=True, input_spec=[shape], fixed_size=True)
+    verify(model, fitted, [shape], batches=2).raise_if_failed("fused for one size")
+    return fused
+
+
+def check_exports(model: nn.Layer, shape: Shape, folder: Path) -> None:
+    """`jit.load` and the Predictor, with and without oneDNN, compute what the train form does, at two batch sizes."""
+    randomise_batch_norms(model)
+    model.eval()
+    for fixed_size in (False, True):
+        fused, _ = reparameterize(model, fold_bn=True, input_spec=[shape], fixed_size=fixed_size)
+        target = folder / f"fixed_{fixed_size}"
+        export_inference(fused, target, [shape])
+        reports = check_export(target, model, [shape])
+        assert len(reports) == 6
+        for name, report in reports.items():
+            report.raise_if_failed(f"{name}, fixed_size={fixed_size}")
