@@ -15,6 +15,7 @@ import numpy as np
 import paddle
 import published_dcd
 import published_refconv
+import published_replknet
 import published_repmlp
 import published_repmlpnet
 import published_slak
@@ -32,7 +33,10 @@ FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 # --- From the published arguments and names to ours --------------------------------------------------------------
 
-FAMILIES = [published_refconv, published_spconv, published_slak, published_dcd, published_repmlp, published_repmlpnet]
+FAMILIES = [
+    published_refconv, published_spconv, published_slak, published_replknet, published_dcd, published_repmlp,
+    published_repmlpnet,
+]  # fmt: skip
 #: Published layer -> function(published arguments) -> our layer or network in float64.
 LAYERS = {name: make for family in FAMILIES for name, make in family.LAYERS.items()}
 #: Published layer -> function(published key) -> our key, where more differs than the names of a BN's statistics.

@@ -1,0 +1,147 @@
+"""ReparamLargeKernelConv2D: "Scaling Up Your Kernels to 31x31: Revisiting Large Kernel Design in CNNs" (CVPR 2022,
+arXiv 2203.06717)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from .. import kernels
+from ..errors import ReparamError, UnsupportedConv
+from ..geometry import ConvGeometry, as_pair, read_bn_affine
+from ..registry import register_layer
+from ..tensors import assign, to_float64
+from .base import ReparamLayer
+
+INITS = ("random", "zero")
+
+
+@register_layer
+class ReparamLargeKernelConv2D(ReparamLayer):
+    """A depthwise convolution with a large kernel and a parallel one with a small kernel, each with a BN, added.
+
+        out = BN1(lkb_origin.conv(x)) + BN2(small_conv.conv(x)),  `[N, channels, H, W]` in
+
+    Kernels are square and odd, `kernel_size` and `small_kernel` wide; both convolutions pad so that stride 1 keeps the
+    size. There is no `small_conv` where `small_kernel` is None or not smaller than `kernel_size`.
+
+    init: the small branch starts as "random" (the published one), or as "zero", by its BN's weight, so that a layer
+    made from a convolution computes what that did.
+
+    Raises `UnsupportedConv` for an even kernel, `ReparamError` for another init.
+    """
+
+    keeps_function_with = {"init": "zero"}  # noqa: RUF012
+    train_form_keys = ("lkb_origin.conv.weight", "lkb_origin.bn.weight")
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        small_kernel: int | None = 5,
+        stride: int | tuple[int, int] = 1,
+        dilation: int = 1,
+        init: str = "random",
+    ) -> None:
+        super().__init__()
+        if init not in INITS:
+            raise ReparamError(
+                f"ReparamLargeKernelConv2D has no init={init!r}; choose one of {', '.join(map(repr, INITS))}"
+            )
+        if small_kernel is not None and small_kernel >= kernel_size:
+            small_kernel = None
+        if any(k is not None and (k < 1 or k % 2 == 0) for k in (kernel_size, small_kernel)):
+            raise UnsupportedConv(
+                f"ReparamLargeKernelConv2D has odd kernels, whose middles lie on each other; kernel_size={kernel_size} "
+                f"with small_kernel={small_kernel} is not that"
+            )
+        self.lkb_origin = _conv_bn(channels, kernel_size, stride, dilation)
+        if small_kernel is not None:
+            self.small_conv = _conv_bn(channels, small_kernel, stride, dilation)
+            if init == "zero":
+                assign(self.small_conv.bn.weight, np.zeros(channels))
+
+    @classmethod
+    def build(cls, geometry: ConvGeometry, **options: Any) -> ReparamLargeKernelConv2D:
+        """Return a layer in the place of a depthwise convolution with an odd square kernel and "same" zero padding.
+
+        `options`: `small_kernel`, which is 5 where that is smaller than the kernel and two less than the kernel else;
+        `init`.
+        """
+        size, dilation = geometry.kernel_size[0], geometry.dilation[0]
+        if not (geometry.is_depthwise and geometry.in_channels == geometry.out_channels):
+            raise UnsupportedConv(
+                f"ReparamLargeKernelConv2D stands in for depthwise convolutions only, this one is {geometry}"
+            )
+        if geometry.kernel_size != (size, size) or geometry.dilation != (dilation, dilation):
+            raise UnsupportedConv(
+                f"ReparamLargeKernelConv2D has one kernel size and one dilation for height and width, this one is "
+                f"{geometry}"
+            )
+        if size % 2 == 0 or size == 1:
+            raise UnsupportedConv(
+                f"ReparamLargeKernelConv2D has an odd kernel with a smaller odd one in its middle; there is none in "
+                f"{size}x{size}"
+            )
+        if geometry.padding != (size // 2 * dilation,) * 4 or geometry.padding_mode != "zeros":
+            raise UnsupportedConv(
+                f"ReparamLargeKernelConv2D pads by half its kernel ({size // 2 * dilation}) with zeros, this one has "
+                f"padding {geometry.padding} in mode {geometry.padding_mode!r}"
+            )
+        if geometry.data_format != "NCHW":
+            raise UnsupportedConv(f"ReparamLargeKernelConv2D takes NCHW, this one takes {geometry.data_format}")
+        options.setdefault("small_kernel", min(5, size - 2))
+        if options["small_kernel"] is not None and options["small_kernel"] >= size:
+            raise UnsupportedConv(
+                f"its kernel {size}x{size} is not larger than small_kernel={options['small_kernel']}; choose a smaller "
+                "small_kernel"
+            )
+        layer = cls(geometry.out_channels, size, stride=geometry.stride, dilation=dilation, **options)
+        layer.to(dtype=geometry.dtype)
+        return layer
+
+    def take_weights(self, conv: nn.Conv2D) -> None:
+        """Take the convolution's weight and bias into the large branch, whose BN starts as the identity."""
+        large, bn = self.lkb_origin.conv, self.lkb_origin.bn
+        assign(large.weight, to_float64(conv.weight))
+        # What the BN divides by is sqrt(1 + epsilon), with epsilon as float32.
+        assign(bn.weight, np.full(bn.weight.shape, math.sqrt(1.0 + float(np.float32(bn._epsilon)))))
+        if conv.bias is not None:
+            assign(bn.bias, to_float64(conv.bias))
+
+    def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
+        out = self.lkb_origin(x)
+        return out + self.small_conv(x) if "small_conv" in self._sub_layers else out
+
+    def fuse(self) -> nn.Conv2D:
+        """Return the plain depthwise convolution: the small kernel in the middle of the large one, computed in
+        float64."""
+        branches = [self.lkb_origin] + ([self.small_conv] if "small_conv" in self._sub_layers else [])
+        folded = [
+            kernels.fold_affine(to_float64(branch.conv.weight), None, *read_bn_affine(branch.bn)) for branch in branches
+        ]
+        kernel, bias = kernels.sum_kernels([k for k, _ in folded]), sum(b for _, b in folded)
+        return ConvGeometry.of(self.lkb_origin.conv).make_conv(kernel, bias)
+
+
+def init_uniform_fan_in(layer: nn.Conv2D | nn.Linear) -> None:
+    """Draw weight and bias uniformly within 1 / sqrt(inputs of one output), as the published networks start."""
+    weight = layer.weight
+    inputs = weight.shape[0] if isinstance(layer, nn.Linear) else math.prod(weight.shape[1:])
+    bound = 1.0 / math.sqrt(inputs)
+    for parameter in (weight, layer.bias):
+        if parameter is not None:
+            nn.initializer.Uniform(-bound, bound)(parameter)
+
+
+def _conv_bn(channels: int, kernel_size: int, stride: int | tuple[int, int], dilation: int) -> nn.Sequential:
+    conv = nn.Conv2D(
+        channels, channels, kernel_size, list(as_pair(stride)), kernel_size // 2 * dilation, dilation, groups=channels,
+        bias_attr=False,
+    )  # fmt: skip
+    init_uniform_fan_in(conv)
+    return nn.Sequential(("conv", conv), ("bn", nn.BatchNorm2D(channels)))
