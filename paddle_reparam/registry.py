@@ -55,13 +55,14 @@ class Published:
     """What others published of a network: `top1` accuracy in percent, `source` says who and where.
 
     `options` are the builder's arguments that make this network, `input_size` the side of its images in pixels. `top1`
-    is None where no text source gives one.
+    is None where no text source gives one. `sparsity` is the share of zeros in the weights of two and four axes.
     """
 
     source: str
     top1: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     input_size: int = 224
+    sparsity: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""What there is: every registered network with its sizes, what fusing makes of it, and what was published of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paddle
+from paddle import nn
+
+from .errors import ReparamError
+from .flops import measure
+from .registry import Published, create_model, get_model, list_models
+from .rewrite import RewriteReport, reparameterize
+
+#: Which layers feed which does not depend on the size of the images, so a network is traced with small ones if it can.
+_SMALL = 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the catalogue, sizes in numbers and multiply-adds per image."""
+
+    name: str
+    published: Published
+    parameters: int
+    fused_parameters: int
+    nonzero_parameters: int
+    macs: int
+    fused_macs: int
+    #: What fusing put in the place of what, with counts.
+    fusing: str
+
+
+def networks() -> list[tuple[str, Published]]:
+    """Return (name, one published variant) for every registered network; one without any stands for itself."""
+    return [(name, variant) for name in list_models() for variant in get_model(name).published or [Published("")]]
+
+
+def measure_network(name: str, published: Published) -> Row:
+    """Build a network in train form, fuse it, and count both."""
+    with paddle.utils.unique_name.guard():
+        model = create_model(name, **published.options)
+    model.eval()
+    spec = [[None, 3, published.input_size, published.input_size]]
+    train = measure(model, spec)
+    maskable = sum(math.prod(p.shape) for p in model.parameters() if not p.stop_gradient and len(p.shape) in (2, 4))
+    fused, report = _fuse(model, published.input_size)
+    size = measure(fused, spec)
+    return Row(
+        name=name,
+        published=published,
+        parameters=train.parameters,
+        fused_parameters=size.parameters,
+        nonzero_parameters=round(train.parameters - published.sparsity * maskable),
+        macs=train.macs_per_image,
+        fused_macs=size.macs_per_image,
+        fusing=_summary(report),
+    )
+
+
+def _fuse(model: nn.Layer, size: int) -> tuple[nn.Layer, RewriteReport]:
+    if size > _SMALL:
+        try:
+            return reparameterize(model, fold_bn=True, input_spec=[[None, 3, _SMALL, _SMALL]])
+        except ReparamError:
+            pass  # It takes images of its own size only.
+    return reparameterize(model, fold_bn=True, input_spec=[[None, 3, size, size]])
+
+
+def _summary(report: RewriteReport) -> str:
+    kinds = Counter(what if " -> " in what else "norm folded" for _, what in report.touched)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+
+
+def configs_of(folder: Path) -> dict[str, list[str]]:
+    """Return name of a network -> the configs under `folder` whose `Arch` it is, as paths relative to it."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        # The name is all that is needed, and the core has no YAML reader.
+        match = re.search(r"^Arch:.*?\bname: (\w+)", path.read_text(encoding="utf-8"), re.M | re.S)
+        if match:
+            found.setdefault(match[1], []).append(path.relative_to(folder).as_posix())
+    return found
+
+
+def _millions(number: int, digits: int) -> str:
+    return f"{number / 1e6:.{digits}f}"
+
+
+def to_markdown(rows: list[Row], configs: Mapping[str, list[str]], measured: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the catalogue as a table in Markdown; `measured`: name of a network -> what a run of its config gave."""
+    header = [
+        "network", "options", "input", "parameters, M: train", "fused", "non-zero", "multiply-adds, M: train", "fused",
+        "fusing gives", "published top-1, %", "source", "measured here", "config",
+    ]  # fmt: skip
+    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for row in rows:
+        published = row.published
+        options = ", ".join(f"{key}={value}" for key, value in published.options.items())
+        same = row.nonzero_parameters == row.parameters
+        cells = [
+            row.name, f"`{options}`" if options else "", str(published.input_size), _millions(row.parameters, 3),
+            _millions(row.fused_parameters, 3), "" if same else _millions(row.nonzero_parameters, 3),
+            _millions(row.macs, 1), _millions(row.fused_macs, 1), row.fusing,
+            "" if published.top1 is None else f"{published.top1:.2f}", published.source,
+            "" if options else _measured(measured.get(row.name)),
+            " ".join(f"[{path.split('/')[0]}](../ppcls_configs/{path})" for path in configs.get(row.name, [])),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _measured(result: Mapping[str, Any] | None) -> str:
+    return "" if result is None else f"{result['top1']:.2f} ({result['what']})"
