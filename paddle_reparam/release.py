@@ -123,8 +123,9 @@ def release(
     and shapes of `stock`, the freshly built network without layers of this library) and `manifest.json`. The weights
     must fit the model strictly. The train form is compared with the fused network layer by layer, with `stock` loaded
     from `plain.pdparams`, and with what was exported: by `paddle.jit.load` and by the Predictor, with and without
-    oneDNN, at batch sizes 1 and 3. `input_spec` holds one shape with None for the batch. `facts` goes into the manifest
-    beside what is measured here; `progress` gets one line for each step done.
+    oneDNN, at batch sizes 1 and 3. `input_spec` holds one shape with None for the batch; the export takes images of
+    that size, and layers take the form that is fastest for it. `facts` goes into the manifest beside what is measured
+    here; `progress` gets one line for each step done.
 
     With `dry_run` nothing is written. A folder that stands there is kept, with `OutputExists`, unless `force`: then
     the old one, which must be a release too, stays whole until the new one takes its place. Raises `ReparamError`
@@ -143,7 +144,7 @@ def release(
             raise ReparamError(f"{weights}: it changed while it was read; wait until it is written and run again")
         model.eval()
     with step("fuse"):
-        fused, fusing = reparameterize(model, fold_bn=True, input_spec=input_spec)
+        fused, fusing = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=True)
     checks: dict[str, VerifyReport] = {}
 
     def check(name: str, report: VerifyReport) -> None:
