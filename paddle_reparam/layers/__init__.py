@@ -2,4 +2,6 @@
 
 from . import refconv as refconv
 from . import replknet as replknet
+from . import repmlpnet as repmlpnet
+from . import repmlp as repmlp
 from . import spconv as spconv

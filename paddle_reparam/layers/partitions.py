@@ -6,12 +6,19 @@ import paddle
 import paddle.nn.functional as F
 
 
-def split_into_partitions(x: paddle.Tensor, height: int, width: int) -> paddle.Tensor:
-    """Return `[N, C, H, W]` as `[N, rows, columns, C, height, width]`; zeros fill up the last row and column."""
+def pad_to_partitions(x: paddle.Tensor, height: int, width: int) -> paddle.Tensor:
+    """Return `[N, C, H, W]` with zeros at the bottom and right, so that H and W are multiples of height and width."""
     rows, columns = partition_counts(x, height, width)
     bottom, right = rows * height - x.shape[2], columns * width - x.shape[3]
     if not isinstance(bottom, int) or not isinstance(right, int) or bottom or right:
         x = F.pad(x, [0, right, 0, bottom])
+    return x
+
+
+def split_into_partitions(x: paddle.Tensor, height: int, width: int) -> paddle.Tensor:
+    """Return `[N, C, H, W]` as `[N, rows, columns, C, height, width]`; zeros fill up the last row and column."""
+    rows, columns = partition_counts(x, height, width)
+    x = pad_to_partitions(x, height, width)
     x = x.reshape([-1, x.shape[1], rows, height, columns, width])
     return x.transpose([0, 2, 4, 1, 3, 5])
 
@@ -20,6 +27,8 @@ def join_partitions(parts: paddle.Tensor, height: int, width: int) -> paddle.Ten
     """Return `[N, rows, columns, C, h, w]` as `[N, C, height, width]`, without what was filled up."""
     _, rows, columns, channels, part_height, part_width = parts.shape
     x = parts.transpose([0, 3, 1, 4, 2, 5]).reshape([-1, channels, rows * part_height, columns * part_width])
+    if (rows * part_height, columns * part_width) == (height, width):
+        return x
     return x[:, :, :height, :width]
 
 

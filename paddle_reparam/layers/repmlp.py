@@ -1,0 +1,288 @@
+"""RepMLP: "RepMLP: Re-parameterizing Convolutions into Fully-connected Layers for Image Recognition" (arXiv 2105.01883).
+
+The first paper's layer; the second paper's (RepMLPNet) is in `repmlpnet.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from .. import kernels
+from ..errors import ReparamError, UnsupportedConv
+from ..geometry import ConvGeometry, read_bn_affine
+from ..registry import register_layer
+from ..tensors import assign, to_float64
+from .base import InferenceForm, ReparamLayer
+from .partitions import grouped_linear, join_partitions, pad_to_partitions, split_into_partitions
+
+
+class RepMLPFused(InferenceForm):
+    """A fused `RepMLP`: three fully connected layers, `[N, C, H, W]` to `[N, O, H, W]` for one H and W.
+
+    FC1 and FC2 see the partitions' averages and are None where there is no Global Perceptron. FC3 is one batched
+    matrix product over the groups; `weight` is `[groups, C * h * w / groups, O * h * w / groups]`, so that no product
+    has to transpose it, and `bias` `[groups, 1, O * h * w / groups]`.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        partition: tuple[int, int],
+        fc1: nn.Linear | None,
+        fc2: nn.Linear | None,
+        weight: np.ndarray,
+        bias: np.ndarray,
+        dtype: str,
+    ) -> None:
+        super().__init__()
+        self.size = size
+        self.partition = partition
+        self.fc1 = fc1
+        self.fc2 = fc2
+        zeros = nn.initializer.Constant(0.0)
+        self.weight = self.create_parameter(list(weight.shape), dtype=dtype, default_initializer=zeros)
+        self.bias = self.create_parameter(list(bias.shape), dtype=dtype, default_initializer=zeros)
+        assign(self.weight, weight)
+        assign(self.bias, bias)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        _check_size(x, self.size)
+        x = pad_to_partitions(x, *self.partition)
+        parts = split_into_partitions(x, *self.partition)
+        if self.fc1 is not None:
+            averages = F.avg_pool2d(x, self.partition, self.partition)
+            parts = parts + _spread(self.fc2(F.relu(self.fc1(paddle.flatten(averages, 1)))), averages.shape)
+        rows, columns = parts.shape[1:3]
+        groups, inputs, _ = self.weight.shape
+        out = paddle.matmul(parts.reshape([-1, groups, inputs]).transpose([1, 0, 2]), self.weight) + self.bias
+        out_channels = self.bias.size // (self.partition[0] * self.partition[1])
+        out = out.transpose([1, 0, 2]).reshape([-1, rows, columns, out_channels, *self.partition])
+        return join_partitions(out, *self.size)
+
+    def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
+        """Make this layer compute scale * out + shift per channel: the rows of FC3 and its bias take both."""
+        area = self.partition[0] * self.partition[1]
+        scale, shift = (np.repeat(np.asarray(v, np.float64), area).reshape(self.bias.shape) for v in (scale, shift))
+        assign(self.weight, to_float64(self.weight) * scale)
+        assign(self.bias, to_float64(self.bias) * scale + shift)
+
+
+@register_layer(untestable="it is built for maps of one size; tests/test_repmlp.py checks the same promises")
+class RepMLP(ReparamLayer):
+    """Three fully connected layers over the partitions of a map, trained with convolutions beside the last one.
+
+    `[N, in_channels, H, W]` to `[N, out_channels, H, W]`, for this one H and W, in partitions of h x w pixels:
+
+        Global Perceptron     P' = P + FC2(ReLU(FC1(BN(averages of all partitions))))      only where there are several
+        Partition Perceptron  y = BN(FC3(P')), FC3 in `fc3_groups` groups from C * h * w to O * h * w
+        Local Perceptron      out = y + sum over k of BN_k(conv_k(P')), k in `reparam_conv_k`, in the same groups
+
+    FC1 has the averages' number of outputs divided by `fc1_fc2_reduction`. FC3 sees a partition in (channel, row,
+    column) order. Where h or w does not divide H or W, the map gets zeros at the bottom and right; they count like
+    pixels, also in the averages, and their places are cut off at the end.
+
+    For ablations: `reparam_conv_k=()` leaves the Local Perceptron out, `global_perceptron=False` the global one, and
+    `fc3_conv_k=k` puts a kxk convolution with its BN in FC3's place. All of them fuse to the same form.
+
+    FC3's weights start from a normal distribution of variance 1 / max(its inputs per group, its outputs), which is that
+    of the orthogonal matrix that the authors start from; to orthogonalise takes seconds for one layer of ResNet50.
+
+    Raises `UnsupportedConv` for channels that cannot be split into the groups, `ReparamError` for kernels, partitions
+    and reductions that make no layer and, at a call, for a map of another size.
+    """
+
+    fused_type = RepMLPFused
+    keeps_function_with = None
+    train_form_keys = ("fc3.weight", "fc3_bn.weight")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        H: int,
+        W: int,
+        h: int,
+        w: int,
+        reparam_conv_k: Sequence[int] = (1, 3, 5),
+        fc1_fc2_reduction: float = 1,
+        fc3_groups: int = 1,
+        global_perceptron: bool = True,
+        fc3_conv_k: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.partition = (H, W), (h, w)
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.fc3_groups = fc3_groups
+        self.reparam_conv_k = tuple(reparam_conv_k)
+        self.fc3_is_conv = fc3_conv_k is not None
+        _check_channels(in_channels, out_channels, fc3_groups)
+        _check_kernels(self.reparam_conv_k, fc3_conv_k)
+        if not (1 <= h <= H and 1 <= w <= W):
+            raise ReparamError(f"partitions of {h}x{w} do not lie in a map of {H}x{W}; choose smaller ones")
+
+        self.avg = self.fc1_fc2 = None
+        if global_perceptron and self.size != self.partition:
+            averages = in_channels * -(-H // h) * -(-W // w)
+            hidden = int(averages // fc1_fc2_reduction)
+            if hidden < 1:
+                raise ReparamError(f"fc1_fc2_reduction={fc1_fc2_reduction} leaves nothing of {averages} averages")
+            self.avg = nn.Sequential(("avg", nn.AvgPool2D((h, w))), ("bn", nn.BatchNorm2D(in_channels)))
+            fc1, fc2 = nn.Linear(averages, hidden), nn.Linear(hidden, averages)
+            self.fc1_fc2 = nn.Sequential(("fc1", fc1), ("relu", nn.ReLU()), ("fc2", fc2))
+        if fc3_conv_k is None:
+            inputs, outputs = in_channels * h * w, out_channels * h * w
+            deviation = max(inputs // fc3_groups, outputs) ** -0.5
+            self.fc3 = nn.Conv2D(
+                inputs, outputs, 1, groups=fc3_groups, bias_attr=False,
+                weight_attr=nn.initializer.Normal(0.0, deviation),
+            )  # fmt: skip
+            self.fc3_bn = nn.BatchNorm1D(outputs)
+        else:
+            self.fc3 = _same_conv(in_channels, out_channels, fc3_conv_k, fc3_groups)
+            self.fc3_bn = nn.BatchNorm2D(out_channels)
+        for k in self.reparam_conv_k:
+            conv = _same_conv(in_channels, out_channels, k, fc3_groups)
+            setattr(self, f"repconv{k}", nn.Sequential(("conv", conv), ("bn", nn.BatchNorm2D(out_channels))))
+
+    @classmethod
+    def build(
+        cls,
+        geometry: ConvGeometry,
+        height: int | None = None,
+        width: int | None = None,
+        partition: Sequence[int] = (7, 7),
+        **options: Any,
+    ) -> RepMLP:
+        """Return a layer in the place of a "same" convolution of stride 1 that gets maps of height x width pixels.
+
+        `options` are those of `RepMLP`; `fc3_groups` is the convolution's number of groups unless given. Nothing of the
+        convolution's weights can be kept; a BN that follows the convolution stays after this layer.
+        """
+        if height is None or width is None:
+            raise ReparamError("RepMLP is built for maps of one size: give the options height and width, in pixels")
+        k_h, k_w = geometry.kernel_size
+        same = (k_h // 2, k_h // 2, k_w // 2, k_w // 2)
+        plain = geometry.padding_mode == "zeros" and geometry.data_format == "NCHW"
+        if geometry.stride != (1, 1) or not k_h % 2 or not k_w % 2 or not plain:
+            raise UnsupportedConv(
+                f"RepMLP stands in for NCHW convolutions of stride 1 with odd kernels and zero padding, "
+                f"this one is {geometry} ({geometry.padding_mode}, {geometry.data_format})"
+            )
+        if geometry.dilation != (1, 1) or geometry.padding != same:
+            raise UnsupportedConv(
+                f"RepMLP gives maps of the size that it gets, without dilation; this one is {geometry} with padding "
+                f"{geometry.padding}"
+            )
+        options.setdefault("fc3_groups", geometry.groups)
+        layer = cls(geometry.in_channels, geometry.out_channels, height, width, *partition, **options)
+        layer.to(dtype=geometry.dtype)
+        return layer
+
+    def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
+        _check_size(x, self.size)
+        x = pad_to_partitions(x, *self.partition)
+        parts = split_into_partitions(x, *self.partition)
+        if self.fc1_fc2 is not None:
+            averages = self.avg(x)
+            parts = parts + _spread(self.fc1_fc2(paddle.flatten(averages, 1)), averages.shape)
+        rows, columns = parts.shape[1:3]
+        parts = parts.reshape([-1, self.in_channels, *self.partition])
+        out = self._partition_perceptron(parts)
+        for k in self.reparam_conv_k:
+            out = out + getattr(self, f"repconv{k}")(parts)
+        return join_partitions(out.reshape([-1, rows, columns, self.out_channels, *self.partition]), *self.size)
+
+    def _partition_perceptron(self, parts: paddle.Tensor) -> paddle.Tensor:
+        """`[N, C, h, w]` to `[N, O, h, w]`."""
+        if self.fc3_is_conv:
+            return self.fc3_bn(self.fc3(parts))
+        inputs = self.fc3.weight.shape[1]
+        flat = grouped_linear(parts.reshape([-1, self.fc3_groups, inputs]), self.fc3.weight)
+        outputs = self.fc3.weight.shape[0]
+        return self.fc3_bn(flat.reshape([-1, outputs])).reshape([-1, self.out_channels, *self.partition])
+
+    def fuse(self) -> RepMLPFused:
+        branches = [(branch.conv, branch.bn) for branch in (getattr(self, f"repconv{k}") for k in self.reparam_conv_k)]
+        area = self.partition[0] * self.partition[1]
+        shape = (self.out_channels * area, self.in_channels * area // self.fc3_groups)
+        weight, bias = np.zeros(shape), np.zeros(shape[0])
+        if self.fc3_is_conv:
+            branches.append((self.fc3, self.fc3_bn))
+        else:
+            fc3_weight, bias = _fold(self.fc3, self.fc3_bn)
+            weight = fc3_weight.reshape(shape)
+        if branches:
+            folded = [_fold(conv, bn) for conv, bn in branches]
+            kernel = kernels.sum_kernels([kernel for kernel, _ in folded])
+            weight = weight + kernels.conv_as_linear(kernel, *self.partition)
+            bias = bias + np.repeat(sum(bias for _, bias in folded), area)
+        weight = weight.reshape(self.fc3_groups, -1, shape[1]).transpose(0, 2, 1)
+        bias = bias.reshape(self.fc3_groups, 1, -1)
+        fc1 = fc2 = None
+        if self.fc1_fc2 is not None:
+            fc1, fc2 = _behind(self.avg.bn, self.fc1_fc2.fc1), _copied(self.fc1_fc2.fc2)
+        return RepMLPFused(self.size, self.partition, fc1, fc2, weight, bias, self.fc3.weight.dtype)
+
+
+def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:
+    if in_channels % groups or out_channels % groups:
+        raise UnsupportedConv(
+            f"{in_channels} and {out_channels} channels cannot both be split into {groups} groups; choose fc3_groups "
+            "so that it divides them"
+        )
+
+
+def _check_kernels(reparam_conv_k: Sequence[int], fc3_conv_k: int | None) -> None:
+    sizes = [*reparam_conv_k, *([] if fc3_conv_k is None else [fc3_conv_k])]
+    if any(k < 1 or k % 2 == 0 for k in sizes) or len(set(reparam_conv_k)) < len(reparam_conv_k):
+        raise ReparamError(
+            f"kernels of sizes {sizes} cannot stand beside each other: each must be odd, and none there twice"
+        )
+
+
+def _check_size(x: paddle.Tensor, size: tuple[int, int]) -> None:
+    if tuple(x.shape[2:]) != size:
+        # An open side of an exported graph reads -1.
+        got = "x".join("open" if side < 0 else str(side) for side in x.shape[2:])
+        raise ReparamError(
+            f"this RepMLP is built for maps of {size[0]}x{size[1]} pixels and got maps of {got}; "
+            "build the network for the size of its images"
+        )
+
+
+def _same_conv(in_channels: int, out_channels: int, k: int, groups: int) -> nn.Conv2D:
+    return nn.Conv2D(in_channels, out_channels, k, padding=k // 2, groups=groups, bias_attr=False)
+
+
+def _spread(values: paddle.Tensor, shape: Sequence[int]) -> paddle.Tensor:
+    """Return one value for each partition, `[N, C * rows * columns]` of maps of `shape`, as `[N, rows, columns, C, 1, 1]`."""
+    _, channels, rows, columns = shape
+    return values.reshape([-1, channels, rows, columns, 1, 1]).transpose([0, 2, 3, 1, 4, 5])
+
+
+def _fold(conv: nn.Conv2D, bn: nn.Layer) -> tuple[np.ndarray, np.ndarray]:
+    return kernels.fold_affine(to_float64(conv.weight), None, *read_bn_affine(bn))
+
+
+def _behind(bn: nn.BatchNorm2D, linear: nn.Linear) -> nn.Linear:
+    """Return a fully connected layer that computes what it does after a BN, each of whose channels it sees many of."""
+    scale, shift = read_bn_affine(bn)
+    weight = to_float64(linear.weight)
+    scale, shift = (np.repeat(v, weight.shape[0] // v.size) for v in (scale, shift))
+    folded = _copied(linear)
+    assign(folded.weight, weight * scale[:, None])
+    assign(folded.bias, to_float64(linear.bias) + shift @ weight)
+    return folded
+
+
+def _copied(linear: nn.Linear) -> nn.Linear:
+    copied = nn.Linear(*linear.weight.shape, weight_attr=nn.initializer.Constant(0.0))
+    copied.to(dtype=linear.weight.dtype)
+    copied.set_state_dict(linear.state_dict())
+    return copied
