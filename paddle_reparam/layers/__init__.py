@@ -1,7 +1,8 @@
 """The layers, one paper a file; importing this package registers them."""
 
+from . import dcd as dcd
 from . import refconv as refconv
 from . import replknet as replknet
-from . import repmlpnet as repmlpnet
 from . import repmlp as repmlp
+from . import repmlpnet as repmlpnet
 from . import spconv as spconv
