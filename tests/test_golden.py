@@ -195,7 +195,8 @@ def test_there_is_something_to_check():
 
 
 def one_vector_of_each_layer() -> list[Path]:
-    return list({layer_of(path): path for path in REGISTERED}.values())
+    # The first one of each: "slak_large_kernel_bigger_than_map" has taps that only ever meet the padding.
+    return list({layer_of(path): path for path in reversed(REGISTERED)}.values())
 
 
 @pytest.mark.parametrize("path", one_vector_of_each_layer(), ids=lambda path: path.stem)
@@ -205,7 +206,8 @@ def test_every_number_of_a_vector_matters(path):
     for key in vector.keys() - {"config"}:
         changed = {k: v.astype(np.float64) if k != "config" else v for k, v in vector.items()}
         flat = changed[key].reshape(-1)
-        place = np.abs(flat).argmax()
+        # The number that the loss depends on most: another one may be behind a ReLU that lets nothing through.
+        place = np.abs(vector.get(key.replace("state/", "grad/"), flat)).argmax()
         compared = key.startswith(("y_", "grad", "after/"))
         # What is put in shows in no single number as strongly as it was changed.
         flat[place] += abs(flat[place]) * (1e-5 if compared else 1e-2) if abs(flat[place]) > 1e-9 else 1e-3

@@ -10,9 +10,11 @@ def pad_to_partitions(x: paddle.Tensor, height: int, width: int) -> paddle.Tenso
     """Return `[N, C, H, W]` with zeros at the bottom and right, so that H and W are multiples of height and width."""
     rows, columns = partition_counts(x, height, width)
     bottom, right = rows * height - x.shape[2], columns * width - x.shape[3]
-    if not isinstance(bottom, int) or not isinstance(right, int) or bottom or right:
-        x = F.pad(x, [0, right, 0, bottom])
-    return x
+    if not isinstance(bottom, int) or not isinstance(right, int):
+        # A side of unknown length, in a network that is being traced: Paddle 2.6 pads by numbers only.
+        x = F.pad(x, [0, width - 1, 0, height - 1])
+        return x[:, :, : rows * height, : columns * width]
+    return F.pad(x, [0, right, 0, bottom]) if bottom or right else x
 
 
 def split_into_partitions(x: paddle.Tensor, height: int, width: int) -> paddle.Tensor:
@@ -27,7 +29,8 @@ def join_partitions(parts: paddle.Tensor, height: int, width: int) -> paddle.Ten
     """Return `[N, rows, columns, C, h, w]` as `[N, C, height, width]`, without what was filled up."""
     _, rows, columns, channels, part_height, part_width = parts.shape
     x = parts.transpose([0, 3, 1, 4, 2, 5]).reshape([-1, channels, rows * part_height, columns * part_width])
-    if (rows * part_height, columns * part_width) == (height, width):
+    known = all(isinstance(side, int) for side in (rows, columns, height, width))
+    if known and (rows * part_height, columns * part_width) == (height, width):
         return x
     return x[:, :, :height, :width]
 

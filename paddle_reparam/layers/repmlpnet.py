@@ -1,0 +1,325 @@
+"""RepMLPBlock: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality" (CVPR 2022, arXiv 2112.11081)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from .. import kernels
+from ..errors import UnsupportedConv
+from ..geometry import ConvGeometry, read_bn_affine
+from ..registry import register_layer
+from ..tensors import assign, to_float64
+from .base import InferenceForm, ReparamLayer
+from .partitions import grouped_linear, join_partitions, partition_counts, split_into_partitions
+
+
+class GlobalPerceptron(nn.Layer):
+    """One factor in 0..1 for each channel: sigmoid(fc2(relu(fc1(GAP(x))))), `[N, C, H, W]` to `[N, C, 1, 1]`."""
+
+    def __init__(self, channels: int, internal_neurons: int) -> None:
+        super().__init__()
+        self.fc1 = _conv(channels, internal_neurons, 1, bias=True)
+        self.fc2 = _conv(internal_neurons, channels, 1, bias=True)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return F.sigmoid(self.fc2(F.relu(self.fc1(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class RepMLPBlockFused(InferenceForm):
+    """A fused `RepMLPBlock`: out = gp(x) * (W_s p + b_s) for each partition p of a channel of set s.
+
+    `[N, C, H, W]` in and out. `weight` is `[sets, h * w, h * w]`, from pixel to pixel, as the batched matrix product
+    takes it; `bias` is `[sets, 1, h * w]`.
+    """
+
+    def __init__(
+        self,
+        gp: GlobalPerceptron,
+        weight: np.ndarray,
+        bias: np.ndarray,
+        partition: tuple[int, int],
+        published_order: bool,
+        dtype: Any,
+    ) -> None:
+        super().__init__()
+        self.partition = partition
+        self.published_order = published_order
+        self.gp = gp
+        zeros = nn.initializer.Constant(0.0)
+        self.weight = self.create_parameter(list(weight.shape), dtype=dtype, default_initializer=zeros)
+        self.bias = self.create_parameter(list(bias.shape), dtype=dtype, default_initializer=zeros)
+        assign(self.weight, weight)
+        assign(self.bias, bias)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        sets, pixels, _ = self.weight.shape
+        parts = _parts_of_sets(x, sets, self.partition).reshape([-1, sets, pixels])
+        y = (paddle.matmul(parts.transpose([1, 0, 2]), self.weight) + self.bias).transpose([1, 0, 2])
+        return _channels_of_parts(y, x, sets, self.partition, self.published_order) * self.gp(x)
+
+    def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
+        """Refuse: the weights are shared by channels with different factors, and the gate comes after the bias."""
+        raise UnsupportedConv(
+            "a RepMLPBlock shares its weights among channels and multiplies by a gate in the end, so it cannot take "
+            "the scale and shift per channel of a BN that follows; the BN stays"
+        )
+
+
+@register_layer
+class RepMLPBlock(ReparamLayer):
+    """Fully connected layers over partitions of h x w pixels, shared by channels, with convolutions beside them.
+
+    `[N, C, H, W]` in and out. The map is cut into partitions; channel c uses the weights of set c mod num_sharesets:
+
+        out = gp(x) * (BN(FC3_s(p)) + sum over k of BN(conv_s,k(p)))
+
+    for each partition p; gp is a `GlobalPerceptron` of C / globalperceptron_reduce neurons, conv_s,k a k x k
+    convolution of one channel that pads each partition with zeros. FC3 has no bias. Fusing turns the convolutions into
+    fully connected layers and adds them to FC3.
+
+    Zeros fill up partitions that reach beyond the map, and are cut off again: the published layer takes only multiples
+    of h and w. How well a network trained without such zeros does with them is untested.
+
+    Where a map has several partitions, all whole, and sets are shared, the published layer does not put the results
+    back where it took their inputs: run r of `num_sharesets` channels in partition p, number p * C / num_sharesets + r,
+    comes back as the run and partition of that number in the order r * partitions + p. So does this one, unless
+    `published_order` is False; then, as with filled up partitions, each result stays at its place. Weights trained
+    with one partition to a map, as all published ones, cannot expect that disorder: turn it off for larger images.
+
+    Raises `UnsupportedConv` for sizes that do not go together.
+    """
+
+    fused_type = RepMLPBlockFused
+    keeps_function_with = None
+    train_form_keys = ("gp.fc1.weight", "fc3.weight", "fc3_bn.weight")
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        h: int,
+        w: int,
+        reparam_conv_k: Sequence[int] | None = None,
+        globalperceptron_reduce: int = 4,
+        num_sharesets: int = 1,
+        published_order: bool = True,
+    ) -> None:
+        super().__init__()
+        conv_sizes = tuple(reparam_conv_k or ())
+        _check_sizes(in_channels, out_channels, (h, w), conv_sizes, globalperceptron_reduce, num_sharesets)
+        self.partition = (h, w)
+        self.num_sharesets = num_sharesets
+        self.published_order = published_order
+        self.gp = GlobalPerceptron(in_channels, in_channels // globalperceptron_reduce)
+        # A convolution by name and layout only: its weight goes through a batched matrix product.
+        self.fc3 = _conv(num_sharesets * h * w, num_sharesets * h * w, 1, groups=num_sharesets)
+        self.fc3_bn = nn.BatchNorm2D(num_sharesets)
+        self.conv_names = [f"repconv{k}" for k in conv_sizes]
+        for name, k in zip(self.conv_names, conv_sizes):
+            conv = _conv(num_sharesets, num_sharesets, k, padding=k // 2, groups=num_sharesets)
+            self.add_sublayer(name, nn.Sequential(("conv", conv), ("bn", nn.BatchNorm2D(num_sharesets))))
+
+    @classmethod
+    def build(
+        cls,
+        geometry: ConvGeometry,
+        partition: tuple[int, int] = (7, 7),
+        reparam_conv_k: Sequence[int] | None = (1, 3),
+        globalperceptron_reduce: int = 4,
+        num_sharesets: int = 1,
+    ) -> RepMLPBlock:
+        """Return a layer in the place of a depthwise convolution that keeps the size of its maps.
+
+        `partition` is (h, w) in pixels; its results stay in place. A convolution that mixes channels is refused: this
+        layer mixes pixels only.
+        """
+        if not geometry.is_depthwise or geometry.in_channels != geometry.out_channels:
+            raise UnsupportedConv(
+                f"RepMLPBlock mixes no channels, so it stands in for depthwise convolutions only, not for {geometry}"
+            )
+        if geometry.stride != (1, 1) or geometry.dilation != (1, 1):
+            raise UnsupportedConv(f"RepMLPBlock has neither stride nor dilation, this one is {geometry}")
+        kernel_h, kernel_w = geometry.kernel_size
+        top, bottom, left, right = geometry.padding
+        if (top + bottom, left + right) != (kernel_h - 1, kernel_w - 1) or geometry.padding_mode != "zeros":
+            raise UnsupportedConv(
+                f"RepMLPBlock keeps the size of the map, as zeros around it do; this one is {geometry} with padding "
+                f"{geometry.padding} in mode {geometry.padding_mode!r}"
+            )
+        if geometry.data_format != "NCHW":
+            raise UnsupportedConv(f"RepMLPBlock takes NCHW, this one takes {geometry.data_format}")
+        channels = geometry.in_channels
+        layer = cls(channels, channels, *partition, reparam_conv_k, globalperceptron_reduce, num_sharesets, False)
+        layer.to(dtype=geometry.dtype)
+        return layer
+
+    def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
+        sets, (h, w) = self.num_sharesets, self.partition
+        parts = _parts_of_sets(x, sets, self.partition)
+        y = grouped_linear(parts.reshape([-1, sets, h * w]), self.fc3.weight)
+        y = self.fc3_bn(y.reshape([-1, sets, h, w]))
+        for name in self.conv_names:
+            y = y + self._sub_layers[name](parts)
+        return _channels_of_parts(y, x, sets, self.partition, self.published_order) * self.gp(x)
+
+    def fuse(self) -> RepMLPBlockFused:
+        sets, (h, w) = self.num_sharesets, self.partition
+        scale, bias = read_bn_affine(self.fc3_bn)
+        weight = to_float64(self.fc3.weight).reshape([sets, h * w, h * w]) * scale[:, None, None]
+        branches = [self._sub_layers[name] for name in self.conv_names]
+        folded = [kernels.fold_affine(to_float64(b.conv.weight), None, *read_bn_affine(b.bn)) for b in branches]
+        if folded:
+            kernel = kernels.sum_kernels([kernel for kernel, _ in folded])
+            weight += kernels.conv_as_linear(kernel, h, w).reshape(weight.shape)
+            bias = bias + sum(more for _, more in folded)
+        biases = np.broadcast_to(bias[:, None, None], (sets, 1, h * w))
+        return RepMLPBlockFused(
+            copy.deepcopy(self.gp), weight.transpose(0, 2, 1), biases, self.partition, self.published_order,
+            self.fc3.weight.dtype,
+        )  # fmt: skip
+
+
+class FFNBlock(nn.Layer):
+    """Two 1x1 convolutions with BNs and a GELU between them, `[N, channels, H, W]` in and out."""
+
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.ffn_fc1 = conv_bn(channels, hidden_channels, 1, 1)
+        self.ffn_fc2 = conv_bn(hidden_channels, channels, 1, 1)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.ffn_fc2(F.gelu(self.ffn_fc1(x)))
+
+
+class RepMLPNetUnit(nn.Layer):
+    """What RepMLPNet is made of, `[N, channels, H, W]` in and out; arguments as for `RepMLPBlock`.
+
+        y = x + RepMLPBlock(BN(x)),  out = y + FFN(BN(y))
+
+    The FFN is `ffn_expand` times as wide inside.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        h: int,
+        w: int,
+        reparam_conv_k: Sequence[int] | None,
+        globalperceptron_reduce: int,
+        ffn_expand: int = 4,
+        num_sharesets: int = 1,
+        published_order: bool = True,
+    ) -> None:
+        super().__init__()
+        self.repmlp_block = RepMLPBlock(
+            channels, channels, h, w, reparam_conv_k, globalperceptron_reduce, num_sharesets, published_order
+        )
+        self.ffn_block = FFNBlock(channels, channels * ffn_expand)
+        # It stays when the network is fused: channels with factors of their own share the weights that read them.
+        self.prebn1 = nn.BatchNorm2D(channels)
+        self.prebn2 = nn.BatchNorm2D(channels)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        y = x + self.repmlp_block(self.prebn1(x))
+        return y + self.ffn_block(self.prebn2(y))
+
+
+def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Sequential:
+    """Return an unpadded convolution without bias and its BN, named `conv` and `bn`."""
+    conv = _conv(in_channels, out_channels, kernel_size, stride=stride)
+    return nn.Sequential(("conv", conv), ("bn", nn.BatchNorm2D(out_channels)))
+
+
+def fan_in_uniform(fan_in: int) -> nn.initializer.Uniform:
+    """Return the initializer of the published networks: uniform within 1 / sqrt(fan_in)."""
+    return nn.initializer.Uniform(-(fan_in**-0.5), fan_in**-0.5)
+
+
+def _conv(
+    in_channels: int, out_channels: int, kernel_size: int, groups: int = 1, bias: bool = False, **options: int
+) -> nn.Conv2D:
+    init = fan_in_uniform(in_channels // groups * kernel_size**2)
+    return nn.Conv2D(
+        in_channels, out_channels, kernel_size, groups=groups, weight_attr=init, bias_attr=init if bias else False,
+        **options,
+    )  # fmt: skip
+
+
+def _check_sizes(
+    in_channels: int,
+    out_channels: int,
+    partition: tuple[int, int],
+    conv_sizes: tuple[int, ...],
+    reduction: int,
+    sets: int,
+) -> None:
+    if in_channels != out_channels:
+        raise UnsupportedConv(
+            f"RepMLPBlock keeps the number of channels; {in_channels} in and {out_channels} out do not"
+        )
+    if sets < 1 or in_channels % sets:
+        raise UnsupportedConv(
+            f"{in_channels} channels cannot share num_sharesets={sets} sets of weights evenly; choose a divisor"
+        )
+    if not 1 <= reduction <= in_channels:
+        raise UnsupportedConv(
+            f"globalperceptron_reduce={reduction} leaves no neuron of {in_channels} channels; choose 1 to {in_channels}"
+        )
+    if min(partition) < 1:
+        raise UnsupportedConv(f"a partition of {partition[0]}x{partition[1]} has no pixels; give h and w of 1 or more")
+    if any(k < 1 or k % 2 == 0 for k in conv_sizes) or len(set(conv_sizes)) < len(conv_sizes):
+        raise UnsupportedConv(f"reparam_conv_k={conv_sizes}: these must be odd sizes, each of them once")
+
+
+def _is_one_partition(x: paddle.Tensor, partition: tuple[int, int]) -> bool:
+    # A side of unknown length, in a network that is being traced, is no int or negative.
+    height, width = x.shape[2:]
+    return isinstance(height, int) and isinstance(width, int) and (height, width) == partition
+
+
+def _parts_of_sets(x: paddle.Tensor, sets: int, partition: tuple[int, int]) -> paddle.Tensor:
+    """Return the partitions of `[N, C, H, W]`, one channel of each set at a time: `[N * C / sets * parts, sets, h, w]`.
+
+    Channel c is of set c mod sets, so C / sets consecutive runs of `sets` channels are as many maps of all sets.
+    """
+    maps = x.reshape([-1, sets, x.shape[2], x.shape[3]])
+    if _is_one_partition(x, partition):
+        return maps
+    return split_into_partitions(maps, *partition).reshape([-1, sets, *partition])
+
+
+def _channels_of_parts(
+    parts: paddle.Tensor, x: paddle.Tensor, sets: int, partition: tuple[int, int], published_order: bool
+) -> paddle.Tensor:
+    """Undo `_parts_of_sets`: return the parts, of any shape in that order, as a map of the shape of `x`."""
+    _, channels, height, width = x.shape
+    if not _is_one_partition(x, partition):
+        rows, columns = partition_counts(x, *partition)
+        if published_order:
+            parts = _in_published_order(parts, x, channels // sets, sets, partition)
+        parts = join_partitions(parts.reshape([-1, rows, columns, sets, *partition]), height, width)
+    return parts.reshape([-1, channels, height, width])
+
+
+def _in_published_order(
+    parts: paddle.Tensor, x: paddle.Tensor, runs: int, sets: int, partition: tuple[int, int]
+) -> paddle.Tensor:
+    """Return the parts in the order in which the published layer takes them for those of the output.
+
+    It takes them apart as (image, partition, run of channels) and puts them together as (image, run, partition).
+    """
+    h, w = partition
+    rows, columns = partition_counts(x, h, w)
+    # 1 where partitions are filled up, which the published layer cannot do, else 0. Arithmetic, and no `if`, because
+    # the sides may be unknown while a network is traced: the transposition then has an axis of one and does nothing.
+    filled = (rows - x.shape[2] // h + columns - x.shape[3] // w + 1) // 2
+    last = rows * columns - filled * (rows * columns - 1)
+    parts = parts.reshape([-1, runs * rows * columns // last, last, sets * h * w])
+    return parts.transpose([0, 2, 1, 3])
