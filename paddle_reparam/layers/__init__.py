@@ -5,4 +5,5 @@ from . import refconv as refconv
 from . import replknet as replknet
 from . import repmlp as repmlp
 from . import repmlpnet as repmlpnet
+from . import slak as slak
 from . import spconv as spconv

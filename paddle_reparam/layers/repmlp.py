@@ -1,4 +1,4 @@
-"""RepMLP: "RepMLP: Re-parameterizing Convolutions into Fully-connected Layers for Image Recognition" (arXiv 2105.01883).
+"""RepMLP: "Re-parameterizing Convolutions into Fully-connected Layers for Image Recognition" (arXiv 2105.01883).
 
 The first paper's layer; the second paper's (RepMLPNet) is in `repmlpnet.py`.
 """
@@ -171,8 +171,8 @@ class RepMLP(ReparamLayer):
         plain = geometry.padding_mode == "zeros" and geometry.data_format == "NCHW"
         if geometry.stride != (1, 1) or not k_h % 2 or not k_w % 2 or not plain:
             raise UnsupportedConv(
-                f"RepMLP stands in for NCHW convolutions of stride 1 with odd kernels and zero padding, "
-                f"this one is {geometry} ({geometry.padding_mode}, {geometry.data_format})"
+                "RepMLP stands in for NCHW convolutions of stride 1 with odd kernels and zero padding, this one is "
+                f" {geometry} ({geometry.padding_mode}, {geometry.data_format})"
             )
         if geometry.dilation != (1, 1) or geometry.padding != same:
             raise UnsupportedConv(
@@ -261,7 +261,7 @@ def _same_conv(in_channels: int, out_channels: int, k: int, groups: int) -> nn.C
 
 
 def _spread(values: paddle.Tensor, shape: Sequence[int]) -> paddle.Tensor:
-    """Return one value for each partition, `[N, C * rows * columns]` of maps of `shape`, as `[N, rows, columns, C, 1, 1]`."""
+    """Return a value for each pixel of maps of `shape`, `[N, C * rows * columns]`, as `[N, rows, columns, C, 1, 1]`."""
     _, channels, rows, columns = shape
     return values.reshape([-1, channels, rows, columns, 1, 1]).transpose([0, 2, 3, 1, 4, 5])
 
