@@ -22,13 +22,16 @@ from .tracing import InputSpec, sample_inputs, walk
 class ModelSize(Report):
     """What a network holds and what a forward pass in eval mode multiplies.
 
-    `macs_per_image` and `macs_per_pass` (what does not depend on the batch, such as a transform of weights) are
-    multiply-adds of convolutions and matrix products; `uncounted` the paths of the layers with a matrix or kernel of
-    their own in which no such product was seen; `layers` counts the layers without sublayers, but no Identity.
+    `nonzero_parameters` counts what is not exactly zero, among trainable and frozen ones: not the masked weights, nor
+    biases that start at zero. `macs_per_image` and `macs_per_pass` (what does not depend on the batch, such as a
+    transform of weights) are multiply-adds of convolutions and matrix products; `uncounted` the paths of the layers
+    with a matrix or kernel of their own in which no such product was seen; `layers` counts the layers without
+    sublayers, but no Identity.
     """
 
     trainable_parameters: int
     frozen_parameters: int
+    nonzero_parameters: int
     macs_per_image: int
     macs_per_pass: int
     layers: int
@@ -52,10 +55,11 @@ def measure(model: nn.Layer, input_spec: InputSpec) -> ModelSize:
     one, uncounted = _count_macs(model, input_spec, 1)
     two, _ = _count_macs(model, input_spec, 2)
     leaves = {id(layer): layer for _, layer in walk(model) if not any(layer.children())}
-    trainable, frozen = _count_parameters(model)
+    trainable, frozen, nonzero = _count_parameters(model)
     return ModelSize(
         trainable_parameters=trainable,
         frozen_parameters=frozen,
+        nonzero_parameters=nonzero,
         macs_per_image=two - one,
         macs_per_pass=2 * one - two,
         layers=sum(not isinstance(leaf, nn.Identity) for leaf in leaves.values()),
@@ -63,9 +67,9 @@ def measure(model: nn.Layer, input_spec: InputSpec) -> ModelSize:
     )
 
 
-def _count_parameters(model: nn.Layer) -> tuple[int, int]:
-    """Return (trainable, frozen); a persistent buffer counts as frozen."""
-    counts = {True: 0, False: 0}
+def _count_parameters(model: nn.Layer) -> tuple[int, int, int]:
+    """Return (trainable, frozen, not zero of either); a persistent buffer counts as frozen."""
+    counts, nonzero = {True: 0, False: 0}, 0
     seen: set[int] = set()
     for _, layer in walk(model):
         statistics = [layer._mean, layer._variance] if isinstance(layer, BATCH_NORMS) else []
@@ -75,7 +79,8 @@ def _count_parameters(model: nn.Layer) -> tuple[int, int]:
             if tensor is not None and id(tensor) not in seen:
                 seen.add(id(tensor))
                 counts[not tensor.stop_gradient] += math.prod(tensor.shape)
-    return counts[True], counts[False]
+                nonzero += int(paddle.count_nonzero(tensor))
+    return counts[True], counts[False], nonzero
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -74,6 +74,21 @@ def centre_pad(kernel: Array, size: tuple[int, int]) -> Array:
     return np.pad(kernel, [(0, 0), (0, 0)] + [(e // 2, e // 2) for e in extra])
 
 
+def crop_to_map(kernel: Array, height: int, width: int) -> Array:
+    """Return the middle of a kernel: what a "same" convolution uses on maps of this size and of smaller ones.
+
+    For stride and dilation 1. A tap `size` pixels or more from the middle only ever meets the zeros of the padding, so
+    2 * size - 1 are left; the smaller kernel needs half of what it lost less padding a side. Raises `ReparamError` for
+    an even kernel.
+    """
+    kernel = _f64(kernel)
+    if any(k % 2 == 0 for k in kernel.shape[2:]):
+        raise ReparamError(f"a kernel of {kernel.shape[2]}x{kernel.shape[3]} has no middle tap to crop it around")
+    lost = [max(k // 2 - size + 1, 0) for k, size in zip(kernel.shape[2:], (height, width))]
+    rows, columns = (slice(n, k - n) for n, k in zip(lost, kernel.shape[2:]))
+    return kernel[:, :, rows, columns].copy()
+
+
 def sum_kernels(kernels: list[Array]) -> Array:
     """Return the one kernel of parallel convolutions whose outputs are added: centre-padded to the largest, summed."""
     size = (max(k.shape[2] for k in kernels), max(k.shape[3] for k in kernels))

@@ -12,7 +12,7 @@ from typing import Any, Callable, Union
 import paddle.nn.functional as F
 from paddle import nn
 
-from . import kernels
+from . import kernels, sparsity
 from .errors import ReparamError, UnsupportedConv
 from .geometry import BATCH_NORMS, ConvGeometry, affine_of_layer_norm, read_bn_affine
 from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
@@ -160,7 +160,8 @@ def replace(
     report, new_layers, inside = RewriteReport(), {}, {}
     for layer, paths in _places(model).values():
         path = paths[0]
-        if isinstance(layer, (ReparamLayer, InferenceForm)):
+        closed = isinstance(layer, ReparamLayer) and (layer.is_repped or not layer.is_block)
+        if closed or isinstance(layer, InferenceForm):
             inside.update({id(child): type(layer).__name__ for _, child in walk(layer)})
         if not isinstance(layer, nn.Conv2D):
             continue
@@ -415,7 +416,10 @@ def reparameterize(
     if model.training:
         raise ReparamError("the model is in training mode; call model.eval() before fusing")
     report = RewriteReport()
-    fused = _fuse_layers(copy_model(model), report)
+    duplicate = copy_model(model)
+    # Masks are for training: the weights behind them are zero.
+    sparsity.remove_masks(duplicate)
+    fused = _fuse_layers(duplicate, report)
     blocks = _fuse_foreign(fused, report)
     if fold_bn or fixed_size:
         inputs = sample_inputs(input_spec or IMAGENET_INPUT, batch=2, seed=0, like=fused)

@@ -65,6 +65,7 @@ def _cases() -> list[Case]:
         Case(8, 8, 3, {"padding": 1, "groups": 4, "stride": 2, **none}),
         Case(6, 6, 3, {"padding": 1, "groups": 6}), Case(6, 6, 5, {"padding": 2, "groups": 6, "stride": 2, **none}),
         Case(6, 6, 7, {"padding": 3, "groups": 6}), Case(6, 6, (1, 3), {"padding": (0, 1), "groups": 6}),
+        Case(8, 8, 9, {"padding": 4, "groups": 8, **none}), Case(6, 6, 13, {"padding": 6, "groups": 6}),
         Case(4, 8, 3, {"padding": 1, "groups": 4}), Case(4, 8, 5, {"padding": 2, "groups": 4, "stride": (2, 1)}),
         # Dilation
         Case(4, 6, 3, {"padding": 2, "dilation": 2}), Case(6, 6, 3, {"padding": 2, "dilation": 2, "groups": 6}),

@@ -33,6 +33,8 @@ class ReparamLayer(nn.Layer):
     #: Names of parameters and buffers that together show, in a state dict, this layer in train form; no plain network
     #: may have them all under one prefix. For example `("convmap.weight",)`.
     train_form_keys: ClassVar[tuple[str, ...]] = ()
+    #: True for a block of layers that `replace` may exchange; its `fuse` fuses them as well.
+    is_block: ClassVar[bool] = False
 
     @classmethod
     def build(cls, geometry: ConvGeometry, **options: Any) -> ReparamLayer:

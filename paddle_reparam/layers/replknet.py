@@ -31,8 +31,9 @@ class ReparamLargeKernelConv2D(ReparamLayer):
 
     init: the small branch starts as "random" (the published one), or as "zero", by its BN's weight, so that a layer
     made from a convolution computes what that did.
+    bn: without it there are the convolutions alone (an ablation).
 
-    Raises `UnsupportedConv` for an even kernel, `ReparamError` for another init.
+    Raises `UnsupportedConv` for an even kernel, `ReparamError` for another init, or "zero" without BNs.
     """
 
     keeps_function_with = {"init": "zero"}  # noqa: RUF012
@@ -46,12 +47,15 @@ class ReparamLargeKernelConv2D(ReparamLayer):
         stride: int | tuple[int, int] = 1,
         dilation: int = 1,
         init: str = "random",
+        bn: bool = True,
     ) -> None:
         super().__init__()
         if init not in INITS:
             raise ReparamError(
                 f"ReparamLargeKernelConv2D has no init={init!r}; choose one of {', '.join(map(repr, INITS))}"
             )
+        if init == "zero" and not bn:
+            raise ReparamError("ReparamLargeKernelConv2D starts as zero by its BNs; choose init='random' with bn=False")
         if small_kernel is not None and small_kernel >= kernel_size:
             small_kernel = None
         if any(k is not None and (k < 1 or k % 2 == 0) for k in (kernel_size, small_kernel)):
@@ -59,9 +63,9 @@ class ReparamLargeKernelConv2D(ReparamLayer):
                 f"ReparamLargeKernelConv2D has odd kernels, whose middles lie on each other; kernel_size={kernel_size} "
                 f"with small_kernel={small_kernel} is not that"
             )
-        self.lkb_origin = _conv_bn(channels, kernel_size, stride, dilation)
+        self.lkb_origin = conv_bn(channels, kernel_size, stride, dilation, bn)
         if small_kernel is not None:
-            self.small_conv = _conv_bn(channels, small_kernel, stride, dilation)
+            self.small_conv = conv_bn(channels, small_kernel, stride, dilation, bn)
             if init == "zero":
                 assign(self.small_conv.bn.weight, np.zeros(channels))
 
@@ -106,8 +110,12 @@ class ReparamLargeKernelConv2D(ReparamLayer):
 
     def take_weights(self, conv: nn.Conv2D) -> None:
         """Take the convolution's weight and bias into the large branch, whose BN starts as the identity."""
-        large, bn = self.lkb_origin.conv, self.lkb_origin.bn
-        assign(large.weight, to_float64(conv.weight))
+        assign(self.lkb_origin.conv.weight, to_float64(conv.weight))
+        if "bn" not in self.lkb_origin._sub_layers:
+            if conv.bias is not None:
+                raise UnsupportedConv("without BNs ReparamLargeKernelConv2D has no place for this convolution's bias")
+            return
+        bn = self.lkb_origin.bn
         # What the BN divides by is sqrt(1 + epsilon), with epsilon as float32.
         assign(bn.weight, np.full(bn.weight.shape, math.sqrt(1.0 + float(np.float32(bn._epsilon)))))
         if conv.bias is not None:
@@ -121,9 +129,7 @@ class ReparamLargeKernelConv2D(ReparamLayer):
         """Return the plain depthwise convolution: the small kernel in the middle of the large one, computed in
         float64."""
         branches = [self.lkb_origin] + ([self.small_conv] if "small_conv" in self._sub_layers else [])
-        folded = [
-            kernels.fold_affine(to_float64(branch.conv.weight), None, *read_bn_affine(branch.bn)) for branch in branches
-        ]
+        folded = [fold_conv_bn(branch) for branch in branches]
         kernel, bias = kernels.sum_kernels([k for k, _ in folded]), sum(b for _, b in folded)
         return ConvGeometry.of(self.lkb_origin.conv).make_conv(kernel, bias)
 
@@ -138,10 +144,26 @@ def init_uniform_fan_in(layer: nn.Conv2D | nn.Linear) -> None:
             nn.initializer.Uniform(-bound, bound)(parameter)
 
 
-def _conv_bn(channels: int, kernel_size: int, stride: int | tuple[int, int], dilation: int) -> nn.Sequential:
+def conv_bn(
+    channels: int,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] = 1,
+    dilation: int = 1,
+    bn: bool = True,
+) -> nn.Sequential:
+    """Return a depthwise convolution without bias, `conv`, and `bn` behind it; its stride alone changes the size."""
+    height, width = as_pair(kernel_size)
     conv = nn.Conv2D(
-        channels, channels, kernel_size, list(as_pair(stride)), kernel_size // 2 * dilation, dilation, groups=channels,
-        bias_attr=False,
+        channels, channels, [height, width], list(as_pair(stride)), [height // 2 * dilation, width // 2 * dilation],
+        dilation, groups=channels, bias_attr=False,
     )  # fmt: skip
     init_uniform_fan_in(conv)
-    return nn.Sequential(("conv", conv), ("bn", nn.BatchNorm2D(channels)))
+    return nn.Sequential(("conv", conv), *([("bn", nn.BatchNorm2D(channels))] if bn else []))
+
+
+def fold_conv_bn(branch: nn.Sequential) -> tuple[np.ndarray, np.ndarray]:
+    """Return (kernel, bias) of what `conv_bn` made, in float64."""
+    kernel = to_float64(branch.conv.weight)
+    if "bn" not in branch._sub_layers:
+        return kernel, np.zeros(len(kernel))
+    return kernels.fold_affine(kernel, None, *read_bn_affine(branch.bn))

@@ -1,0 +1,280 @@
+"""ConvNeXt: "A ConvNet for the 2020s" (CVPR 2022, arXiv 2201.03545), and the frame that SLaK shares with it.
+
+Entries are named as in the published weight files: `stages.0.0.dwconv.weight`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, ClassVar
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from .. import kernels
+from ..errors import ReparamError
+from ..layers.base import ReparamLayer
+from ..registry import Published, register_model
+from ..tensors import assign, to_float64
+from .builders import check_arguments, load_pretrained
+
+_EPSILON = 1e-6
+
+
+class _LayerNorm2D(nn.LayerNorm):
+    """LayerNorm over the channels of `[N, C, H, W]`."""
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return super().forward(x.transpose([0, 2, 3, 1])).transpose([0, 3, 1, 2])
+
+
+class FusedBlock(nn.Layer):
+    """x + pwconv2(GELU(pwconv1(LN(K(x))))), `[N, C, H, W]` in and out: a block without layer scale and drop path.
+
+    K is the sublayer named `spatial`.
+    """
+
+    def __init__(self, spatial: str, layers: Mapping[str, nn.Layer]) -> None:
+        super().__init__()
+        self.spatial = spatial
+        for name, layer in layers.items():
+            self.add_sublayer(name, layer)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return x + _branch(self, x).transpose([0, 3, 1, 2])
+
+
+class ResidualBlock(ReparamLayer):
+    """x + DropPath(gamma * pwconv2(GELU(pwconv1(LN(K(x)))))), `[N, dim, H, W]` in and out.
+
+    K is `layer`, from `dim` channels to as many, held under the name `spatial`; the two fully connected layers work on
+    every pixel, with 4 * dim channels between them. gamma, one number a channel, starts at `layer_scale_init_value`;
+    where that is not positive there is none. In training, `drop_path` is the share of samples that lose the branch.
+    Fused, gamma is part of `pwconv2`.
+    """
+
+    fused_type = FusedBlock
+    is_block = True
+    spatial: ClassVar[str]
+
+    def __init__(self, dim: int, layer: nn.Layer, drop_path: float, layer_scale_init_value: float) -> None:
+        super().__init__()
+        self.add_sublayer(self.spatial, layer)
+        self.norm = nn.LayerNorm(dim, epsilon=_EPSILON)
+        self.pwconv1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.pwconv2 = nn.Linear(4 * dim, dim)
+        start = nn.initializer.Constant(layer_scale_init_value)
+        self.gamma = self.create_parameter([dim], default_initializer=start) if layer_scale_init_value > 0 else None
+        # A dropout whose mask lies along the batch: whole samples lose the branch.
+        self.drop_path = nn.Dropout(drop_path, axis=0)
+
+    def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
+        y = _branch(self, x)
+        if self.gamma is not None:
+            y = self.gamma * y
+        return x + self.drop_path(y.transpose([0, 3, 1, 2]))
+
+    def fuse(self) -> FusedBlock:
+        """Return the block with K fused, and gamma folded into `pwconv2` in float64."""
+        layers = {name: self._sub_layers[name] for name in (self.spatial, "norm", "pwconv1", "act", "pwconv2")}
+        fused = {
+            name: layer.reparameterize() if isinstance(layer, ReparamLayer) else copy.deepcopy(layer)
+            for name, layer in layers.items()
+        }
+        if self.gamma is not None:
+            _scale_outputs(fused["pwconv2"], to_float64(self.gamma))
+        return FusedBlock(self.spatial, fused)
+
+
+def _branch(block: nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+    """Return what a block adds to its input, before gamma, as `[N, H, W, C]`."""
+    y = getattr(block, block.spatial)(x).transpose([0, 2, 3, 1])
+    return block.pwconv2(block.act(block.pwconv1(block.norm(y))))
+
+
+def _scale_outputs(linear: nn.Linear, scale: np.ndarray) -> None:
+    kernel = to_float64(linear.weight).T[:, :, None, None]
+    kernel, bias = kernels.fold_affine(kernel, to_float64(linear.bias), scale, np.zeros_like(scale))
+    assign(linear.weight, kernel[:, :, 0, 0].T)
+    assign(linear.bias, bias)
+
+
+class ConvNeXtBlock(ResidualBlock):
+    """The block with a depthwise 7x7 convolution; arguments as for `ResidualBlock`."""
+
+    spatial = "dwconv"
+
+    def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6) -> None:
+        super().__init__(dim, nn.Conv2D(dim, dim, 7, padding=3, groups=dim), drop_path, layer_scale_init_value)
+
+
+class StagedNetwork(nn.Layer):
+    """Four stages of blocks at 1/4, 1/8, 1/16 and 1/32 of the image's size; `[N, 3, H, W]` to `[N, class_num]`.
+
+    depths, dims: blocks and channels of each stage. `make_block(stage, drop_path)` returns a block of the stage's
+    channels; `drop_path` grows evenly from 0 in the first block to `drop_path_rate` in the last. Weights start from a
+    normal distribution of standard deviation 0.02, biases at 0; the head's weights are `head_init_scale` of that.
+
+    Raises `ReparamError` for a drop path rate outside of 0 <= rate < 1.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        make_block: Callable[[int, float], nn.Layer],
+        drop_path_rate: float,
+        head_init_scale: float,
+        class_num: int,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= drop_path_rate < 1.0:
+            raise ReparamError(f"drop_path_rate={drop_path_rate!r} is no share of samples: give one from 0 to below 1")
+        stem = nn.Sequential(nn.Conv2D(3, dims[0], 4, 4), _LayerNorm2D(dims[0], _EPSILON))
+        downsampling = [
+            nn.Sequential(_LayerNorm2D(before, _EPSILON), nn.Conv2D(before, after, 2, 2))
+            for before, after in zip(dims, dims[1:])
+        ]
+        self.downsample_layers = nn.LayerList([stem, *downsampling])
+        rates = np.split(np.linspace(0.0, drop_path_rate, sum(depths)), np.cumsum(depths)[:-1])
+        self.stages = nn.LayerList(
+            [nn.Sequential(*[make_block(stage, float(rate)) for rate in part]) for stage, part in enumerate(rates)]
+        )
+        self.norm = nn.LayerNorm(dims[-1], epsilon=_EPSILON)
+        self.head = nn.Linear(dims[-1], class_num)
+        for layer in self.sublayers():
+            if isinstance(layer, (nn.Conv2D, nn.Linear)):
+                _init_normal(layer, 0.02 * head_init_scale if layer is self.head else 0.02)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        for downsample, stage in zip(self.downsample_layers, self.stages):
+            x = stage(downsample(x))
+        return self.head(self.norm(x.mean([2, 3])))
+
+
+def _init_normal(layer: nn.Conv2D | nn.Linear, std: float) -> None:
+    # The published networks cut the distribution off at 2, which is a hundred standard deviations: not at all.
+    nn.initializer.Normal(0.0, std)(layer.weight)
+    if layer.bias is not None:
+        nn.initializer.Constant(0.0)(layer.bias)
+
+
+class ConvNeXt(StagedNetwork):
+    """ConvNeXt; arguments as for `StagedNetwork` and `ConvNeXtBlock`."""
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        dims: Sequence[int],
+        class_num: int,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-6,
+        head_init_scale: float = 1.0,
+    ) -> None:
+        def make_block(stage: int, drop_path: float) -> ConvNeXtBlock:
+            return ConvNeXtBlock(dims[stage], drop_path, layer_scale_init_value)
+
+        super().__init__(depths, dims, make_block, drop_path_rate, head_init_scale, class_num)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The networks
+
+
+_OPTIONS = ("drop_path_rate", "layer_scale_init_value", "head_init_scale")
+_SMALL_DEPTHS, _DEPTHS = (3, 3, 9, 3), (3, 3, 27, 3)
+_PAPER = "the paper, 300 epochs"
+
+
+def _build(
+    name: str,
+    pretrained: bool | str,
+    use_ssld: bool,
+    options: Mapping[str, Any],
+    **arguments: Any,
+) -> ConvNeXt:
+    unknown = {key: value for key, value in options.items() if key not in _OPTIONS}
+    check_arguments(name, pretrained, use_ssld, unknown, _OPTIONS)
+    return load_pretrained(ConvNeXt(**arguments, **options), pretrained)
+
+
+@register_model(
+    published=[
+        Published(_PAPER, 82.1),
+        Published("SLaK's repository, distilled from SLaK-T, 300 epochs", 83.1, {"drop_path_rate": 0.1}),
+    ],
+    rename=dict,
+)
+def ConvNeXt_T(
+    pretrained: bool | str = False,
+    use_ssld: bool = False,
+    class_num: int = 1000,
+    drop_path_rate: float = 0.1,
+    **kwargs: Any,
+) -> nn.Layer:
+    """ConvNeXt-T, `[N, 3, H, W]` to `[N, class_num]`, for images of any size from 32 pixels.
+
+    drop_path_rate: the share of samples that the last block is left out for in training; it grows from 0 in the first.
+    layer_scale_init_value: what a block's branch is multiplied with at first, 1e-6 unless told.
+    head_init_scale: what the classifier's initial weights are multiplied with.
+
+    `pretrained` is False or the path of a weight file. Raises `ReparamError` where that is True or does not fit.
+    """
+    return _build(
+        "ConvNeXt_T", pretrained, use_ssld, kwargs, depths=_SMALL_DEPTHS, dims=(96, 192, 384, 768),
+        drop_path_rate=drop_path_rate, class_num=class_num,
+    )  # fmt: skip
+
+
+@register_model(
+    published=[
+        Published(_PAPER, 83.1),
+        Published("SLaK's repository, distilled from SLaK-S, 300 epochs", 84.3, {"drop_path_rate": 0.1}),
+    ],
+    rename=dict,
+)
+def ConvNeXt_S(
+    pretrained: bool | str = False,
+    use_ssld: bool = False,
+    class_num: int = 1000,
+    drop_path_rate: float = 0.4,
+    **kwargs: Any,
+) -> nn.Layer:
+    """ConvNeXt-S; arguments as for `ConvNeXt_T`."""
+    return _build(
+        "ConvNeXt_S", pretrained, use_ssld, kwargs, depths=_DEPTHS, dims=(96, 192, 384, 768),
+        drop_path_rate=drop_path_rate, class_num=class_num,
+    )  # fmt: skip
+
+
+@register_model(published=[Published(_PAPER, 83.8)], rename=dict)
+def ConvNeXt_B(
+    pretrained: bool | str = False,
+    use_ssld: bool = False,
+    class_num: int = 1000,
+    drop_path_rate: float = 0.5,
+    **kwargs: Any,
+) -> nn.Layer:
+    """ConvNeXt-B; arguments as for `ConvNeXt_T`."""
+    return _build(
+        "ConvNeXt_B", pretrained, use_ssld, kwargs, depths=_DEPTHS, dims=(128, 256, 512, 1024),
+        drop_path_rate=drop_path_rate, class_num=class_num,
+    )  # fmt: skip
+
+
+@register_model(published=[Published(_PAPER)], rename=dict)
+def ConvNeXt_L(
+    pretrained: bool | str = False,
+    use_ssld: bool = False,
+    class_num: int = 1000,
+    drop_path_rate: float = 0.5,
+    **kwargs: Any,
+) -> nn.Layer:
+    """ConvNeXt-L; arguments as for `ConvNeXt_T`."""
+    return _build(
+        "ConvNeXt_L", pretrained, use_ssld, kwargs, depths=_DEPTHS, dims=(192, 384, 768, 1536),
+        drop_path_rate=drop_path_rate, class_num=class_num,
+    )  # fmt: skip
