@@ -33,6 +33,7 @@ from paddle_reparam import checkpoints
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.export import InferenceModel, OutputSpec, export_inference
 from paddle_reparam.flops import measure
+from paddle_reparam.ppcls.images import Images, read_validation_images
 from paddle_reparam.report import format_table
 from paddle_reparam.rewrite import reparameterize
 
@@ -234,15 +235,6 @@ def last_epoch(folder: Path) -> Path:
 
 
 @dataclass
-class Images:
-    """Validation images as the config reads them: names, labels `[N]` and normalised pixels `[N, C, H, W]`."""
-
-    names: list[str]
-    labels: np.ndarray
-    pixels: np.ndarray
-
-
-@dataclass
 class Row:
     """One form of the network: top-1 as a share, parameters, bytes of its export, median milliseconds an image, and
     the largest difference of a probability from the train form."""
@@ -257,14 +249,7 @@ class Row:
 
 def read_images(config: str, changes: Sequence[str]) -> Images:
     """Return the validation images of a config, read and transformed by PaddleClas."""
-    settings = _read_config(config, changes)
-    from ppcls.data import build_dataloader
-
-    settings["DataLoader"]["class_num"] = settings["Arch"]["class_num"]
-    loader = build_dataloader(settings["DataLoader"], "Eval", paddle.set_device("cpu"))
-    batches = [[np.asarray(part) for part in batch[:2]] for batch in loader]
-    pixels, labels = (np.concatenate(parts) for parts in zip(*batches))
-    return Images(list(loader.dataset.images), labels.reshape(-1), pixels)
+    return read_validation_images(_read_config(config, changes))
 
 
 def _read_config(config: str, changes: Sequence[str]) -> dict[str, Any]:

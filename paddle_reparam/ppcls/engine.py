@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import paddle
 from ppcls.engine import engine as engine_module
 
+from . import saving, sparse
 from .arch import get_builder
 from .errors import ConfigError
+from .guards import ImageFailures, check_loss, check_samples
 from .loading import strict_loading
 
 PaddleClasEngine = engine_module.Engine
@@ -31,21 +36,84 @@ _DEFAULTS = {
 
 
 class Engine(PaddleClasEngine):
-    """PaddleClas' Engine: a config that cannot work is refused at once, and weights that do not fit are an error."""
+    """PaddleClas' Engine: a config that cannot work is refused at once, weights that do not fit are an error, and a run
+    that was killed goes on from its last whole checkpoint as it would have gone on by itself."""
 
     def __init__(self, config: dict[str, Any], mode: str = "train") -> None:
         check_run(config, mode)
         check_config(config, mode)
+        self.sparsity_settings = sparse.read_section(config) if mode == "train" else None
+        self.best: dict[str, Any] | None = None
         with strict_loading(config, mode):
             super().__init__(config, mode)
+        if mode == "train":
+            self._prepare_training()
+
+    def _prepare_training(self) -> None:
+        class_num = self.config["Arch"].get("class_num")
+        check_samples(self.train_dataloader, class_num, "Train")
+        if self.config["Global"]["eval_during_train"]:
+            check_samples(getattr(self, "eval_dataloader", None), class_num, "Eval")
+        self.failures = ImageFailures()
+        train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
+        self._plain_train_epoch = train_epoch
 
     def train(self) -> None:
-        with strict_loading(self.config, self.mode):
+        """Train, from `Global.checkpoints` where that is set."""
+        with (
+            strict_loading(self.config, self.mode, self._resume),
+            saving.whole_checkpoints(engine_module, self._states),
+        ):
             super().train()
 
     def export(self, *args: Any, **kwargs: Any) -> None:
+        """Export, as PaddleClas does."""
         with strict_loading(self.config, self.mode):
             super().export(*args, **kwargs)
+
+    @staticmethod
+    def _train_epoch(engine: Engine, epoch: int, print_batch_step: int) -> None:
+        """Train one epoch; what is random in it depends on the seed and the epoch alone, not on what ran before."""
+        seed = engine.config["Global"].get("seed")
+        if isinstance(seed, int) and not isinstance(seed, bool):
+            rank = paddle.distributed.get_rank()
+            # 32 bits is what numpy takes.
+            drawn = int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1)[0])
+            paddle.seed(drawn)
+            np.random.seed(drawn)
+            random.seed(drawn)
+        sampler = getattr(engine.train_dataloader, "batch_sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch - 1)
+        if engine.sparsity_settings and not hasattr(engine, "sparse_training"):
+            engine.sparse_training = sparse.start(engine, engine.sparsity_settings)
+        original = engine.train_loss_func
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            losses = original(*args, **kwargs)
+            engine.failures.raise_first()
+            check_loss(losses, epoch, engine.global_step)
+            return losses
+
+        # The losses may have weights of their own: what is a layer must stay one everywhere but here.
+        engine.train_loss_func = checked
+        try:
+            engine._plain_train_epoch(engine, epoch, print_batch_step)
+        finally:
+            engine.train_loss_func = original
+
+    def _states(self, prefix: str, metric_info: dict[str, Any]) -> dict[str, Any]:
+        """Return what a checkpoint keeps beside the weights and the optimizer's state."""
+        if prefix == "best_model":
+            self.best = {key: float(metric_info[key]) for key in ("metric", "epoch")}
+        return {**metric_info, "best": self.best, "global_step": self.global_step}
+
+    def _resume(self, states: dict[str, Any]) -> dict[str, Any]:
+        """Take over what a checkpoint kept; return the metric and the epoch that PaddleClas goes on from."""
+        self.best = states.get("best")
+        self.global_step = int(states.get("global_step", 0))
+        best = self.best["metric"] if self.best else states.get("metric", -1.0)
+        return {"metric": best, "epoch": states["epoch"]}
 
 
 def register() -> None:
@@ -98,6 +166,9 @@ def check_run(config: dict[str, Any], mode: str) -> None:
     settings = config["Global"]
     for key, value in _DEFAULTS.items():
         settings.setdefault(key, value)
+    if mode == "train" and settings["checkpoints"] == "auto":
+        found = saving.newest(settings["output_dir"])
+        settings["checkpoints"] = None if found is None else str(found.prefix)
     lacking = [key for key in _NEEDED[mode] if key not in settings]
     if lacking:
         raise ConfigError(f"the config lacks Global.{', Global.'.join(lacking)}, which {mode} needs")
@@ -116,7 +187,12 @@ def check_run(config: dict[str, Any], mode: str) -> None:
         raise ConfigError(f"{mode} has no weights: set Global.pretrained_model to what training saved")
     splits = {"train": ["Train", "Eval"] if settings.get("eval_during_train") else ["Train"], "eval": ["Eval"]}
     for split in splits.get(mode, []):
-        dataset = (config["DataLoader"].get(split) or {}).get("dataset") or {}
-        for key in ("image_root", "cls_label_path"):
-            if isinstance(dataset.get(key), str) and not os.path.exists(dataset[key]):
-                raise ConfigError(f"DataLoader.{split}.dataset.{key}: there is no {dataset[key]}")
+        check_dataset(config, split)
+
+
+def check_dataset(config: dict[str, Any], split: str) -> None:
+    """Raise `ConfigError` where the files of `DataLoader.Train` or `DataLoader.Eval` are not there."""
+    dataset = (config["DataLoader"].get(split) or {}).get("dataset") or {}
+    for key in ("image_root", "cls_label_path"):
+        if isinstance(dataset.get(key), str) and not os.path.exists(dataset[key]):
+            raise ConfigError(f"DataLoader.{split}.dataset.{key}: there is no {dataset[key]}")
