@@ -238,8 +238,10 @@ def _build(
     default_groups = {"base": {}, "light": {"c3": 4, "c4": 4}, "bottleneck": {"c3": 8, "c4": 8}}
     if block not in default_groups:
         raise ReparamError(f"{name} has no block {block!r}; it has {', '.join(default_groups)}")
-    if (block != "bottleneck" and reduction) or (block == "base" and fc3_groups):
-        raise ReparamError(f"{name}: fc3_groups and reduction say nothing about the block {block!r}; leave them out")
+    useless = {"base": {"fc3_groups": fc3_groups, "reduction": reduction}, "light": {"reduction": reduction}}
+    for option, value in useless.get(block, {}).items():
+        if value:
+            raise ReparamError(f"{name}: {option} says nothing about the block {block!r}; leave it out")
     for option, value in (("fc3_groups", fc3_groups), ("reduction", reduction)):
         if value is not None and not (isinstance(value, Mapping) and set(value) <= set(_STAGES)):
             raise ReparamError(
