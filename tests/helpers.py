@@ -51,3 +51,13 @@ def randomise_batch_norms(model: nn.Layer, seed: int = 0) -> int:
             if tensor is not None:
                 tensor.set_value(paddle.to_tensor(value).astype(tensor.dtype))
     return len(norms)
+
+
+def draw_by_fan_in(model: nn.Layer) -> None:
+    """Draw the weights of every convolution so that its output is about as large as its input.
+
+    Networks whose own draw makes depthwise outputs small hardly depend on the image until they are trained.
+    """
+    for layer in model.sublayers(include_self=True):
+        if isinstance(layer, nn.Conv2D):
+            nn.initializer.KaimingNormal()(layer.weight)
