@@ -40,6 +40,12 @@ def partition_counts(x: paddle.Tensor, height: int, width: int) -> tuple[int, in
     return (x.shape[2] + height - 1) // height, (x.shape[3] + width - 1) // width
 
 
+def size_of(x: paddle.Tensor) -> str:
+    """Return height x width of `[N, C, H, W]` as words, "open" for a side that a traced graph leaves open."""
+    sides = x.shape[2:]
+    return "x".join(str(side) if isinstance(side, int) and side >= 0 else "open" for side in sides)
+
+
 def grouped_linear(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
     """Return a fully connected layer in groups as one batched matrix product.
 

@@ -19,7 +19,7 @@ from ..geometry import ConvGeometry, read_bn_affine
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
-from .partitions import grouped_linear, join_partitions, pad_to_partitions, split_into_partitions
+from .partitions import grouped_linear, join_partitions, pad_to_partitions, size_of, split_into_partitions
 
 
 class RepMLPFused(InferenceForm):
@@ -247,11 +247,10 @@ def _check_kernels(reparam_conv_k: Sequence[int], fc3_conv_k: int | None) -> Non
 
 
 def _check_size(x: paddle.Tensor, size: tuple[int, int]) -> None:
-    if tuple(x.shape[2:]) != size:
-        # An open side of an exported graph reads -1.
-        got = "x".join("open" if side < 0 else str(side) for side in x.shape[2:])
+    built, got = f"{size[0]}x{size[1]}", size_of(x)
+    if got != built:
         raise ReparamError(
-            f"this RepMLP is built for maps of {size[0]}x{size[1]} pixels and got maps of {got}; "
+            f"this RepMLP is built for maps of {built} pixels and got maps of {got}; "
             "build the network for the size of its images"
         )
 

@@ -15,6 +15,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from ..errors import CheckpointError, ReparamError
+from ..layers.partitions import size_of
 from ..layers.repmlp import RepMLP
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained
@@ -143,11 +144,11 @@ class RepMLPResNet(nn.Layer):
         self.linear = nn.Linear(in_channels, class_num)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if self.image_size is not None and list(x.shape[2:]) != [self.image_size] * 2:
-            got = "x".join("open" if side < 0 else str(side) for side in x.shape[2:])
+        built, got = f"{self.image_size}x{self.image_size}", size_of(x)
+        if self.image_size is not None and got != built:
             raise ReparamError(
-                f"this network is built for images of {self.image_size}x{self.image_size} pixels and got images of "
-                f"{got}; build it with another image_size, or resize the images"
+                f"this network is built for images of {built} pixels and got images of {got}; "
+                "build it with another image_size, or resize the images"
             )
         x = self.stage4(self.stage3(self.stage2(self.stage1(self.stage0(x)))))
         return self.linear(paddle.flatten(self.gap(x), 1))
