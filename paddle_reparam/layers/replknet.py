@@ -135,13 +135,18 @@ class ReparamLargeKernelConv2D(ReparamLayer):
 
 
 def init_uniform_fan_in(layer: nn.Conv2D | nn.Linear) -> None:
-    """Draw weight and bias uniformly within 1 / sqrt(inputs of one output), as the published networks start."""
+    """Draw weight and bias of a layer as `uniform_fan_in` says."""
     weight = layer.weight
-    inputs = weight.shape[0] if isinstance(layer, nn.Linear) else math.prod(weight.shape[1:])
-    bound = 1.0 / math.sqrt(inputs)
+    start = uniform_fan_in(weight.shape[0] if isinstance(layer, nn.Linear) else math.prod(weight.shape[1:]))
     for parameter in (weight, layer.bias):
         if parameter is not None:
-            nn.initializer.Uniform(-bound, bound)(parameter)
+            start(parameter)
+
+
+def uniform_fan_in(inputs: int) -> nn.initializer.Initializer:
+    """Return how the published weights and biases start: uniformly within 1 / sqrt(inputs of one output)."""
+    bound = 1.0 / math.sqrt(inputs)
+    return nn.initializer.Uniform(-bound, bound)
 
 
 def conv_bn(
@@ -155,9 +160,8 @@ def conv_bn(
     height, width = as_pair(kernel_size)
     conv = nn.Conv2D(
         channels, channels, [height, width], list(as_pair(stride)), [height // 2 * dilation, width // 2 * dilation],
-        dilation, groups=channels, bias_attr=False,
+        dilation, groups=channels, weight_attr=uniform_fan_in(height * width), bias_attr=False,
     )  # fmt: skip
-    init_uniform_fan_in(conv)
     return nn.Sequential(("conv", conv), *([("bn", nn.BatchNorm2D(channels))] if bn else []))
 
 
