@@ -16,7 +16,7 @@ from ..layers.replknet import ReparamLargeKernelConv2D
 from ..layers.slak import DecomposedLargeKernelConv2D
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained
-from .convnext import ResidualBlock, StagedNetwork
+from .convnext import ResidualBlock, StagedNetwork, init_normal
 
 
 class SLaKBlock(ResidualBlock):
@@ -38,7 +38,11 @@ class SLaKBlock(ResidualBlock):
         bn: bool = True,
     ) -> None:
         make = DecomposedLargeKernelConv2D if decomposed else ReparamLargeKernelConv2D
-        super().__init__(dim, make(dim, kernel_size, small_kernel, bn=bn), drop_path, layer_scale_init_value)
+        large_kernel = make(dim, kernel_size, small_kernel, bn=bn)
+        for layer in large_kernel.sublayers():
+            if isinstance(layer, nn.Conv2D):
+                init_normal(layer.weight)
+        super().__init__(dim, large_kernel, drop_path, layer_scale_init_value)
 
 
 class SLaK(StagedNetwork):
