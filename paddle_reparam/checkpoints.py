@@ -21,7 +21,7 @@ import paddle
 from paddle import nn
 
 from . import layers as layers  # form_of asks every registered layer, and importing registers them
-from . import pickles
+from . import pickles, sparsity
 from .errors import CheckpointError, ReparamError
 from .registry import create_model, get_layer, get_model, list_layers, list_models
 from .report import Report, format_table
@@ -140,7 +140,9 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     except ReparamError as error:
         raise error.at(str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # Where the folder is none, there is no temporary file either.
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
     # The file is in place and whole; some file systems cannot flush a folder.
     with contextlib.suppress(OSError):
         _flush_to_disk(target.parent, os.O_RDONLY)
@@ -167,7 +169,8 @@ def load_into(
     """Load a weight file, or a state dict of Tensors or arrays, into a model: all of it or nothing.
 
     `may_miss`: shell patterns for entries of the model that the file may lack and that then stay as they are, such as
-    `"*.convmap.weight"` where a plain baseline goes into RefConv layers. Float types are cast to the model's.
+    `"*.convmap.weight"` where a plain baseline goes into RefConv layers. Float types are cast to the model's. Masks of
+    dynamic sparse training that the file carries become buffers of the model.
 
     Raises `CheckpointError` with the entries that are missing, extra or of another shape or type, and the share in
     percent of the model's entries that fit; the model is then unchanged.
@@ -177,6 +180,15 @@ def load_into(
     from_file = isinstance(path_or_state, (str, os.PathLike))
     where = str(path_or_state) if from_file else "the state"
     arrays = load(path_or_state) if from_file else _to_arrays(path_or_state)
+    adopted = sparsity.adopt_masks(model, arrays)
+    try:
+        return _load_arrays(model, arrays, may_miss, where)
+    except CheckpointError:
+        sparsity.drop_buffers(model, adopted)
+        raise
+
+
+def _load_arrays(model: nn.Layer, arrays: Mapping[str, np.ndarray], may_miss: Sequence[str], where: str) -> LoadReport:
     own = model.state_dict(use_hook=False)
     for pattern in may_miss:
         if not fnmatch.filter(own, pattern):
@@ -222,14 +234,27 @@ def convert_state(name: str, state: Mapping[str, np.ndarray], **options: Any) ->
     Raises `CheckpointError` with what is missing, left over or of another shape, and for a model without published
     weights.
     """
+    model = create_model(name, **options)
+    return fit_exactly(model, in_our_names(name, state, model), f"{name}{options or ''}")
+
+
+def in_our_names(name: str, state: Mapping[str, np.ndarray], model: nn.Layer) -> dict[str, np.ndarray]:
+    """Return a published state dict under the names and in the layouts of `model`, whatever fits it.
+
+    Raises `CheckpointError` for a model without published weights and for entries that cannot be brought into its form.
+    """
     rename = get_model(name).rename
     if rename is None:
         known = ", ".join(n for n in list_models() if get_model(n).rename is not None)
         raise CheckpointError(f"no published weight files of {name} are known; those of {known} can be converted")
     from_parallel = all(key.startswith("module.") for key in state)
-    renamed = rename({key[len("module.") :] if from_parallel else key: value for key, value in state.items()})
-    model = create_model(name, **options)
-    own = model.state_dict()
+    plain = {key[len("module.") :] if from_parallel else key: np.asarray(value) for key, value in state.items()}
+    try:
+        renamed = rename(plain)
+    except (LookupError, TypeError, ValueError) as error:
+        if isinstance(error, ReparamError):
+            raise
+        raise CheckpointError(f"its entries are not those of a published {name} ({error!r})") from error
     owners = dict(model.named_sublayers(include_self=True))
     arrays: dict[str, np.ndarray] = {}
     for key, value in renamed.items():
@@ -240,6 +265,12 @@ def convert_state(name: str, state: Mapping[str, np.ndarray], **options: Any) ->
         key = f"{path}.{last}" if path else last
         array = np.asarray(value)
         arrays[key] = array.T if last == "weight" and isinstance(owners.get(path), nn.Linear) else array
+    return arrays
+
+
+def fit_exactly(model: nn.Layer, arrays: Mapping[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
+    """Return the arrays in the model's types, or raise `CheckpointError` with all that does not fit; `what`: its name."""
+    own = model.state_dict()
     faults = {
         "missing": [key for key in own if key not in arrays],
         "left over": [key for key in arrays if key not in own],
@@ -252,8 +283,8 @@ def convert_state(name: str, state: Mapping[str, np.ndarray], **options: Any) ->
     if any(faults.values()):
         lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names]
         raise CheckpointError(
-            f"the published weights are not those of {name}{options or ''}; give the options that they were trained "
-            "with\n  " + "\n  ".join(lines)
+            f"the published weights are not those of {what}; give the options that they were trained with\n  "
+            + "\n  ".join(lines)
         )
     return {key: np.ascontiguousarray(arrays[key].astype(_type_name(own[key]))) for key in own}
 

@@ -47,6 +47,18 @@ def read(data: bytes) -> dict[str, np.ndarray]:
 
     Raises `CheckpointError` for what is no weight file, and any other exception for bytes that are no pickle.
     """
+    return _name_arrays(_run_whole(data), len(data))
+
+
+def read_state(data: bytes) -> Any:
+    """Return what paddle.save wrote of an optimizer or of a run: lists, dicts, numbers and text, arrays among them.
+
+    The arrays are read-only views of `data`. Raises as `read` does.
+    """
+    return _with_arrays(_run_whole(data), [len(data)])
+
+
+def _run_whole(data: bytes) -> Any:
     start_of_seal = len(data) - len(_SEAL) - hashlib.sha256().digest_size
     body = data[:start_of_seal] if data.startswith(_SEAL, max(start_of_seal, 0)) else data
     if body is not data and seal(body) != data:
@@ -54,7 +66,7 @@ def read(data: bytes) -> dict[str, np.ndarray]:
     content, end = _run(body)
     if end != len(body):
         raise CheckpointError(f"{len(body) - end} bytes follow its end: it is damaged; get or save it again")
-    return _name_arrays(content, len(data))
+    return content
 
 
 def array_of(code: str, shape: Sequence[int], data: bytes, fortran: bool = False) -> np.ndarray:
@@ -235,6 +247,11 @@ _CALLS: dict[str, tuple[Any, Any]] = {
         lambda a: _Dtype(a[0]),
     ),
     "collections.OrderedDict": (lambda a: a == (), lambda a: {}),
+    # A number that numpy computed.
+    "numpy.core.multiarray.scalar": (
+        lambda a: len(a) == 2 and type(a[0]) is _Dtype and type(a[1]) is bytes,
+        lambda a: array_of(a[0].code, [], a[1])[()].item(),
+    ),
     # A Tensor inside a container is stored as tuple((name, array)).
     "builtins.tuple": (lambda a: len(a) == 1 and type(a[0]) is tuple, lambda a: a[0]),
     # A DenseTensor is stored as eval('data', {'data': array}).
@@ -269,6 +286,28 @@ def _build(target: Any, state: Any) -> None:
     # Python 2 wrote bytes as text.
     data = raw.encode("latin1") if type(raw) is str else raw
     target.value = array_of(dtype.code, shape, data, fortran is True)
+
+
+def _with_arrays(content: Any, left: list[int]) -> Any:
+    """Return nested content with its arrays in place, built anew; `left` counts down how many parts it may have.
+
+    A short file can name one list many times over, or within itself.
+    """
+    left[0] -= 1
+    if left[0] < 0:
+        raise CheckpointError("it unfolds to more than it has bytes; do not trust this file")
+    if content is None or type(content) in (bool, int, float, str):
+        return content
+    if type(content) is tuple and len(content) == 2 and type(content[0]) is str and type(content[1]) is _Array:
+        # A Tensor: its name and its array.
+        content = content[1]
+    if type(content) is _Array and content.value is not None:
+        return content.value
+    if type(content) in (list, tuple):
+        return [_with_arrays(value, left) for value in content]
+    if type(content) is dict and _SPLIT_TABLE not in content:
+        return {key: _with_arrays(value, left) for key, value in content.items() if key != _NAME_TABLE}
+    raise CheckpointError(f"it holds a {type(content).__name__.lstrip('_')}; this is no state of a training run")
 
 
 def _name_arrays(content: Any, file_size: int) -> dict[str, np.ndarray]:

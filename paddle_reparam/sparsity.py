@@ -269,11 +269,38 @@ def add_masks(
     return report
 
 
+def adopt_masks(model: nn.Layer, state: Mapping[str, Any]) -> list[str]:
+    """Register a mask for every parameter that has one in `state`, as yet empty; return the names of the new buffers.
+
+    A state dict with masks then fits the model.
+    """
+    new = []
+    for path, layer in walk(model):
+        for name in list(layer._parameters):
+            key = f"{path}.{name}{SUFFIX}" if path else name + SUFFIX
+            if key in state and name + SUFFIX not in layer._buffers:
+                layer.register_buffer(name + SUFFIX, paddle.ones(layer._parameters[name].shape, "bool"))
+                new.append(key)
+    if new and STEP not in model._buffers:
+        model.register_buffer(STEP, paddle.zeros([1], "int64"))
+        new.append(STEP)
+    return new
+
+
 def remove_masks(model: nn.Layer) -> None:
     """Take the masks and the step counter away; the weights stay as they are, zeros included."""
-    for place in masked_places(model):
-        del place.layer._buffers[place.name + SUFFIX]
-    model._buffers.pop(STEP, None)
+    names = [place.path + SUFFIX for place in masked_places(model)]
+    drop_buffers(model, [*names, STEP] if STEP in model._buffers else names)
+
+
+def drop_buffers(model: nn.Layer, names: Sequence[str]) -> None:
+    """Take buffers away by their names in the state dict."""
+    for name in names:
+        path, _, last = name.rpartition(".")
+        layer = model
+        for part in filter(None, path.split(".")):
+            layer = layer._sub_layers[part]
+        del layer._buffers[last]
 
 
 def _masked(tensor: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:

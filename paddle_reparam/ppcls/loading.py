@@ -8,29 +8,35 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from paddle import nn
 from ppcls.engine import engine as engine_module
 from ppcls.loss import build_loss
+from ppcls.utils import logger
 from ppcls.utils.download import get_weights_path_from_url
 
 from .. import checkpoints
 from ..errors import CheckpointError
+from . import saving
 
 _REFOCUSING = "convmap.weight"
 
 
 @contextlib.contextmanager
-def strict_loading(config: dict[str, Any], mode: str) -> Iterator[None]:
-    """Make PaddleClas' Engine load weights strictly while it runs in here; its own files stay as they are."""
+def strict_loading(
+    config: dict[str, Any], mode: str, on_resume: Callable[[dict[str, Any]], dict[str, Any]] = dict
+) -> Iterator[None]:
+    """Make PaddleClas' Engine load weights strictly while it runs in here; its own files stay as they are.
+
+    `on_resume` gets the states of a checkpoint and returns what the Engine goes on from: `metric` and `epoch`.
+    """
     load = functools.partial(load_weights, config=config, mode=mode)
     ours = {
         "load_dygraph_pretrain": load,
         "load_dygraph_pretrain_from_url": load,
-        "init_model": functools.partial(_resume, engine_module.init_model, config=config),
+        "init_model": functools.partial(_resume, config=config, on_resume=on_resume),
     }
     theirs = {name: getattr(engine_module, name) for name in ours if hasattr(engine_module, name)}
     for name in theirs:
@@ -84,16 +90,29 @@ def load_weights(models: nn.Layer | list[nn.Layer | None], path: str, config: di
         raise error.at(file) from None
 
 
-def _resume(init_model: Any, settings: dict[str, Any], net: nn.Layer, *args: Any, config: dict[str, Any]) -> Any:
-    """Check a checkpoint against the model before PaddleClas resumes from it."""
-    prefix = settings.get("checkpoints")
-    if prefix:
-        for suffix in (".pdparams", ".pdopt", ".pdstates"):
-            if not Path(prefix + suffix).is_file():
-                raise CheckpointError(
-                    f"Global.checkpoints: there is no file {prefix + suffix}; give the path of a saved epoch without "
-                    "its suffix, such as output/ResNet50/latest"
-                )
-        loss = args[1] if len(args) > 1 else None
-        load_weights([getattr(net, "_layers", net), loss], prefix + ".pdparams", config, mode="resuming")
-    return init_model(settings, net, *args)
+def _resume(
+    settings: dict[str, Any],
+    net: nn.Layer,
+    optimizers: list[Any],
+    loss: nn.Layer,
+    average: nn.Layer | None = None,
+    *,
+    config: dict[str, Any],
+    on_resume: Callable[[dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Load a checkpoint into the network, the loss, the optimizers and the moving average, all of it or an error."""
+    prefix = settings["checkpoints"]
+    saving.require_whole(prefix)
+    # Where there is a moving average, .pdparams holds that one.
+    trained = f"{prefix}.pdema" if average is not None else f"{prefix}.pdparams"
+    load_weights([getattr(net, "_layers", net), loss], trained, config, mode="resuming")
+    if average is not None:
+        load_weights([getattr(average, "_layers", average), None], f"{prefix}.pdparams", config, mode="resuming")
+    states = saving.read_states(f"{prefix}.pdopt")
+    states = states if isinstance(states, list) else [states]
+    if len(states) != len(optimizers):
+        raise CheckpointError(f"{prefix}.pdopt: it is of {len(states)} optimizers, the config has {len(optimizers)}")
+    for optimizer, state in zip(optimizers, states):
+        optimizer.set_state_dict(saving.as_tensors(state))
+    logger.info(f"training goes on from {prefix}")
+    return on_resume(saving.read_states(f"{prefix}.pdstates"))

@@ -1,0 +1,202 @@
+"""Checkpoints of a training run: files that belong together, there as a whole or not at all, and found after a crash.
+
+PaddleClas writes `latest.pdparams`, `latest.pdopt` and `latest.pdstates` in place, one after the other. Killed in
+between, a run leaves a set whose parts do not belong together, or one cut short, and nothing else. Here a set is
+written into a hidden folder beside its place, gets a record of the hashes of its files, and is then linked to its
+place; the record is the last file there. At every moment one whole set of every prefix can be found.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import paddle
+
+from .. import pickles
+from ..errors import CheckpointError, ReparamError
+
+#: What training goes on from.
+SUFFIXES = (".pdparams", ".pdopt", ".pdstates")
+#: A set's record: the hash of each file, by its path from the record's folder, and the epoch and step it was saved at.
+RECORD = ".record.json"
+
+
+@dataclass(frozen=True)
+class SavedSet:
+    """A set of files that belong together: the path of the set without suffix, and when it was saved."""
+
+    prefix: Path
+    epoch: int
+    step: int
+
+
+def save_whole(
+    save: Callable[..., None], net: Any, optimizer: Any, states: dict[str, Any], folder: str, **options: Any
+) -> None:
+    """Let PaddleClas' `save_model` write a set of files, and put it in place when all of it is on the disk.
+
+    `states` goes into `.pdstates`; `prefix` among the options names the set. Raises `ReparamError` where it cannot be
+    written; what was saved before is then as it was.
+    """
+    if paddle.distributed.get_rank() != 0:
+        return
+    target, prefix = Path(folder), options.get("prefix", "ppcls")
+    staging = target / f".{prefix}.partial"
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # What a killed run left, of any prefix. No process reads it any more: all have trained since they resumed.
+        for left in target.glob(".*.partial"):
+            _finish(left, target)
+        save(net, optimizer, states, str(staging), **options)
+        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        record = {
+            "epoch": int(states.get("epoch", 0)),
+            "step": int(states.get("global_step", 0)),
+            "files": {path.relative_to(staging).as_posix(): _digest(path) for path in files},
+        }
+        _write_synced(staging / f"{prefix}{RECORD}", json.dumps(record, indent=1).encode())
+        _finish(staging, target)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            if not list(staging.glob(f"*{RECORD}")):
+                shutil.rmtree(staging)
+        raise ReparamError(
+            f"{target / prefix}: the checkpoint cannot be written ({error.strerror or error}); the one before it is "
+            "unchanged"
+        ) from error
+
+
+def _finish(staging: Path, target: Path) -> None:
+    """Put a whole staged set in place, and remove what is staged."""
+    for record in sorted(staging.glob(f"*{RECORD}")):
+        if _read_record(record) is None:
+            continue
+        names = [*json.loads(record.read_text())["files"], record.name]
+        for name in names:
+            place = target / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _link(staging / name, place)
+    if staging.exists():
+        shutil.rmtree(staging)
+
+
+def _link(source: Path, place: Path) -> None:
+    temporary = place.with_name(f".{place.name}.new")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # Some file systems have no links.
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, place)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_record(path: Path) -> SavedSet | None:
+    """Return the set that a record describes, or None where it is not whole."""
+    try:
+        record = json.loads(path.read_text())
+        if not all(_digest(path.parent / name) == digest for name, digest in record["files"].items()):
+            return None
+        [weights] = [n for n in record["files"] if n.endswith(".pdparams") and f"{n[:-9]}.pdopt" in record["files"]]
+        return SavedSet((path.parent / weights).with_suffix(""), record["epoch"], record["step"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def newest(folder: str | os.PathLike[str]) -> SavedSet | None:
+    """Return the newest whole set under a folder, staged ones included; None where there is none."""
+    found = []
+    for path in Path(folder).rglob(f"*{RECORD}"):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            record = json.loads(path.read_text())
+            found.append((record["epoch"], record["step"], path.stat().st_mtime, path))
+    for *_, path in sorted(found, reverse=True):
+        saved = _read_record(path)
+        if saved is not None:
+            return saved
+    return None
+
+
+def require_whole(prefix: str) -> None:
+    """Raise `CheckpointError` where the files of a set are missing, or are not those that were saved together."""
+    for suffix in SUFFIXES:
+        if not Path(prefix + suffix).is_file():
+            raise CheckpointError(
+                f"Global.checkpoints: there is no file {prefix + suffix}; give the path of a saved epoch without "
+                "its suffix, such as output/ResNet50/latest, or auto for the newest whole one in Global.output_dir"
+            )
+    path = Path(prefix)
+    for folder in (path.parent, path.parent.parent):
+        record = folder / f"{path.name}{RECORD}"
+        if record.is_file() and _read_record(record) is None:
+            saved = newest(folder)
+            hint = f"the newest whole one is {saved.prefix}" if saved else "there is no whole one beside it"
+            raise CheckpointError(
+                f"Global.checkpoints: the files of {prefix} were not saved together, or are damaged; {hint}"
+            )
+
+
+def read_states(path: str) -> Any:
+    """Return what a `.pdopt` or `.pdstates` file holds, without running anything in it.
+
+    Raises `CheckpointError` where it cannot be read.
+    """
+    try:
+        return pickles.read_state(Path(path).read_bytes())
+    except CheckpointError as error:
+        raise error.at(path) from None
+    except Exception as error:
+        raise CheckpointError(f"{path}: it is truncated or damaged ({type(error).__name__}: {error})") from error
+
+
+def as_tensors(states: Any) -> Any:
+    """Return nested states with Tensors in the place of arrays, as optimizers take them."""
+    if isinstance(states, np.ndarray):
+        return paddle.to_tensor(np.array(states))
+    if isinstance(states, dict):
+        return {key: as_tensors(value) for key, value in states.items()}
+    return [as_tensors(value) for value in states] if isinstance(states, list) else states
+
+
+@contextlib.contextmanager
+def whole_checkpoints(module: Any, states_of_run: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Make PaddleClas' Engine save whole sets while it runs in here.
+
+    `states_of_run(prefix, metric_info)` returns what goes into `.pdstates`.
+    """
+    save_load = module.save_load
+    original = save_load.save_model
+
+    def save_model(net: Any, optimizer: Any, metric_info: dict[str, Any], folder: str, **options: Any) -> None:
+        states = states_of_run(options.get("prefix", "ppcls"), metric_info)
+        save_whole(original, net, optimizer, states, folder, **options)
+
+    save_load.save_model = save_model
+    try:
+        yield
+    finally:
+        save_load.save_model = original

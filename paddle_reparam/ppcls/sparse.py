@@ -1,0 +1,113 @@
+"""The `Sparsity` section of a config: dynamic sparse training in PaddleClas' Engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+from ppcls.utils import logger
+
+from .. import sparsity
+from ..sparsity import SparseTraining
+from .errors import ConfigError
+
+#: What the section may hold, and what holds where it does not say.
+DEFAULTS: dict[str, Any] = {
+    "density": None,
+    "distribution": "snip",
+    "where": ["*"],
+    "update_frequency": 100,
+    "prune_rate": 0.3,
+    "growth": "random",
+}
+
+
+def read_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the `Sparsity` section with its defaults, or None; raises `ConfigError` for what it cannot mean."""
+    section = config.get("Sparsity")
+    if section is None:
+        return None
+    unknown = sorted(set(section) - set(DEFAULTS))
+    if unknown:
+        raise ConfigError(f"Sparsity has no {', '.join(unknown)}; it takes {', '.join(DEFAULTS)}")
+    settings = {**DEFAULTS, **section}
+    if isinstance(settings["where"], str):
+        settings["where"] = [settings["where"]]
+    density, rate, frequency = settings["density"], settings["prune_rate"], settings["update_frequency"]
+    if settings["distribution"] != "weights" and not (isinstance(density, (int, float)) and 0 < density < 1):
+        raise ConfigError(f"Sparsity.density is {density!r}; give the share of weights that stay, such as 0.6")
+    if not 0 < rate < 1 or not isinstance(frequency, int) or frequency < 1:
+        raise ConfigError(
+            f"Sparsity.prune_rate is {rate!r} and update_frequency {frequency!r}; give a share such as 0.3, and a "
+            "number of steps such as 100"
+        )
+    return settings
+
+
+def start(engine: Any, settings: Mapping[str, Any]) -> SparseTraining:
+    """Make the Engine's network sparse, by the masks that its weights brought along or by new ones, and keep it so."""
+    model = getattr(engine.model, "_layers", engine.model)
+    seed = engine.config["Global"].get("seed") or 0
+    if not sparsity.masked_places(model):
+        report = sparsity.add_masks(
+            model,
+            settings["density"],
+            settings["distribution"],
+            settings["where"],
+            loss=lambda: _loss_of_first_images(engine, model),
+            seed=seed,
+        )
+        logger.info(f"Sparsity:\n{report}")
+    steps = len(engine.train_dataloader) * engine.config["Global"]["epochs"] // getattr(engine, "update_freq", 1)
+    [optimizer] = [o for o in engine.optimizer if _holds(o, model)]
+    training = SparseTraining(
+        model, optimizer, steps, settings["update_frequency"], settings["prune_rate"], settings["growth"], seed
+    )
+    if getattr(engine, "ema", False):
+        _follow(engine.model_ema, model)
+    return training
+
+
+def _holds(optimizer: Any, model: nn.Layer) -> bool:
+    names = {p.name for p in getattr(optimizer, "_inner_opt", optimizer)._parameter_list}
+    return any(parameter.name in names for parameter in model.parameters())
+
+
+def _loss_of_first_images(engine: Any, model: nn.Layer) -> paddle.Tensor:
+    """Return the plain cross entropy of one batch of this process' images, without mixing; BNs stay as they were."""
+    dataset, sampler = engine.train_dataloader.dataset, engine.train_dataloader.batch_sampler
+    first = paddle.distributed.get_rank() * sampler.batch_size
+    samples = [dataset[(first + i) % len(dataset)] for i in range(sampler.batch_size)]
+    images = paddle.to_tensor(np.stack([np.asarray(sample[0]) for sample in samples]).astype("float32"))
+    labels = paddle.to_tensor(np.array([int(sample[1]) for sample in samples]))
+    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train()
+    output = model(images)
+    for buffer, before in kept:
+        buffer.set_value(before)
+    output = output.get("logits", output.get("output")) if isinstance(output, dict) else output
+    return F.cross_entropy(output[0] if isinstance(output, (list, tuple)) else output, labels)
+
+
+def _follow(average: Any, model: nn.Layer) -> None:
+    """Make PaddleClas' moving average respect the masks, and carry them in its own weight file."""
+    module = average.module
+    sparsity.adopt_masks(module, model.state_dict())
+    parameters = dict(module.named_parameters())
+
+    @paddle.no_grad()
+    def update(followed: nn.Layer) -> None:
+        followed = getattr(followed, "_layers", followed)
+        sparsity.follow_with_average(followed, parameters, average.decay)
+        own = dict(module.named_buffers())
+        for name, buffer in followed.named_buffers():
+            if buffer.is_floating_point():
+                own[name].set_value(average.decay * own[name] + (1 - average.decay) * buffer)
+            else:
+                own[name].set_value(buffer)
+
+    average.update = update

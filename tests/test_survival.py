@@ -1,0 +1,242 @@
+"""Runs that are killed, and that meet what no training can go on with: what is saved stays whole, and says so."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import paddle
+import pytest
+from test_train_tools import PLAIN, Place, config_of, train_as_a_process_of_its_own
+
+from paddle_reparam import checkpoints, sparsity
+from paddle_reparam.ppcls import saving
+
+EPOCHS = 4
+SPARSITY = {"density": 0.6, "distribution": "snip", "update_frequency": 3, "prune_rate": 0.5}
+#: Trains, and kills itself with SIGKILL: at the given training step, or when the given file of a set is put in place.
+KILLED = """
+import os, signal, sys
+from paddle_reparam.ppcls import setup
+setup()
+import paddle
+from paddle_reparam.ppcls import engine, saving
+from paddle_reparam.ppcls.command import main
+kind, count = sys.argv[1], int(sys.argv[2])
+calls = 0
+def counted(function):
+    def run(*arguments):
+        global calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments)
+    return run
+if kind == "step":
+    engine.check_loss = counted(engine.check_loss)
+elif kind == "link":
+    saving._link = counted(saving._link)
+else:
+    paddle.save = counted(paddle.save)
+sys.exit(main("train", sys.argv[3:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("survival"))
+
+
+@pytest.fixture(scope="module")
+def config(place):
+    """Two batches an epoch, in an order that is drawn, and images that are flipped at random."""
+    sections = config_of(place.data, PLAIN)
+    train = sections["DataLoader"]["Train"]
+    train["sampler"]["shuffle"] = True
+    train["dataset"]["transform_ops"].insert(1, {"RandFlipImage": {"flip_code": 1}})
+    sections["Global"].update(epochs=EPOCHS, save_interval=1000)
+    sections["Optimizer"]["lr"] = {"name": "Cosine", "learning_rate": 0.05}
+    return place.config(PLAIN, **{k: v for k, v in sections.items() if k != "Arch"}, Sparsity=SPARSITY)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place, config):
+    assert train_as_a_process_of_its_own(place.arguments(config, "uninterrupted")) == 0
+    return checkpoints.load(f"{place.saved('uninterrupted')}.pdparams")
+
+
+def assert_same(state, expected):
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(state[name], value, err_msg=name)
+
+
+def masks_of(state):
+    return {name: value for name, value in state.items() if name.endswith(sparsity.SUFFIX)}
+
+
+def test_a_sparse_run_has_exactly_its_density(uninterrupted):
+    masks = masks_of(uninterrupted)
+    weights = {n: v for n, v in uninterrupted.items() if v.ndim in (2, 4) and n not in masks}
+    kept = sum(int(masks.get(f"{name}{sparsity.SUFFIX}", np.ones(w.shape)).sum()) for name, w in weights.items())
+    assert kept == round(0.6 * sum(w.size for w in weights.values()))
+    for name, mask in masks.items():
+        assert not uninterrupted[name[: -len(sparsity.SUFFIX)]][mask == 0].any()
+    assert uninterrupted[sparsity.STEP].tolist() == [2 * EPOCHS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [("step", 6), ("link", 1), ("link", 6), ("link", 7), ("save", 5), ("save", 9)],
+)
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(place, config, uninterrupted, kind, count):
+    run = f"killed_{kind}_{count}"
+    script = place.root / "killed.py"
+    script.write_text(KILLED)
+    root = Path(__file__).resolve().parents[1]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), kind, str(count), *place.arguments(config, run)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=place.root)
+    assert done.returncode == -signal.SIGKILL, done.stdout[-2000:] + done.stderr[-2000:]
+    before = saving.newest(place.root / run)
+    if kind == "step":
+        assert before.epoch == 2
+    arguments = place.arguments(config, run, "Global.checkpoints=auto")
+    assert train_as_a_process_of_its_own(arguments) == 0
+    assert (before is None) == ("goes on from" not in place.log(run))
+    assert_same(checkpoints.load(f"{place.saved(run)}.pdparams"), uninterrupted)
+    assert not list((place.root / run).rglob("*.partial"))
+    assert not list((place.root / run).rglob("*.new"))
+
+
+def test_the_best_metric_and_the_step_survive(place, config, uninterrupted):
+    states = saving.read_states(f"{place.saved('uninterrupted')}.pdstates")
+    assert states["global_step"] == 2 * EPOCHS
+    assert states["best"]["metric"] >= states["metric"]
+    arguments = place.arguments(
+        config, "again", f"Global.checkpoints={place.saved('uninterrupted')}", f"Global.epochs={EPOCHS + 1}"
+    )
+    assert train_as_a_process_of_its_own(arguments) == 0
+    again = saving.read_states(f"{place.saved('again')}.pdstates")
+    assert again["global_step"] == 2 * EPOCHS + 2
+    assert again["best"]["metric"] >= states["best"]["metric"]
+    assert again["epoch"] == EPOCHS + 1
+
+
+def test_a_set_whose_files_do_not_belong_together_is_refused(place, config, uninterrupted, capsys):
+    assert train_as_a_process_of_its_own(place.arguments(config, "mixed", "Global.epochs=2")) == 0
+    prefix = Path(place.saved("mixed"))
+    best = saving.newest(place.root / "mixed")
+    weights = prefix.with_suffix(".pdparams")
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    # A copy, not the file itself: a record's file and its place may be one.
+    weights.unlink()
+    weights.write_bytes(data)
+    assert saving.newest(place.root / "mixed") != best
+    arguments = place.arguments(config, "mixed", f"Global.checkpoints={prefix}")
+    assert train_as_a_process_of_its_own(arguments) == 1
+    assert "were not saved together, or are damaged; the newest whole one is" in capsys.readouterr().err
+
+
+def test_a_resumed_run_needs_no_unpickling(place, config, uninterrupted, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("paddle.load runs what a file says")
+
+    monkeypatch.setattr(paddle, "load", refuse)
+    prefix = place.saved("uninterrupted")
+    arguments = place.arguments(config, "safe", f"Global.checkpoints={prefix}", f"Global.epochs={EPOCHS + 1}")
+    assert train_as_a_process_of_its_own(arguments) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What no training can go on with
+
+
+def fails(place, config, run, capsys, *overrides):
+    """Return the one sentence with which a training ends."""
+    assert train_as_a_process_of_its_own(place.arguments(config, run, *overrides)) == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(place, config, capsys):
+    message = fails(place, config, "nan", capsys, "Optimizer.lr.learning_rate=1e30")
+    assert "in epoch" in message
+    assert "smaller learning rate" in message
+    saved = saving.newest(place.root / "nan")
+    if saved is not None:
+        assert all(np.isfinite(v).all() for v in checkpoints.load(f"{saved.prefix}.pdparams").values())
+
+
+def test_labels_without_an_output_are_named(place, config, capsys):
+    listed = place.root / "labels.txt"
+    listed.write_text((place.data / "train.txt").read_text().replace("train_3.png 1", "train_3.png 7"))
+    message = fails(place, config, "labels", capsys, f"DataLoader.Train.dataset.cls_label_path={listed}")
+    assert "DataLoader.Train: 1 of 8 labels are none of 0 to 1, the first is 7" in message
+    assert "train_3.png" in message
+
+
+def test_an_empty_list_is_named(place, config, capsys):
+    listed = place.root / "empty.txt"
+    listed.write_text("")
+    message = fails(place, config, "empty", capsys, f"DataLoader.Train.dataset.cls_label_path={listed}")
+    assert "DataLoader.Train" in message
+    assert "empty" in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_ends_the_run(place, config, capsys, workers):
+    (place.data / "broken.png").write_bytes(b"no image")
+    listed = place.root / "broken.txt"
+    listed.write_text((place.data / "train.txt").read_text() + "broken.png 0\n")
+    message = fails(
+        place, config, f"broken_{workers}", capsys, f"DataLoader.Train.dataset.cls_label_path={listed}",
+        f"DataLoader.Train.loader.num_workers={workers}",
+    )  # fmt: skip
+    assert "an image cannot be read" in message
+    assert "broken.png" in message
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(place, config, capsys, monkeypatch):
+    assert train_as_a_process_of_its_own(place.arguments(config, "full", "Global.epochs=1")) == 0
+    before = saving.newest(place.root / "full")
+    capsys.readouterr()
+    save, calls = paddle.save, []
+
+    def full(state, path, *arguments, **options):
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"cut")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, path, *arguments, **options)
+
+    monkeypatch.setattr(paddle, "save", full)
+    message = fails(place, config, "full", capsys, "Global.checkpoints=auto")
+    assert "No space left on device" in message
+    assert "the one before it is unchanged" in message
+    assert saving.newest(place.root / "full") == before
+    assert not list((place.root / "full").rglob("*.partial"))
+
+
+def test_a_section_that_means_nothing_is_refused(place, capsys):
+    for section, text in (
+        ({"density": 0.6, "frequency": 3}, "Sparsity has no frequency; it takes density"),
+        ({"density": 60}, "Sparsity.density is 60; give the share"),
+        ({"density": 0.6, "prune_rate": 0}, "Sparsity.prune_rate is 0"),
+    ):
+        config = place.config(PLAIN, Sparsity=section)
+        assert train_as_a_process_of_its_own(place.arguments(config, "refused")) == 2
+        assert text in capsys.readouterr().err
+
+
+def test_records_are_what_they_say(place, uninterrupted):
+    [record] = (place.root / "uninterrupted").rglob(f"latest{saving.RECORD}")
+    content = json.loads(record.read_text())
+    assert (content["epoch"], content["step"]) == (EPOCHS, 2 * EPOCHS)
+    assert sorted(Path(name).suffix for name in content["files"]) == sorted(saving.SUFFIXES)
