@@ -11,6 +11,7 @@ from typing import Any, Callable, ClassVar
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 from paddle import nn
 
 from .. import kernels
@@ -32,7 +33,9 @@ class _LayerNorm2D(nn.LayerNorm):
     """LayerNorm over the channels of `[N, C, H, W]`."""
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return super().forward(x.transpose([0, 2, 3, 1])).transpose([0, 3, 1, 2])
+        # Not super().forward, which Paddle 2.6 cannot trace.
+        x = x.transpose([0, 2, 3, 1])
+        return F.layer_norm(x, self._normalized_shape, self.weight, self.bias, self._epsilon).transpose([0, 3, 1, 2])
 
 
 class FusedBlock(nn.Layer):
