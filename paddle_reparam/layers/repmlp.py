@@ -43,6 +43,7 @@ class RepMLPFused(InferenceForm):
         super().__init__()
         self.size = size
         self.partition = partition
+        self.out_channels = bias.size // (partition[0] * partition[1])
         self.fc1 = fc1
         self.fc2 = fc2
         zeros = nn.initializer.Constant(0.0)
@@ -61,8 +62,7 @@ class RepMLPFused(InferenceForm):
         rows, columns = parts.shape[1:3]
         groups, inputs, _ = self.weight.shape
         out = paddle.matmul(parts.reshape([-1, groups, inputs]).transpose([1, 0, 2]), self.weight) + self.bias
-        out_channels = self.bias.size // (self.partition[0] * self.partition[1])
-        out = out.transpose([1, 0, 2]).reshape([-1, rows, columns, out_channels, *self.partition])
+        out = out.transpose([1, 0, 2]).reshape([-1, rows, columns, self.out_channels, *self.partition])
         return join_partitions(out, *self.size)
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
