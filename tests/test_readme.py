@@ -1,18 +1,13 @@
 """Every command and every program of README.md runs, in order, in a copy of the project."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
+from pages import ROOT, blocks_of, commands_of, copy_project, cut_short, named_files, run
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
+BLOCKS = blocks_of(README)
 RUN = {"bash", "python", "yaml"}
 #: Languages that are shown only.
 SHOWN = {
@@ -29,26 +24,12 @@ NOT_RUN = {
 }
 
 
-def commands(block: str) -> list[str]:
-    return block.replace("\\\n", " ").strip().splitlines()
-
-
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A copy of what a user has, as the working directory."""
-    for name in ("paddle_reparam", "tools", "ppcls_configs"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    copy_project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
-
-
-def run_command(command: str) -> None:
-    """Run a command, a training of one epoch only."""
-    short = " -o Global.epochs=1" if command.startswith("python tools/train.py") else ""
-    done = subprocess.run(["bash", "-c", command + short], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 def build_arch(block: str) -> None:
@@ -70,8 +51,7 @@ def without_numbers(text: str) -> list[list[str]]:
 
 def test_every_block_is_run_or_shown_for_a_reason():
     assert {language for language, _ in BLOCKS} == RUN | set(SHOWN)
-    assert README.count("```") == 2 * len(BLOCKS)
-    in_readme = {command for language, block in BLOCKS if language == "bash" for command in commands(block)}
+    in_readme = {command for language, block in BLOCKS if language == "bash" for command in commands_of(block)}
     assert set(NOT_RUN) < in_readme
 
 
@@ -79,9 +59,9 @@ def test_every_block_runs_in_order(project, capsys):
     printed = ""
     for language, block in BLOCKS:
         if language == "bash":
-            for command in commands(block):
+            for command in commands_of(block):
                 if command not in NOT_RUN:
-                    run_command(command)
+                    run(cut_short(command), project)
         elif language == "python":
             capsys.readouterr()
             exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
@@ -96,7 +76,7 @@ def test_every_block_runs_in_order(project, capsys):
 
 
 def test_files_that_the_text_names_exist():
-    named = set(re.findall(r"`((?:tools|docs|ppcls_configs)/[\w./]*|requirements[\w-]*\.txt|NOTICE)", README))
+    named = named_files(README)
     assert len(named) > 3
     assert not [name for name in named if not (ROOT / name).exists()]
 
