@@ -269,7 +269,7 @@ def in_our_names(name: str, state: Mapping[str, np.ndarray], model: nn.Layer) ->
 
 
 def fit_exactly(model: nn.Layer, arrays: Mapping[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
-    """Return the arrays in the model's types, or raise `CheckpointError` with all that does not fit; `what`: its name."""
+    """Return the arrays in the types of the model, `what` by name; `CheckpointError` lists all that does not fit."""
     own = model.state_dict()
     faults = {
         "missing": [key for key in own if key not in arrays],
