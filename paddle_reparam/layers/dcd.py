@@ -190,7 +190,7 @@ class _ReleasedDCD(ReparamLayer):
         if init == "zero":
             assign(self.fc_scale.weight, np.zeros(self.fc_scale.weight.shape))
 
-    def _coefficients(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+    def coefficients(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         """Return (Phi `[N, L, L]`, scale `[N, out]`)."""
         u = self.fc(pooled(x, self.sizes.pool_size))
         phi = self.fc_phi(u).reshape([-1, self.sizes.latent, self.sizes.latent])
@@ -295,7 +295,7 @@ class DCDConv2D(_ReleasedDCD):
         copy_conv(conv, self.conv)
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
-        phi, scale = self._coefficients(x)
+        phi, scale = self.coefficients(x)
         z = self.bn1(self.q(x))
         rows = z.flatten(2)
         rows = self.bn2(paddle.matmul(phi, rows)) + rows
@@ -350,6 +350,10 @@ class DCDLinear(_ReleasedDCD):
         """Refuse, in a sentence: this layer is no convolution."""
         raise UnsupportedConv("DCDLinear is a classifier, [N, C] to [N, classes]; put DCDConv2D in this place")
 
+    def coefficients(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """Return (Phi `[N, 32, 32]`, scale `[N, class_num]`) for features `[N, in_features]`."""
+        return _ReleasedDCD.coefficients(self, x.unsqueeze([2, 3]))
+
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         # Paddle's BNs hand a single sample on as it is: then this would be another function than with two.
         if self.training and paddle.in_dynamic_mode() and x.shape[0] == 1:
@@ -357,7 +361,7 @@ class DCDLinear(_ReleasedDCD):
                 "DCDLinear normalises over the batch, and this batch is one image: train with batches of two or more "
                 "(drop_last=True drops a last one that is shorter)"
             )
-        phi, scale = self._coefficients(x.unsqueeze([2, 3]))
+        phi, scale = self.coefficients(x)
         z = self.bn1(self.cls_q(x))
         z = self.bn2(paddle.matmul(phi, z.unsqueeze(2)).squeeze(2)) + z
         return self.cls_p(z) + scale * self.cls(x)
