@@ -27,7 +27,7 @@ from paddle_reparam.layers.replknet import ReparamLargeKernelConv2D
 from paddle_reparam.layers.slak import DecomposedLargeKernelConv2D, DecomposedLargeKernelConv2DFused
 from paddle_reparam.models.convnext import ConvNeXt, ConvNeXtBlock, FusedBlock
 from paddle_reparam.models.slak import SLaK, SLaKBlock
-from paddle_reparam.registry import create_model, get_model
+from paddle_reparam.registry import create_model
 from paddle_reparam.rewrite import reparameterize, replace
 
 MAPS = [(14, 14), (9, 16), (16, 3), (1, 5), (1, 1)]
@@ -500,9 +500,3 @@ def test_published_weights_of_convnext(cheap_weights):
     block = model.stages[2][7]
     np.testing.assert_array_equal(block.dwconv.bias.numpy(), state["stages.2.7.dwconv.bias"])
     np.testing.assert_array_equal(block.pwconv2.weight.numpy(), state["stages.2.7.pwconv2.weight"].T)
-
-
-def test_what_was_published():
-    top1 = {name: [p.top1 for p in get_model(name).published] for name in ("SLaK_tiny", "SLaK_small", "SLaK_base")}
-    assert top1 == {"SLaK_tiny": [82.5, 81.5, 81.6, 81.5], "SLaK_small": [83.8], "SLaK_base": [84.0]}
-    assert [p.top1 for p in get_model("ConvNeXt_S").published] == [83.1, 84.3]
