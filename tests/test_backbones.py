@@ -15,11 +15,11 @@ from paddle_reparam.rewrite import reparameterize, replace
 from paddle_reparam.tracing import sample_inputs
 from paddle_reparam.verify import verify
 
-#: PaddleClas' own from 2.4 on, and the two that no PaddleClas has.
+#: PaddleClas' own from 2.4 on, and this library's.
 BACKBONES = [
     "MobileNetV1", "MobileNetV2", "MobileNetV3_small_x1_0", "MobileNetV3_large_x1_0", "EfficientNetB0",
     "ShuffleNetV2_x1_0", "ResNet18", "ResNet50", "ResNeXt50_32x4d", "DenseNet121", "GhostNet_x1_0", "Res2Net50_26w_4s",
-    "HRNet_W18_C", "HBONet_x0_25", "ShuffleNetV1_x0_5_g3",
+    "HRNet_W18_C", "HBONet_x0_25", "ShuffleNetV1_x0_5_g3", "ConvNeXt_T",
 ]  # fmt: skip
 #: Those that the PaddleClas 2.4 wheel lacks.
 NEWER = ["FasterNet_T0", "MobileNeXt_x0_35", "ConvNeXt_tiny"]
@@ -31,9 +31,11 @@ SPEC = [[None, 3, 64, 64]]
 
 
 def build(name):
+    # ConvNeXt starts with blocks that are next to nothing beside their shortcuts.
+    options = {"layer_scale_init_value": 1.0} if name.startswith("ConvNeXt") else {}
     # Some backbones give their parameters fixed names, which one process may use once only.
     with paddle.utils.unique_name.guard():
-        model = getattr(ppcls.setup().arch, name)(class_num=7)
+        model = getattr(ppcls.setup().arch, name)(class_num=7, **options)
     randomise_batch_norms(model, seed=3)
     model.eval()
     return model
@@ -42,7 +44,9 @@ def build(name):
 @pytest.mark.parametrize("name", BACKBONES + [pytest.param(name, marks=IN_A_CHECKOUT) for name in NEWER])
 def test_refconv_in_a_backbone(name):
     plain = build(name)
-    keys = {key: value.shape for key, value in plain.state_dict().items()}
+    # The blocks of this library's ConvNeXt are fused as well, with and without RefConv in them.
+    stock = reparameterize(plain)[0] if name == "ConvNeXt_T" else plain
+    keys = {key: value.shape for key, value in stock.state_dict().items()}
     convolutions = {path: layer for path, layer in plain.named_sublayers() if type(layer) is nn.Conv2D}
     inputs = sample_inputs(SPEC, 2, 0, like=plain)
     model = copy.deepcopy(plain)
@@ -65,13 +69,13 @@ def test_refconv_in_a_backbone(name):
 
     fused, _ = reparameterize(model)
     assert {key: value.shape for key, value in fused.state_dict().items()} == keys
-    assert [type(layer) for layer in fused.sublayers()] == [type(layer) for layer in plain.sublayers()]
+    assert [type(layer) for layer in fused.sublayers()] == [type(layer) for layer in stock.sublayers()]
     # The plain weight file means the same to a stock backbone.
-    plain.set_state_dict(fused.state_dict())
+    stock.set_state_dict(fused.state_dict())
     with paddle.no_grad():
         output = fused(*inputs)
         assert relative_error(output, changed) < 1e-4
-        np.testing.assert_allclose(plain(*inputs).numpy(), output.numpy(), rtol=1e-6)
+        np.testing.assert_allclose(stock(*inputs).numpy(), output.numpy(), rtol=1e-6)
 
     folded, report = reparameterize(model, fold_bn=True, input_spec=SPEC)
     same = verify(model, folded, SPEC, batches=1)
