@@ -17,7 +17,7 @@ from ..geometry import ConvGeometry, read_bn_affine
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
-from .partitions import grouped_linear, join_partitions, partition_counts, split_into_partitions
+from .partitions import join_partitions, pad_to_partitions, partition_counts
 
 
 class GlobalPerceptron(nn.Layer):
@@ -59,10 +59,10 @@ class RepMLPBlockFused(InferenceForm):
         assign(self.bias, bias)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        sets, pixels, _ = self.weight.shape
-        parts = _parts_of_sets(x, sets, self.partition).reshape([-1, sets, pixels])
-        y = (paddle.matmul(parts.transpose([1, 0, 2]), self.weight) + self.bias).transpose([1, 0, 2])
-        return _channels_of_parts(y, x, sets, self.partition, self.published_order) * self.gp(x)
+        sets = self.weight.shape[0]
+        rows = _rows_by_set(x, sets, self.partition)
+        y = paddle.matmul(rows, self.weight) + self.bias
+        return _map_of_rows(y, x, self.partition, self.published_order) * self.gp(x)
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Refuse: the weights are shared by channels with different factors, and the gate comes after the bias."""
@@ -162,12 +162,13 @@ class RepMLPBlock(ReparamLayer):
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         sets, (h, w) = self.num_sharesets, self.partition
-        parts = _parts_of_sets(x, sets, self.partition)
-        y = grouped_linear(parts.reshape([-1, sets, h * w]), self.fc3.weight)
-        y = self.fc3_bn(y.reshape([-1, sets, h, w]))
+        rows = _rows_by_set(x, sets, self.partition)
+        parts = rows.transpose([1, 0, 2]).reshape([-1, sets, h, w])
+        y = paddle.matmul(rows, self.fc3.weight.reshape([sets, h * w, h * w]), transpose_y=True)
+        y = self.fc3_bn(y.transpose([1, 0, 2]).reshape([-1, sets, h, w]))
         for name in self.conv_names:
             y = y + self._sub_layers[name](parts)
-        return _channels_of_parts(y, x, sets, self.partition, self.published_order) * self.gp(x)
+        return _map_of_parts(y, x, self.published_order) * self.gp(x)
 
     def fuse(self) -> RepMLPBlockFused:
         sets, (h, w) = self.num_sharesets, self.partition
@@ -284,42 +285,63 @@ def _is_one_partition(x: paddle.Tensor, partition: tuple[int, int]) -> bool:
     return isinstance(height, int) and isinstance(width, int) and (height, width) == partition
 
 
-def _parts_of_sets(x: paddle.Tensor, sets: int, partition: tuple[int, int]) -> paddle.Tensor:
-    """Return the partitions of `[N, C, H, W]`, one channel of each set at a time: `[N * C / sets * parts, sets, h, w]`.
+def _rows_by_set(x: paddle.Tensor, sets: int, partition: tuple[int, int]) -> paddle.Tensor:
+    """Return the partitions of `[N, C, H, W]` as rows of pixels for each set, `[sets, N * C / sets * parts, h * w]`.
 
-    Channel c is of set c mod sets, so C / sets consecutive runs of `sets` channels are as many maps of all sets.
+    Channel c is of set c mod sets: the channels are C / sets runs of one channel of each set. The rows are in the order
+    (image, run, partition).
     """
-    maps = x.reshape([-1, sets, x.shape[2], x.shape[3]])
+    h, w = partition
+    # The last step is to be a reshape, and there is to be but one transposition: Paddle Inference 3.3 with oneDNN loses
+    # a reshape between two, and draws a reshape and a transposition into the matrix product behind them the wrong way.
     if _is_one_partition(x, partition):
-        return maps
-    return split_into_partitions(maps, *partition).reshape([-1, sets, *partition])
+        return x.reshape([-1, sets, h, w]).transpose([1, 0, 2, 3]).reshape([sets, -1, h * w])
+    rows, columns = partition_counts(x, h, w)
+    parts = pad_to_partitions(x, h, w).reshape([-1, sets, rows, h, columns, w])
+    return parts.transpose([1, 0, 2, 4, 3, 5]).reshape([sets, -1, h * w])
 
 
-def _channels_of_parts(
-    parts: paddle.Tensor, x: paddle.Tensor, sets: int, partition: tuple[int, int], published_order: bool
+def _map_of_rows(
+    rows_by_set: paddle.Tensor, x: paddle.Tensor, partition: tuple[int, int], published_order: bool
 ) -> paddle.Tensor:
-    """Undo `_parts_of_sets`: return the parts, of any shape in that order, as a map of the shape of `x`."""
+    """Return what `_rows_by_set` gives as a map of the shape of `x` again."""
+    (_, channels, height, width), (h, w) = x.shape, partition
+    sets = rows_by_set.shape[0]
+    if _is_one_partition(x, partition):
+        return rows_by_set.transpose([1, 0, 2]).reshape([-1, channels, h, w])
+    rows, columns = partition_counts(x, h, w)
+    if published_order:
+        by_image = rows_by_set.reshape([sets, -1, channels // sets * rows * columns, h * w])
+        rows_by_set = paddle.index_select(by_image, _published_order(x, channels // sets, partition), axis=2)
+    parts = rows_by_set.reshape([sets, -1, rows, columns, h, w])
+    y = parts.transpose([1, 0, 2, 4, 3, 5]).reshape([-1, channels, rows * h, columns * w])
+    return y[:, :, :height, :width]
+
+
+def _map_of_parts(parts: paddle.Tensor, x: paddle.Tensor, published_order: bool) -> paddle.Tensor:
+    """Return the rows of `_rows_by_set` as a map of the shape of `x` again, given as `[rows, sets, h, w]`."""
     _, channels, height, width = x.shape
-    if not _is_one_partition(x, partition):
-        rows, columns = partition_counts(x, *partition)
+    _, sets, h, w = parts.shape
+    if not _is_one_partition(x, (h, w)):
+        rows, columns = partition_counts(x, h, w)
         if published_order:
-            parts = _in_published_order(parts, x, channels // sets, sets, partition)
-        parts = join_partitions(parts.reshape([-1, rows, columns, sets, *partition]), height, width)
+            by_image = parts.reshape([-1, channels // sets * rows * columns, sets * h * w])
+            parts = paddle.index_select(by_image, _published_order(x, channels // sets, (h, w)), axis=1)
+        parts = join_partitions(parts.reshape([-1, rows, columns, sets, h, w]), height, width)
     return parts.reshape([-1, channels, height, width])
 
 
-def _in_published_order(
-    parts: paddle.Tensor, x: paddle.Tensor, runs: int, sets: int, partition: tuple[int, int]
-) -> paddle.Tensor:
-    """Return the parts in the order in which the published layer takes them for those of the output.
+def _published_order(x: paddle.Tensor, runs: int, partition: tuple[int, int]) -> paddle.Tensor:
+    """Return which of the rows of an image the published layer puts at the place of each.
 
-    It takes them apart as (image, partition, run of channels) and puts them together as (image, run, partition).
+    It writes them down as (partition, run), and reads the results as (run, partition).
     """
     h, w = partition
     rows, columns = partition_counts(x, h, w)
     # 1 where partitions are filled up, which the published layer cannot do, else 0. Arithmetic, and no `if`, because
-    # the sides may be unknown while a network is traced: the transposition then has an axis of one and does nothing.
+    # the sides may be unknown while a network is traced.
     filled = (rows - x.shape[2] // h + columns - x.shape[3] // w + 1) // 2
-    last = rows * columns - filled * (rows * columns - 1)
-    parts = parts.reshape([-1, runs * rows * columns // last, last, sets * h * w])
-    return parts.transpose([0, 2, 1, 3])
+    partitions = rows * columns - filled * (rows * columns - 1)
+    runs = runs * rows * columns // partitions
+    numbers = paddle.arange(0, runs * partitions, dtype="int64")
+    return numbers % runs * partitions + numbers // runs

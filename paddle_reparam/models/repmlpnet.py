@@ -145,7 +145,8 @@ def _from_published(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     for key, bias in state.items():
         block, _, name = key.rpartition(".fc3.")
         weight = state.get(f"{block}.fc3.weight")
-        if name != "bias" or np.ndim(weight) != 4 or np.size(bias) % weight.shape[1]:
+        has_train_form = f"{block}.fc3_bn.weight" in state
+        if name != "bias" or has_train_form or np.ndim(weight) != 4 or np.size(bias) % weight.shape[1]:
             continue
         by_set = np.reshape(bias, [-1, weight.shape[1]])
         if (by_set != by_set[:, :1]).any():
