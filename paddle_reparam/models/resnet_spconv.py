@@ -16,7 +16,7 @@ from paddle.vision.models import ResNet
 from paddle.vision.models.resnet import BasicBlock, BottleneckBlock
 
 from ..layers.spconv import SPConv2D, init_fan_out_normal
-from ..registry import register_model
+from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained
 
 
@@ -61,6 +61,13 @@ def _with_spconv(model: nn.Layer, ratio: float) -> nn.Layer:
     return model
 
 
+def published_at(input_size: int, top1: Mapping[float, float]) -> list[Published]:
+    """Return what the authors published: ratio -> accuracy in percent."""
+    return [
+        Published("the authors' repository", accuracy, {"ratio": ratio}, input_size) for ratio, accuracy in top1.items()
+    ]
+
+
 def _build(
     depth: int,
     block: type,
@@ -75,7 +82,7 @@ def _build(
     return load_pretrained(model, pretrained)
 
 
-@register_model
+@register_model(rename=dict)
 def ResNet18_SPConv(
     pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 1000, ratio: float = 0.5, **kwargs: Any
 ) -> nn.Layer:
@@ -86,7 +93,7 @@ def ResNet18_SPConv(
     return _build(18, BasicBlock, pretrained, use_ssld, class_num, ratio, kwargs)
 
 
-@register_model
+@register_model(rename=dict)
 def ResNet34_SPConv(
     pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 1000, ratio: float = 0.5, **kwargs: Any
 ) -> nn.Layer:
@@ -94,7 +101,7 @@ def ResNet34_SPConv(
     return _build(34, BasicBlock, pretrained, use_ssld, class_num, ratio, kwargs)
 
 
-@register_model
+@register_model(published=published_at(224, {1 / 2: 76.26, 1 / 4: 75.95, 1 / 8: 75.40}), rename=dict)
 def ResNet50_SPConv(
     pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 1000, ratio: float = 0.5, **kwargs: Any
 ) -> nn.Layer:
@@ -102,7 +109,7 @@ def ResNet50_SPConv(
     return _build(50, BottleneckBlock, pretrained, use_ssld, class_num, ratio, kwargs)
 
 
-@register_model
+@register_model(rename=dict)
 def ResNet101_SPConv(
     pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 1000, ratio: float = 0.5, **kwargs: Any
 ) -> nn.Layer:
@@ -110,7 +117,7 @@ def ResNet101_SPConv(
     return _build(101, BottleneckBlock, pretrained, use_ssld, class_num, ratio, kwargs)
 
 
-@register_model
+@register_model(published=published_at(32, {1 / 2: 92.23, 1 / 4: 91.15}))
 def ResNet20_SPConv(
     pretrained: bool | str = False, use_ssld: bool = False, class_num: int = 10, ratio: float = 0.5, **kwargs: Any
 ) -> nn.Layer:
