@@ -387,7 +387,8 @@ def _fit_to_size(model: nn.Layer, report: RewriteReport, inputs: list[Any]) -> N
         if fitted is not None:
             fitted.eval()
             new_layers[id(layer)] = fitted
-            report.touched.append((paths[0], f"for maps of {sizes[paths[0]][0]}x{sizes[paths[0]][1]}: {fitted}"))
+            what = f"{type(fitted).__name__}({fitted.extra_repr()})"
+            report.touched.append((paths[0], f"for maps of {sizes[paths[0]][0]}x{sizes[paths[0]][1]}: {what}"))
     _swap(model, new_layers)
 
 

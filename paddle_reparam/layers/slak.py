@@ -59,6 +59,9 @@ class DecomposedLargeKernelConv2DFused(InferenceForm):
             _same_conv(self.tall, tall, to_float64(self.tall.bias)), _same_conv(self.wide, wide, None), (height, width)
         )
 
+    def extra_repr(self) -> str:
+        return ", ".join("{}x{}".format(*conv._kernel_size) for conv in (self.tall, self.wide))
+
     def cross(self) -> nn.Conv2D:
         """Return one plain depthwise convolution with the MxM kernel, a cross of the two, for runtimes that want one.
 
