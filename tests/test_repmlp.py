@@ -129,7 +129,7 @@ def test_what_is_there():
     assert form_of(fused.state_dict()) == "fused"
     assert {key: list(value.shape) for key, value in fused.state_dict().items()} == {
         "fc1.weight": [16, 8], "fc1.bias": [8], "fc2.weight": [8, 16], "fc2.bias": [16],
-        "weight": [1, 4 * 16, 6 * 16], "bias": [1, 1, 6 * 16],
+        "weight": [1, 4 * 16, 6 * 16], "bias": [1, 6 * 16],
     }  # fmt: skip
 
 

@@ -27,7 +27,7 @@ class RepMLPFused(InferenceForm):
 
     FC1 and FC2 see the partitions' averages and are None where there is no Global Perceptron. FC3 is one batched
     matrix product over the groups; `weight` is `[groups, C * h * w / groups, O * h * w / groups]`, so that no product
-    has to transpose it, and `bias` `[groups, 1, O * h * w / groups]`.
+    has to transpose it, and `bias` `[groups, O * h * w / groups]`.
     """
 
     def __init__(
@@ -61,15 +61,17 @@ class RepMLPFused(InferenceForm):
             parts = parts + _spread(self.fc2(F.relu(self.fc1(paddle.flatten(averages, 1)))), averages.shape)
         rows, columns = parts.shape[1:3]
         groups, inputs, _ = self.weight.shape
-        out = paddle.matmul(parts.reshape([-1, groups, inputs]).transpose([1, 0, 2]), self.weight) + self.bias
-        out = out.transpose([1, 0, 2]).reshape([-1, rows, columns, self.out_channels, *self.partition])
+        out = paddle.matmul(parts.reshape([-1, groups, inputs]).transpose([1, 0, 2]), self.weight)
+        # The bias stands between the transpositions because Paddle Inference 3.3 with oneDNN loses a reshape to more
+        # axes between two of them, and 2.6 has no transposition of the seven axes that one alone would need.
+        out = (out.transpose([1, 0, 2]) + self.bias).reshape([-1, rows, columns, self.out_channels, *self.partition])
         return join_partitions(out, *self.size)
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel: the rows of FC3 and its bias take both."""
         area = self.partition[0] * self.partition[1]
         scale, shift = (np.repeat(np.asarray(v, np.float64), area).reshape(self.bias.shape) for v in (scale, shift))
-        assign(self.weight, to_float64(self.weight) * scale)
+        assign(self.weight, to_float64(self.weight) * scale[:, None])
         assign(self.bias, to_float64(self.bias) * scale + shift)
 
 
@@ -223,7 +225,7 @@ class RepMLP(ReparamLayer):
             weight = weight + kernels.conv_as_linear(kernel, *self.partition)
             bias = bias + np.repeat(sum(bias for _, bias in folded), area)
         weight = weight.reshape(self.fc3_groups, -1, shape[1]).transpose(0, 2, 1)
-        bias = bias.reshape(self.fc3_groups, 1, -1)
+        bias = bias.reshape(self.fc3_groups, -1)
         fc1 = fc2 = None
         if self.fc1_fc2 is not None:
             fc1, fc2 = _behind(self.avg.bn, self.fc1_fc2.fc1), _copied(self.fc1_fc2.fc2)
