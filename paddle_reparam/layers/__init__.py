@@ -1,6 +1,7 @@
 """The layers, one paper a file; importing this package registers them."""
 
 from . import dcd as dcd
+from . import dcd_matrix as dcd_matrix
 from . import refconv as refconv
 from . import replknet as replknet
 from . import repmlp as repmlp

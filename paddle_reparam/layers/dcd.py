@@ -1,14 +1,14 @@
 """DCD: "Revisiting Dynamic Convolution via Matrix Decomposition" (ICLR 2021, arXiv 2103.08756), as it was released.
 
 The released layers work on features, with BNs and a shortcut around the dynamic matrix. The layers of the paper's own
-formulas are in `dcd_matrix`; both fuse to a `DCDConv2DFused`.
+formulas are in `dcd_matrix`, the form that both fuse to in `dcd_fused`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import paddle
@@ -20,7 +20,8 @@ from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry, as_pair, read_bn_affine
 from ..registry import register_layer
 from ..tensors import assign, to_float64
-from .base import InferenceForm, ReparamLayer
+from .base import ReparamLayer
+from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, at_centre, pooled
 from .replknet import init_uniform_fan_in
 from .spconv import init_fan_out_normal
 
@@ -29,15 +30,6 @@ INITS = ("random", "zero")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How large the dynamic parts are
-
-
-class Sizes(NamedTuple):
-    """The input is averaged to pool_size x pool_size pixels, squeezed to `squeezed` features, and these make the
-    `latent` x `latent` dynamic matrix."""
-
-    pool_size: int
-    latent: int
-    squeezed: int
 
 
 def resnet_bottleneck_sizes(in_channels: int, out_channels: int, fc_squeeze: int = 16) -> Sizes:
@@ -70,104 +62,6 @@ VARIANTS = {
     "resnet_basic": resnet_basic_sizes,
     "mobilenet": mobilenet_sizes,
 }
-
-
-def kernel_is_cheaper(positions: int, in_channels: int, out_channels: int, latent: int, pointwise: bool) -> bool:
-    """Return whether a kernel made for each image takes fewer multiply-adds than the low-rank path on its features.
-
-    On the features: positions * L * (in + L + out). For the kernel: out * L * (L + in), and where the static kernel is
-    not 1x1, so that the two cannot be added, its own convolution: positions * in * out.
-    """
-    on_features = positions * latent * (in_channels + latent + out_channels)
-    of_kernel = out_channels * latent * (latent + in_channels)
-    return of_kernel + (0 if pointwise else positions * in_channels * out_channels) < on_features
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Fused
-
-
-class Affine(NamedTuple):
-    """A float64 kernel `[out, in / groups, h, w]` or matrix `[out, in]`, and its bias `[out]`."""
-
-    kernel: np.ndarray
-    bias: np.ndarray | None
-
-
-class DynamicBranch(nn.Layer):
-    """A fused dynamic branch: `[N, C, H, W]` to dynamic matrices `[N * blocks, L, L]` and one factor for each output
-    channel, `[N, out, 1, 1]`, which is None where the static kernel is left as it is.
-
-    Average pooling, `squeeze`, an activation, `excite`. With a gate the activation is y * relu6(gate(y)) and the
-    factors are relu6 of what comes out, without one it is ReLU.
-    """
-
-    def __init__(
-        self, sizes: Sizes, squeeze: Affine, gate: Affine | None, matrices: Affine, factors: Affine | None, dtype: str
-    ) -> None:
-        super().__init__()
-        self.pool_size, self.latent = sizes.pool_size, sizes.latent
-        self.squeeze = make_linear(squeeze, dtype)
-        self.gate = None if gate is None else make_linear(gate, dtype)
-        parts = [matrices] if factors is None else [matrices, factors]
-        self.excite = make_linear(Affine(*(np.concatenate(p) for p in zip(*parts))), dtype)
-        self.sections = [len(part.kernel) for part in parts]
-
-    def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        y = self.squeeze(pooled(x, self.pool_size))
-        y = self.excite(F.relu(y) if self.gate is None else y * F.relu6(self.gate(y)))
-        factors = None
-        if len(self.sections) == 2:
-            y, factors = paddle.split(y, self.sections, axis=1)
-            factors = (factors if self.gate is None else F.relu6(factors)).unsqueeze([2, 3])
-        return y.reshape([-1, self.latent, self.latent]), factors
-
-
-class DCDConv2DFused(InferenceForm):
-    """A fused dynamic convolution: out = scale(x) * conv(x) + p(A(x) q(x)), `[N, C, H, W]` in and out.
-
-    `conv` is static; q and p are 1x1 with as many groups as there are blocks, q at the centre tap of `conv`, and the
-    dynamic matrices A(x) mix the latent channels of each block. Where `conv` is 1x1 too, and there is one block, q is
-    None and its rows are the last ones of `conv`.
-    """
-
-    def __init__(
-        self, geometry: ConvGeometry, static: Affine, q: Affine, p: Affine, branch: DynamicBranch, blocks: int = 1
-    ) -> None:
-        super().__init__()
-        latent = len(q.kernel)
-        self.sections = [geometry.out_channels, latent]
-        at_centre = _at_centre(geometry, geometry.in_channels, latent, blocks)
-        if geometry.kernel_size == (1, 1) and blocks == 1:
-            both = Affine(*(np.concatenate(parts) for parts in zip(_with_bias(static), _with_bias(q))))
-            self.conv = dataclasses.replace(at_centre, out_channels=sum(self.sections)).make_conv(*both)
-            self.q = None
-        else:
-            self.conv = geometry.make_conv(*static)
-            self.q = at_centre.make_conv(*q)
-        after = _at_centre(dataclasses.replace(geometry, stride=(1, 1)), latent, geometry.out_channels, blocks)
-        self.p = after.make_conv(*_with_bias(p))
-        self.branch = branch
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        matrices, scale = self.branch(x)
-        if self.q is None:
-            static, z = paddle.split(self.conv(x), self.sections, axis=1)
-        else:
-            static, z = self.conv(x), self.q(x)
-        return self.p(mixed(matrices, z)) + (static if scale is None else scale * static)
-
-    def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
-        """Make this layer compute scale * out + shift per channel: the rows of `conv` and p take the scale."""
-        kernel, bias = to_float64(self.conv.weight), to_float64(self.conv.bias)
-        rows = np.concatenate([scale, np.ones(len(kernel) - len(scale))])
-        kernel, bias = kernels.fold_affine(kernel, bias, rows, np.zeros_like(rows))
-        p_kernel, p_bias = kernels.fold_affine(to_float64(self.p.weight), to_float64(self.p.bias), scale, shift)
-        assign(self.conv.weight, kernel)
-        if self.conv.bias is not None:
-            assign(self.conv.bias, bias)
-        assign(self.p.weight, p_kernel)
-        assign(self.p.bias, p_bias)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,18 +283,6 @@ class _Gate(nn.Layer):
 # Pieces that the layers of the paper's formulas use as well
 
 
-def pooled(x: paddle.Tensor, size: int) -> paddle.Tensor:
-    """Return the averages of `[N, C, H, W]` over size x size windows as features `[N, C * size^2]`."""
-    return F.adaptive_avg_pool2d(x, size).flatten(1)
-
-
-def mixed(matrices: paddle.Tensor, z: paddle.Tensor) -> paddle.Tensor:
-    """Return the dynamic matrices `[N * blocks, L, L]` times the channels of z `[N, blocks * L, H, W]`, by blocks."""
-    latent, channels, height, width = matrices.shape[1], z.shape[1], z.shape[2], z.shape[3]
-    rows = paddle.matmul(matrices, z.reshape([-1, latent, height * width]))
-    return rows.reshape([-1, channels, height, width])
-
-
 def make_convs(
     geometry: ConvGeometry, latent: int, blocks: int = 1, init: str = "random"
 ) -> tuple[nn.Conv2D, nn.Conv2D, nn.Conv2D]:
@@ -408,8 +290,8 @@ def make_convs(
     after = dataclasses.replace(geometry, stride=(1, 1))
     geometries = [
         geometry,
-        _at_centre(geometry, geometry.in_channels, latent, blocks),
-        _at_centre(after, latent, geometry.out_channels, blocks),
+        at_centre(geometry, geometry.in_channels, latent, blocks),
+        at_centre(after, latent, geometry.out_channels, blocks),
     ]
     convs = []
     for each, bias in zip(geometries, (geometry.bias, False, False)):
@@ -426,19 +308,6 @@ def copy_conv(source: nn.Conv2D, target: nn.Conv2D) -> None:
     assign(target.weight, to_float64(source.weight))
     if source.bias is not None:
         assign(target.bias, to_float64(source.bias))
-
-
-def make_linear(affine: Affine, dtype: str) -> nn.Linear:
-    """Return a linear layer that holds a float64 matrix `[out, in]` and bias."""
-    out_features, in_features = affine.kernel.shape
-    zeros = nn.initializer.Constant(0.0)
-    bias_attr = False if affine.bias is None else None
-    linear = nn.Linear(in_features, out_features, weight_attr=zeros, bias_attr=bias_attr)
-    linear.to(dtype=dtype)
-    assign(linear.weight, affine.kernel.T)
-    if affine.bias is not None:
-        assign(linear.bias, affine.bias)
-    return linear
 
 
 def check_choice(layer: str, option: str, value: Any, choices: Any) -> None:
@@ -468,17 +337,6 @@ def refuse_without_centre(layer: str, geometry: ConvGeometry) -> None:
             f"{layer} needs padding {(vertical, vertical, horizontal, horizontal)} for a kernel of {height}x{width} "
             f"(its centre tap then meets every stride-th pixel), this one has {geometry.padding}"
         )
-
-
-def _at_centre(geometry: ConvGeometry, in_channels: int, out_channels: int, blocks: int) -> ConvGeometry:
-    """Return the geometry of a 1x1 convolution that meets the pixels which the centre tap meets."""
-    return ConvGeometry(
-        in_channels, out_channels, (1, 1), geometry.stride, groups=blocks, bias=False, dtype=geometry.dtype
-    )
-
-
-def _with_bias(affine: Affine) -> Affine:
-    return Affine(affine.kernel, np.zeros(len(affine.kernel)) if affine.bias is None else affine.bias)
 
 
 def _linear(in_features: int, out_features: int) -> nn.Linear:
