@@ -13,8 +13,10 @@ from paddle import nn
 from PIL import Image
 
 from paddle_reparam import analysis, checkpoints, replace
-from paddle_reparam.analysis import refconv, repmlp, slak, spconv
+from paddle_reparam.analysis import dcd, refconv, repmlp, slak, spconv
 from paddle_reparam.errors import ReparamError
+from paddle_reparam.layers.dcd import DCDConv2D, DCDLinear
+from paddle_reparam.layers.dcd_matrix import DCDDepthwiseConv2D, DCDMatrixConv2D
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.layers.replknet import ReparamLargeKernelConv2D
 from paddle_reparam.layers.repmlp import RepMLP
@@ -84,7 +86,7 @@ def test_equal_channels_do_not_diverge_and_one_channel_has_no_mean():
 
 
 def test_mean_divergence_leaves_the_diagonal_out():
-    assert refconv.mean_divergence(np.array([[0.0, 1.0], [3.0, 0.0]])) == pytest.approx(2.0)
+    assert refconv.mean_divergence(np.array([[5.0, 1.0], [3.0, 7.0]])) == pytest.approx(2.0)
 
 
 def test_relative_change_of_a_kernel_that_was_not_refocused_is_zero_and_of_a_doubled_one_is_one():
@@ -167,6 +169,8 @@ def test_a_layer_that_did_not_run_is_an_error_and_leaves_no_hook():
 
 def test_energy_of_a_flat_kernel_grows_with_the_square():
     np.testing.assert_allclose(slak.energy_within(np.full((2, 1, 5, 5), -3.0)), [1 / 25, 9 / 25, 1.0])
+    strong_middle = np.pad([[-2.0]], 1, constant_values=1.0)[None, None]
+    np.testing.assert_allclose(slak.energy_within(strong_middle), [4 / 12, 1.0])
     assert slak.energy_within(np.zeros((1, 1, 3, 3))).tolist() == [0.0, 0.0]
 
 
@@ -209,12 +213,79 @@ def test_undecomposed_kernel_holds_the_folded_norms():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# DCD
+
+
+def by_images_mean(layer, factors) -> nn.Layer:
+    """Return a layer on `[N, 2, H, W]` whose Phi and Lambda are factors times the mean of the first channel."""
+    first, scale = factors
+    for name in ("fc_phi", "fc_scale"):
+        linear = getattr(layer, name)
+        fill(linear.weight, np.zeros(linear.weight.shape))
+        if linear.bias is not None:
+            fill(linear.bias, np.zeros(linear.bias.shape))
+    squeeze = np.zeros(layer.fc[0].weight.shape)
+    squeeze[0, 0] = 1.0
+    fill(layer.fc[0].weight, squeeze)
+    if layer.fc[0].bias is not None:
+        fill(layer.fc[0].bias, np.zeros(layer.fc[0].bias.shape))
+    for linear, factor in ((layer.fc_phi, first), (layer.fc_scale, scale)):
+        weight = np.zeros(linear.weight.shape)
+        weight[0] = factor
+        fill(linear.weight, weight)
+    return layer
+
+
+def test_spread_of_the_papers_coefficients_over_images():
+    layer = by_images_mean(DCDMatrixConv2D(4, 6, 1, latent_dimension=4, blocks=2), (-2.0, 3.0))
+    images = np.ones((3, 4, 2, 2), "float32") * np.array([1.0, 2.0, 6.0], "float32")[:, None, None, None]
+    [row] = dcd.analyze(of(layer), images)
+    deviation = np.std([1.0, 2.0, 6.0])
+    assert row.latent == 2
+    assert (row.lambda_mean, row.lambda_spread) == pytest.approx((9.0, 3 * deviation))
+    assert (row.phi_mean, row.phi_spread) == pytest.approx((6.0, 2 * deviation))
+    np.testing.assert_allclose(row.scale, [[9.0] * 6, [3 * deviation] * 6], rtol=1e-6)
+    np.testing.assert_allclose(row.phi, np.full((4, 2), -6.0), rtol=1e-6)
+    np.testing.assert_allclose(row.phi_deviation, np.full((4, 2), 2 * deviation), rtol=1e-6)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_depthwise_layers_and_layers_without_attention(attention):
+    layer = DCDDepthwiseConv2D(4, 3, channel_attention=attention)
+    [row] = dcd.analyze(of(layer), noise(3, 4, 5, 5).astype("float32"))
+    assert (row.lambda_mean is None, row.scale.shape) == ((False, (2, 4)) if attention else (True, (2, 0)))
+    assert row.phi.shape == (4, 4)
+    assert "-" in analysis.table_of([row]).splitlines()[2].split() or attention
+
+
+def test_coefficients_of_the_released_layers_are_those_of_their_formula():
+    layer, images = DCDConv2D(4, 6, 3, latent_dimension=2, squeezed_width=3), noise(5, 4, 6, 6).astype("float32")
+    for linear in (layer.fc_phi, layer.fc_scale):
+        fill(linear.weight, 4 * noise(*linear.weight.shape))
+    [row] = dcd.analyze(of(layer), images)
+    u = images.mean((2, 3)) @ as_array(layer.fc[0].weight)
+    u = u * (np.clip(u @ as_array(layer.fc[1].fc[0].weight) + 3, 0, 6) / 3)
+    scale = np.clip(u @ as_array(layer.fc_scale.weight) + 3, 0, 6) / 3
+    phi = u @ as_array(layer.fc_phi.weight)
+    np.testing.assert_allclose(row.scale, [scale.mean(0), scale.std(0)], rtol=1e-4)
+    np.testing.assert_allclose(row.phi, phi.mean(0).reshape(2, 2), rtol=1e-4)
+    expected = (scale.mean(), scale.std(0).mean(), np.abs(phi).mean(), phi.std(0).mean())
+    assert (row.lambda_mean, row.lambda_spread, row.phi_mean, row.phi_spread) == pytest.approx(expected, rel=1e-4)
+
+
+def test_classifiers_are_watched_too():
+    network = nn.Sequential(nn.AdaptiveAvgPool2D(1), nn.Flatten(), DCDLinear(4, 7))
+    [row] = dcd.analyze(of(network), noise(3, 4, 5, 5).astype("float32"))
+    assert (row.path, row.latent, row.scale.shape) == ("0.2", 32, (2, 7))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # RepMLP
 
 
 def rep_mlps():
     """Both papers' layers, with two groups and partitions that are not square."""
-    return [RepMLP(4, 4, 6, 10, 3, 5, reparam_conv_k=(1, 3), fc3_groups=2), RepMLPBlock(4, 4, 3, 5, (1, 3), 4, 2)]
+    return [RepMLP(4, 4, 8, 10, 4, 5, reparam_conv_k=(1, 3), fc3_groups=2), RepMLPBlock(4, 4, 4, 5, (1, 3), 4, 2)]
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -222,7 +293,7 @@ def test_what_the_convolutions_are_of_the_fused_layer(number):
     layer = rep_mlps()[number]
     layer.eval()
     [row] = repmlp.analyze(of(layer))
-    assert (row.partition, row.groups) == ("3x5", 2)
+    assert (row.partition, row.groups) == ("4x5", 2)
     assert 0 < row.share_of_convolutions < 1
     assert row.share_of_fc3 + row.share_of_convolutions == pytest.approx(1.0)
     fill(layer.fc3.weight, np.zeros(layer.fc3.weight.shape))
@@ -237,14 +308,14 @@ def test_the_middle_unit_reads_the_pixels_that_it_is_connected_to(number):
     layer = rep_mlps()[number]
     layer.eval()
     weight = np.zeros(layer.fc3.weight.shape)
-    # From pixel (0, 3) to the middle one, (1, 2), in the layout [(group, out, pixel), (in, pixel), 1, 1].
-    weight.reshape(2, -1, 15, weight.shape[1] // 15, 15)[:, :, 1 * 5 + 2, :, 3] = 7.0
+    # From pixel (0, 3) to the middle one, (2, 2), in the layout [(group, out, pixel), (in, pixel), 1, 1].
+    weight.reshape(2, -1, 20, weight.shape[1] // 20, 20)[:, :, 2 * 5 + 2, :, 3] = 7.0
     fill(layer.fc3.weight, weight)
     [row] = repmlp.analyze(of(layer))
-    expected = np.zeros((3, 5))
+    expected = np.zeros((4, 5))
     expected[0, 3] = 7.0 / np.sqrt(1 + 1e-5)
     np.testing.assert_allclose(row.unit_of_fc3, expected, atol=1e-6)
-    assert (row.unit_of_fused > 0).sum() == 9
+    assert (row.unit_of_fused > 0).sum() == 10
 
 
 def test_shares_are_those_of_the_norms():
@@ -262,10 +333,11 @@ def test_shares_are_those_of_the_norms():
 
 
 def test_analyze_finds_which_papers_layers_a_network_has():
-    model = of(refocusing(4, 4, 4), SPConv2D(4, 4), ReparamLargeKernelConv2D(4, 7), RepMLPBlock(4, 4, 3, 3))
+    layers = [refocusing(4, 4, 4), SPConv2D(4, 4), ReparamLargeKernelConv2D(4, 7), RepMLPBlock(4, 4, 3, 3)]
+    model = of(*layers, DCDConv2D(4, 4, 1))
     found = analysis.analyze(model, noise(3, 4, 6, 6).astype("float32"))
     assert {paper: [row.path for row in rows] for paper, rows in found.items()} == {
-        "refconv": ["0"], "repmlp": ["3"], "slak": ["2"], "spconv": ["1"],
+        "dcd": ["4"], "refconv": ["0"], "repmlp": ["3"], "slak": ["2"], "spconv": ["1"],
     }  # fmt: skip
     for rows in found.values():
         header, _, *lines = analysis.table_of(rows).splitlines()
@@ -382,7 +454,7 @@ def test_a_network_without_the_layers_is_refused(command, given, capsys):
     checkpoints.save(model.state_dict(), "plain.pdparams")
     arguments = with_argument(with_argument(given, "-c", str(ROOT / PLAIN)), "--weights", "plain.pdparams")
     code, line = refused(command, arguments, capsys)
-    assert (code, "has no RefConv2D or" in line) == (1, True)
+    assert (code, " or RefConv2D or " in line) == (1, True)
 
 
 @pytest.mark.parametrize("paper", sorted(analysis.PAPERS))
@@ -391,9 +463,10 @@ def test_every_paper_has_a_figure(command, paper):
 
 
 def test_every_figure_can_be_drawn(command, tmp_path):
-    model = nn.Sequential(SPConv2D(4, 4), ReparamLargeKernelConv2D(4, 3), *rep_mlps()[1:])
+    dynamic = [DCDConv2D(4, 4, 3), DCDMatrixConv2D(4, 4, 1, channel_attention=False)]
+    model = nn.Sequential(SPConv2D(4, 4), ReparamLargeKernelConv2D(4, 3), *rep_mlps()[1:], *dynamic)
     convs = nn.Sequential(nn.Conv2D(4, 6, 3, padding=1), nn.Conv2D(6, 1, 3, padding=1))
     replace(convs, "RefConv2D")
-    papers = analysis.analyze(of(model, convs), noise(3, 4, 6, 10).astype("float32"))
+    papers = analysis.analyze(of(model, convs), noise(3, 4, 8, 10).astype("float32"))
     command.write(tmp_path, papers, {})
     assert {path.name for path in tmp_path.iterdir()} == {"analysis.json", *(f"{paper}.png" for paper in papers)}

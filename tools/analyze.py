@@ -130,6 +130,20 @@ def draw_refconv(rows: Sequence[Any]) -> Figure:
     return figure
 
 
+def draw_dcd(rows: Sequence[Any]) -> Figure:
+    """Draw the dynamic coefficients of all layers; below, how much each of Phi differs between images, of some."""
+    figure, above, below = new_figure("DCD: what depends on the image", 1)
+    left, right = above.subplots(1, 2)
+    numbers = np.arange(1, len(rows) + 1)
+    values = np.array([[row.lambda_mean or np.nan, row.lambda_spread or np.nan] for row in rows])
+    left.errorbar(numbers, values[:, 0], values[:, 1], fmt="o-", color=BLUE, ecolor=ORANGE, lw=1.5, ms=4, capsize=3)
+    plain_axes(left, "Lambda: mean, and its spread over images", x="layer, in the order of the table")
+    by_layer(right, rows, ["phi_mean", "phi_spread"], "Phi: mean of absolute values, and spread over images")
+    for axes, row in zip(grid(below, 1), spread_over(rows, LAYERS)):
+        image_axes(axes, row.phi_deviation, f"{row.path}\nspread of each of Phi", cmap="viridis")
+    return figure
+
+
 def draw_spconv(rows: Sequence[Any]) -> Figure:
     """Draw the gates of each layer's channels."""
     figure = Figure(figsize=(11, 4.6), facecolor="white", layout="constrained")
@@ -186,7 +200,7 @@ def grid(figure: Any, rows: int) -> list[Any]:
     return list(cells)
 
 
-FIGURES = {"refconv": draw_refconv, "repmlp": draw_repmlp, "slak": draw_slak, "spconv": draw_spconv}
+FIGURES = {"dcd": draw_dcd, "refconv": draw_refconv, "repmlp": draw_repmlp, "slak": draw_slak, "spconv": draw_spconv}
 
 
 if __name__ == "__main__":

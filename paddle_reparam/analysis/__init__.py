@@ -9,13 +9,14 @@ import numpy as np
 from paddle import nn
 
 from ..errors import ReparamError
-from . import refconv, repmlp, slak, spconv
+from . import dcd, refconv, repmlp, slak, spconv
 from .observe import layers_of as layers_of
 from .observe import numbers_of as numbers_of
 from .observe import table_of as table_of
 
 #: Paper -> its layers, and what analyses a model over images.
 PAPERS: dict[str, tuple[tuple[type, ...], Callable[[nn.Layer, np.ndarray], list[Any]]]] = {
+    "dcd": (dcd.KINDS, dcd.analyze),
     "refconv": (refconv.KINDS, lambda model, images: refconv.analyze(model)),
     "repmlp": (repmlp.KINDS, lambda model, images: repmlp.analyze(model)),
     "slak": (slak.KINDS, lambda model, images: slak.analyze(model)),
