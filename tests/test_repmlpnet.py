@@ -451,7 +451,11 @@ def test_a_published_file_in_deploy_form(tiny):
     x = np.random.randn(2, 3, 32, 32).astype(np.float32)
     expected = outputs(tiny, x)
     assert relative_error(outputs(model, x), expected) < 1e-5
-    assert relative_error(outputs(reparameterize(model)[0], x), expected) < 1e-5
+    fused, _ = reparameterize(model)
+    assert relative_error(outputs(fused, x), expected) < 1e-5
+    for name, value in reparameterize(tiny)[0].state_dict().items():
+        # The BN that does nothing must not even scale by its epsilon.
+        assert relative_error(fused.state_dict()[name], value) < 3e-7, name
 
 
 def test_files_that_are_refused(tiny):
