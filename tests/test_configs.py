@@ -49,8 +49,17 @@ class Recipe(NamedTuple):
 #: Start of a path -> its recipe. Where several fit, the longest counts, here and in the other tables.
 RECIPES = {
     "digits/refconv": Recipe(16, 1, 10, 0.05, 4e-5),
+    "digits/spconv": Recipe(16, 1, 4, 0.05, 5e-4),
+    "digits/dcd": Recipe(32, 1, 4, 0.05, 1e-4),
+    "digits/slak": Recipe(16, 1, 4, 2e-3, 0.05, "AdamW"),
+    "digits/repmlp/RepMLP_CIFAR": Recipe(16, 1, 5, 0.05, 1e-4),
+    "digits/repmlp/RepMLPNet": Recipe(16, 1, 4, 2e-3, 0.1, "AdamW"),
     "cifar10/refconv": Recipe(128, 1, 105, 0.1, 5e-4),
     "cifar10/spconv": Recipe(128, 1, 200, 0.1, 5e-4),
+    "cifar10/dcd": Recipe(128, 1, 200, 0.1, 5e-4),
+    "cifar10/slak": Recipe(128, 1, 200, 2e-3, 0.05, "AdamW"),
+    "cifar10/repmlp/RepMLP_CIFAR": Recipe(128, 1, 100, 0.1, 1e-4),
+    "cifar10/repmlp/RepMLPNet": Recipe(128, 1, 100, 1e-3, 0.1, "AdamW"),
     "imagenet/refconv": Recipe(256, 4, 105, 0.1, 4e-5),
     "imagenet/spconv": Recipe(256, 4, 90, 0.1, 1e-4),
     "imagenet/slak": Recipe(4096, 32, 300, 4e-3, 0.05, "AdamW"),

@@ -123,6 +123,7 @@ class ConvNeXtBlock(ResidualBlock):
 class StagedNetwork(nn.Layer):
     """Four stages of blocks at 1/4, 1/8, 1/16 and 1/32 of the image's size; `[N, 3, H, W]` to `[N, class_num]`.
 
+    With another `patch_size` than 4 the first is at 1/`patch_size`, and each of the others at half of the one before.
     depths, dims: blocks and channels of each stage. `make_block(stage, drop_path)` returns a block of the stage's
     channels; `drop_path` grows evenly from 0 in the first block to `drop_path_rate` in the last. Weights start from a
     normal distribution of standard deviation 0.02, biases at 0; the head's deviation is `head_init_scale` times that.
@@ -138,11 +139,13 @@ class StagedNetwork(nn.Layer):
         drop_path_rate: float,
         head_init_scale: float,
         class_num: int,
+        patch_size: int = 4,
     ) -> None:
         super().__init__()
         if not 0.0 <= drop_path_rate < 1.0:
             raise ReparamError(f"drop_path_rate={drop_path_rate!r} is no share of samples: give one from 0 to below 1")
-        stem = nn.Sequential(nn.Conv2D(3, dims[0], 4, 4, weight_attr=init_normal), _LayerNorm2D(dims[0], _EPSILON))
+        patches = nn.Conv2D(3, dims[0], patch_size, patch_size, weight_attr=init_normal)
+        stem = nn.Sequential(patches, _LayerNorm2D(dims[0], _EPSILON))
         downsampling = [
             nn.Sequential(_LayerNorm2D(before, _EPSILON), nn.Conv2D(before, after, 2, 2, weight_attr=init_normal))
             for before, after in zip(dims, dims[1:])

@@ -23,10 +23,9 @@ from ..errors import ReparamError
 from ..layers.repmlp import RepMLP
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained
-from .resnet_repmlp import ConvBN
+from .resnet_repmlp import ConvBN, kernels_within
 
 _SIDE = 32
-_PARTITION = 8
 _GROUPS = 2
 #: Variant -> what differs in its RepMLPs; None: something else stands in their places.
 _VARIANTS: dict[str, dict[str, Any] | None] = {
@@ -40,19 +39,20 @@ _VARIANTS: dict[str, dict[str, Any] | None] = {
 
 
 class RepMLPForCifar(nn.Layer):
-    """Three stages of RepMLPs with 1x1 convolutions between them, `[N, 3, 32, 32]` to `[N, class_num]`.
+    """Three stages of RepMLPs with 1x1 convolutions between them, `[N, 3, image_size, image_size]` to `[N, class_num]`.
 
-    `width` is the number of channels of the first stage; the others have two and four times as many.
+    `width` is the number of channels of the first stage; the others have two and four times as many. Partitions have
+    1/4 of the side of the images, as the map of the last stage has.
     """
 
-    def __init__(self, variant: str, width: int, class_num: int) -> None:
+    def __init__(self, variant: str, width: int, class_num: int, image_size: int = _SIDE) -> None:
         super().__init__()
         widths = [width, 2 * width, 4 * width, 4 * width]
         for number in (1, 2, 3):
-            channels, side = widths[number - 1], _SIDE // 2 ** (number - 1)
+            channels, side = widths[number - 1], image_size // 2 ** (number - 1)
             layers = [ConvBN(3, channels, 1)] if number == 1 else [nn.MaxPool2D(2, 2)]
             for out_channels in (channels, widths[number]):
-                layers += [*_mixer(variant, channels, side), ConvBN(channels, out_channels, 1)]
+                layers += [*_mixer(variant, channels, side, image_size // 4), ConvBN(channels, out_channels, 1)]
             setattr(self, f"stage{number}", nn.Sequential(*layers))
         self.gap = nn.AdaptiveAvgPool2D(1)
         self.linear = nn.Linear(widths[3], class_num)
@@ -62,12 +62,12 @@ class RepMLPForCifar(nn.Layer):
         return self.linear(paddle.flatten(self.gap(x), 1))
 
 
-def _mixer(variant: str, channels: int, side: int) -> list[nn.Layer]:
+def _mixer(variant: str, channels: int, side: int, partition: int) -> list[nn.Layer]:
     """Return what mixes the pixels of a map of side x side: a RepMLP with its ReLU, or what the variant has there."""
     options = _VARIANTS[variant]
     if options is not None:
-        options = {"reparam_conv_k": (1, 3, 5, 7), "fc3_groups": _GROUPS, **options}
-        return [RepMLP(channels, channels, side, side, _PARTITION, _PARTITION, **options), nn.ReLU()]
+        options = {"reparam_conv_k": kernels_within(partition**2), "fc3_groups": _GROUPS, **options}
+        return [RepMLP(channels, channels, side, side, partition, partition, **options), nn.ReLU()]
     k, groups = (3, 1) if variant == "wide_convnet" else (9, _GROUPS)
     conv = nn.Conv2D(channels, channels, k, padding=k // 2, groups=groups, bias_attr=False)
     return [conv, nn.BatchNorm2D(channels), nn.ReLU()]
@@ -91,17 +91,21 @@ def RepMLP_CIFAR(
     use_ssld: bool = False,
     class_num: int = 10,
     variant: str = "pure_mlp",
+    image_size: int = _SIDE,
     **kwargs: Any,
 ) -> nn.Layer:
-    """The pure MLP for CIFAR-10, `[N, 3, 32, 32]` to `[N, class_num]`.
+    """The pure MLP for CIFAR-10, `[N, 3, image_size, image_size]` to `[N, class_num]`.
 
     `variant` is "pure_mlp" or one of the ablations: "without_local", "without_global" (perceptron), "fc3_as_conv9",
-    "repmlp_as_conv9", or "wide_convnet", twice as wide with 3x3 convolutions in the RepMLPs' places.
+    "repmlp_as_conv9", or "wide_convnet", twice as wide with 3x3 convolutions in the RepMLPs' places. Partitions have
+    1/4 of the side of the images, as in the paper.
 
     `pretrained` is False or the path of a weight file. Raises `ReparamError` where that is True or does not fit.
     """
-    check_arguments("RepMLP_CIFAR", pretrained, use_ssld, kwargs, ["variant"])
+    check_arguments("RepMLP_CIFAR", pretrained, use_ssld, kwargs, ["variant", "image_size"])
+    if image_size < 4 or image_size % 4:
+        raise ReparamError(f"RepMLP_CIFAR halves its images twice; image_size={image_size} is no multiple of 4")
     if variant not in _VARIANTS:
         raise ReparamError(f"RepMLP_CIFAR has no variant {variant!r}; it has {', '.join(_VARIANTS)}")
     width = 32 if variant == "wide_convnet" else 16
-    return load_pretrained(RepMLPForCifar(variant, width, class_num), pretrained)
+    return load_pretrained(RepMLPForCifar(variant, width, class_num, image_size), pretrained)

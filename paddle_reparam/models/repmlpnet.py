@@ -30,7 +30,8 @@ _CONV_SIZES = (1, 3)
 class RepMLPNet(nn.Layer):
     """Stages of `RepMLPNetUnit`s, an embedding before each; `[N, 3, H, W]` to `[N, class_num]`.
 
-    A stage has a number of channels, of units and of share sets, and partitions of `hs` x `ws` pixels. Images of other
+    The map of the first stage has 1/`patch_size` of the image's side, that of each other half of the one before. A
+    stage has a number of channels, of units and of share sets, and partitions of `hs` x `ws` pixels. Images of other
     sizes have more partitions on each map; see `RepMLPBlock` for the order of their results (`published_order`), and
     for sizes that the partitions do not divide.
     """
@@ -46,9 +47,10 @@ class RepMLPNet(nn.Layer):
         globalperceptron_reduce: int = 4,
         class_num: int = 1000,
         published_order: bool = True,
+        patch_size: int = 4,
     ) -> None:
         super().__init__()
-        self.conv_embedding = _embedding(3, channels[0], 4)
+        self.conv_embedding = _embedding(3, channels[0], patch_size)
         self.stages = nn.LayerList(
             nn.LayerList(
                 RepMLPNetUnit(
@@ -258,6 +260,37 @@ def RepMLPNet_L256(
 ) -> RepMLPNet:
     """RepMLPNet-L256, for images of 256x256; arguments as for `RepMLPNet_T224`."""
     return _build("L256", pretrained, use_ssld, class_num, image_size, published_order, kwargs)
+
+
+@register_model(published=[Published("this library's own, for small images", input_size=32)])
+def RepMLPNet_micro(
+    pretrained: bool | str = False,
+    use_ssld: bool = False,
+    class_num: int = 10,
+    image_size: int = 32,
+    channels: Sequence[int] = (16, 32, 64, 128),
+    num_blocks: Sequence[int] = (1, 1, 2, 1),
+    sharesets_nums: Sequence[int] = (1, 4, 8, 16),
+    patch_size: int = 4,
+    **kwargs: Any,
+) -> RepMLPNet:
+    """A RepMLPNet of any size, by default a small one for images of 32 pixels, with partitions as large as its maps.
+
+    channels, num_blocks, sharesets_nums: of each stage. patch_size: the side of the squares of pixels that the first
+    stage sees as one. `pretrained` is False or the path of a weight file. Raises `ReparamError` where that is True or
+    does not fit, and for an image_size that the stages cannot halve.
+    """
+    options = ["image_size", "channels", "num_blocks", "sharesets_nums", "patch_size"]
+    check_arguments("RepMLPNet_micro", pretrained, use_ssld, kwargs, options)
+    strides = [patch_size * 2**stage for stage in range(len(channels))]
+    if image_size < strides[-1] or image_size % strides[-1]:
+        raise ReparamError(
+            f"RepMLPNet_micro cannot be built for images of {image_size}x{image_size}: with patch_size={patch_size} "
+            f"and {len(channels)} stages each side must be a multiple of {strides[-1]}"
+        )
+    sides = [image_size // stride for stride in strides]
+    model = RepMLPNet(channels, num_blocks, sharesets_nums, sides, sides, class_num=class_num, patch_size=patch_size)
+    return load_pretrained(model, pretrained)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ class RepMLPResNet(nn.Layer):
                 else:
                     repmlp = {
                         "H": side, "W": side, "h": partition, "w": partition, "fc3_groups": fc3_groups[stage],
-                        "reparam_conv_k": _kernels(partition**2), "fc1_fc2_reduction": fc1_fc2_reduction,
+                        "reparam_conv_k": kernels_within(partition**2), "fc1_fc2_reduction": fc1_fc2_reduction,
                     }  # fmt: skip
                     if block == "light":
                         blocks.append(LightBlock(in_channels, out_channels, **repmlp))
@@ -154,7 +154,7 @@ class RepMLPResNet(nn.Layer):
         return self.linear(paddle.flatten(self.gap(x), 1))
 
 
-def _kernels(area: int) -> tuple[int, ...]:
+def kernels_within(area: int) -> tuple[int, ...]:
     """Return the kernels of the Local Perceptron on partitions of so many pixels: 1, 3, 5, 7 where they are smaller."""
     return tuple(k for k in (1, 3, 5, 7) if k * k < area)
 
@@ -206,7 +206,7 @@ def _idle_perceptrons(path: str, fc3: np.ndarray, state: Mapping[str, np.ndarray
     area = fc3.shape[0] // channels
     nothing = np.zeros(channels)
     entries = _batch_norm(f"{path}.avg.bn", nothing) if f"{path}.fc1_fc2.fc1.weight" in state else {}
-    for k in _kernels(area):
+    for k in kernels_within(area):
         entries[f"{path}.repconv{k}.conv.weight"] = np.zeros((channels, fc3.shape[1] // area, k, k))
         entries.update(_batch_norm(f"{path}.repconv{k}.bn", nothing))
     return entries

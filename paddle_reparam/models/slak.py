@@ -46,7 +46,7 @@ class SLaKBlock(ResidualBlock):
 
 
 class SLaK(StagedNetwork):
-    """SLaK; depths, `drop_path_rate`, `head_init_scale` and `class_num` as for `StagedNetwork`.
+    """SLaK; depths, `drop_path_rate`, `head_init_scale`, `class_num` and `patch_size` as for `StagedNetwork`.
 
     dims: channels of each stage, multiplied by `width_factor` and cut to whole numbers. kernel_size: one for each
     stage and, fifth, the small kernel, which is 5 where there are only four. A small kernel larger than all others is
@@ -67,6 +67,7 @@ class SLaK(StagedNetwork):
         head_init_scale: float = 1.0,
         decomposed: bool = True,
         bn: bool = True,
+        patch_size: int = 4,
     ) -> None:
         if not isinstance(kernel_size, (list, tuple)) or len(kernel_size) not in (4, 5):
             raise ReparamError(
@@ -84,7 +85,7 @@ class SLaK(StagedNetwork):
                 widths[stage], kernels[stage], small_kernel, drop_path, layer_scale_init_value, decomposed, bn
             )
 
-        super().__init__(depths, widths, make_block, drop_path_rate, head_init_scale, class_num)
+        super().__init__(depths, widths, make_block, drop_path_rate, head_init_scale, class_num, patch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,10 +103,11 @@ def _build(
     pretrained: bool | str,
     use_ssld: bool,
     options: Mapping[str, Any],
+    own_options: Sequence[str] = (),
     **arguments: Any,
 ) -> SLaK:
     unknown = {key: value for key, value in options.items() if key not in _OPTIONS}
-    check_arguments(name, pretrained, use_ssld, unknown, _OPTIONS)
+    check_arguments(name, pretrained, use_ssld, unknown, [*_OPTIONS, *own_options])
     return load_pretrained(SLaK(**arguments, **options), pretrained)
 
 
@@ -190,4 +192,30 @@ def SLaK_large(
     return _build(
         "SLaK_large", pretrained, use_ssld, kwargs, depths=_DEPTHS, dims=(192, 384, 768, 1536),
         drop_path_rate=drop_path_rate, class_num=class_num,
+    )  # fmt: skip
+
+
+@register_model(published=[Published("this library's own, for small images", input_size=32)])
+def SLaK_micro(
+    pretrained: bool | str = False,
+    use_ssld: bool = False,
+    class_num: int = 10,
+    depths: Sequence[int] = (1, 1, 2, 1),
+    dims: Sequence[int] = (16, 32, 48, 64),
+    kernel_size: Sequence[int] = (15, 7, 7, 7, 5),
+    width_factor: float = 1.0,
+    patch_size: int = 4,
+    drop_path_rate: float = 0.0,
+    layer_scale_init_value: float = 1.0,
+    **kwargs: Any,
+) -> nn.Layer:
+    """A SLaK of any size, by default a small one for images of 32 pixels.
+
+    depths, dims: blocks and channels of each of the four stages. patch_size: the side of the squares of pixels that the
+    first stage sees as one. Other arguments as for `SLaK_tiny`.
+    """
+    return _build(
+        "SLaK_micro", pretrained, use_ssld, kwargs, ("depths", "dims", "patch_size"), depths=depths, dims=dims,
+        kernel_size=kernel_size, width_factor=width_factor, patch_size=patch_size, drop_path_rate=drop_path_rate,
+        layer_scale_init_value=layer_scale_init_value, class_num=class_num,
     )  # fmt: skip
