@@ -316,3 +316,20 @@ def test_rates_and_divisors_are_those_of_the_paper():
     for option, value in (("rate", 3), ("divisor", 16)):
         with pytest.raises(ReparamError, match=f"HBONet_x0_25 has no {option}={value}; choose one of 2, 4, 8"):
             create_model("HBONet_x0_25", **{option: value})
+
+
+def test_weights_start_as_in_the_published_code():
+    hbonet, shufflenet = create_model("HBONet_x1_0"), create_model("ShuffleNetV1_x1_0_g3")
+
+    def has_deviation(layer, deviation):
+        assert float(layer.weight.std()) == pytest.approx(deviation, rel=0.15)
+
+    depthwise, pointwise = hbonet.features[6].conv[0], hbonet.features[6].conv[2]
+    has_deviation(depthwise, (2 / (depthwise.weight.shape[0] * 25)) ** 0.5)
+    has_deviation(pointwise, (2 / pointwise.weight.shape[0]) ** 0.5)
+    has_deviation(hbonet.classifier, 0.01)
+    has_deviation(shufflenet.first_conv[0], 0.01)
+    has_deviation(shufflenet.features[1].branch_main_1[0], 3 / 240)
+    has_deviation(shufflenet.features[1].branch_main_1[3], 1.0)
+    has_deviation(shufflenet.classifier[0], 0.01)
+    np.testing.assert_array_equal(shufflenet.features[1].branch_main_1[4].bias.numpy(), np.float32(0.0001))
