@@ -14,6 +14,7 @@ import paddle
 from paddle import nn
 from paddle.vision.models.resnet import BasicBlock, BottleneckBlock
 
+from ..geometry import ConvGeometry
 from ..layers.dcd import DCDConv2D, DCDLinear
 from ..layers.spconv import init_fan_out_normal
 from ..registry import Published, register_model
@@ -33,6 +34,7 @@ class _ResNetDCD(nn.Layer):
     def __init__(self, block: type, blocks: Sequence[int], class_num: int, dropout: float) -> None:
         super().__init__()
         self.conv1 = nn.Conv2D(3, 64, 7, stride=2, padding=3, bias_attr=False)
+        init_fan_out_normal(self.conv1)
         self.bn1 = nn.BatchNorm2D(64)
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2D(3, 2, 1)
@@ -55,6 +57,7 @@ def _stage(block: type, in_channels: int, width: int, stride: int, count: int) -
     downsample = None
     if stride != 1 or in_channels != out_channels:
         conv = nn.Conv2D(in_channels, out_channels, 1, stride, bias_attr=False)
+        init_fan_out_normal(conv)
         downsample = nn.Sequential(conv, nn.BatchNorm2D(out_channels))
     blocks = [block(in_channels, width, stride, downsample)]
     return nn.Sequential(*blocks, *[block(out_channels, width) for _ in range(count - 1)])
@@ -75,10 +78,7 @@ def _build(
     names, variant = _CONVS[block]
     for layer in model.sublayers():
         for conv in names if isinstance(layer, block) else ():
-            setattr(layer, conv, DCDConv2D.from_conv(getattr(layer, conv), variant=variant))
-    for layer in model.sublayers():
-        if isinstance(layer, nn.Conv2D):
-            init_fan_out_normal(layer)
+            setattr(layer, conv, DCDConv2D.build(ConvGeometry.of(getattr(layer, conv)), variant=variant))
     return load_pretrained(model, pretrained)
 
 
