@@ -125,13 +125,14 @@ def convert(
         state = checkpoints.fit_exactly(model, renamed, f"{name}{options or ''}")
     except CheckpointError as error:
         raise error.at(str(source)) from error
-    shape, check = [], None
+    shape: list[int | None] = []
+    check: VerifyReport | None = None
 
     def write(path: Path) -> None:
         nonlocal shape, check
         checkpoints.save(state, path)
         checkpoints.load_into(model, path)
-        shape, check = _compare_with_fused(name, model, options)
+        shape, check = _compare_with_fused(name, model)
 
     checkpoints.atomic_write(output, write)
     counted = {key: a for key, a in published.arrays.items() if not key.endswith("num_batches_tracked")}
@@ -181,23 +182,22 @@ def _class_count(name: str, arrays: Mapping[str, np.ndarray], model: nn.Layer) -
     return counts.pop() if len(counts) == 1 else None
 
 
-def _compare_with_fused(name: str, model: nn.Layer, options: Mapping[str, Any]) -> tuple[list, VerifyReport]:
+def _compare_with_fused(name: str, model: nn.Layer) -> tuple[list[int | None], VerifyReport]:
     """Return the shape of the images and how far the model's fused form is from the model."""
     model.eval()
-    published = get_model(name).published
-    own_size = published[0].input_size if published else 224
-    for size in (_SMALL, own_size) if own_size > _SMALL else (own_size,):
+    sizes = [published.input_size for published in get_model(name).published] or [224]
+    refusal: ReparamError | None = None
+    for size in dict.fromkeys([min(_SMALL, sizes[0]), *sizes]):
         shape = [None, 3, size, size]
         try:
             fused, _ = reparameterize(model, fold_bn=True, input_spec=[shape])
-        except ReparamError:
-            if size == own_size:
-                raise
-            continue  # It takes images of its own size only.
+        except ReparamError as error:  # Some networks take images of one size only.
+            refusal = error
+            continue
         report = verify(model, fused, [shape])
         report.raise_if_failed("the fused form of the converted network")
         return shape, report
-    raise AssertionError("unreachable: the last size returns or raises")
+    raise refusal
 
 
 # ---------------------------------------------------------------------------------------------------------------------

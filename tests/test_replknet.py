@@ -260,6 +260,10 @@ def test_a_merged_file_becomes_a_train_form_that_computes_the_same(published, de
     for path in [key[: -len(".conv.weight")] for key in list(merged) if key.endswith(".conv.weight")] if deep else []:
         merged[f"{path}.conv.weight"], merged[f"{path}.conv.bias"] = (a.astype("float32") for a in folded(merged, path))
     before = {key: value.copy() for key, value in merged.items()}
+    converted = convert_state(name, merged)
+    # A BN divides by sqrt(1 + epsilon), so with this weight it leaves the convolution's output as it is.
+    identity = converted["stages.0.blocks.0.large_kernel.lkb_origin.bn.weight"]
+    np.testing.assert_allclose(identity / np.sqrt(1 + 1e-5), np.ones_like(identity), rtol=1e-7)
     model, actual = run(name, merged, x)
     assert relative_error(actual, expected) < 1e-5
     assert merged.keys() == before.keys()
