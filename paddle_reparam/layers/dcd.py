@@ -210,7 +210,7 @@ class DCDLinearFused(DCDConv2DFused):
     """A fused `DCDLinear`, `[N, C]` to `[N, classes]`: the fused convolution on maps of one pixel."""
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return super().forward(x.unsqueeze([2, 3])).flatten(1)
+        return self.run(x.unsqueeze([2, 3])).flatten(1)
 
     def for_size(self, height: int = 1, width: int = 1) -> None:
         """There are no maps, and nothing faster."""

@@ -102,6 +102,10 @@ class DCDConv2DFused(InferenceForm):
         self.branch = branch
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.run(x)
+
+    def run(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Compute `forward`; the tracer of Paddle 2.6 knows no super(), by which a subclass would call that."""
         matrices, scale = self.branch(x)
         if self.q is None:
             static, z = paddle.split(self.conv(x), self.sections, axis=1)
