@@ -139,6 +139,10 @@ def draw_dcd(rows: Sequence[Any]) -> Figure:
     left.errorbar(numbers, values[:, 0], values[:, 1], fmt="o-", color=BLUE, ecolor=ORANGE, lw=1.5, ms=4, capsize=3)
     plain_axes(left, "Lambda: mean, and its spread over images", x="layer, in the order of the table")
     by_layer(right, rows, ["phi_mean", "phi_spread"], "Phi: mean of absolute values, and spread over images")
+    if all(row.phi_spread > 0 for row in rows):
+        # Layers differ by orders of magnitude.
+        right.set_yscale("log")
+        right.autoscale()
     for axes, row in zip(grid(below, 1), spread_over(rows, LAYERS)):
         image_axes(axes, row.phi_deviation, f"{row.path}\nspread of each of Phi", cmap="viridis")
     return figure

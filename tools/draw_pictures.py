@@ -336,7 +336,7 @@ def draw_dcd() -> Canvas:
     canvas.text(98, 43.5, "green:\ndepends on\nthe image", size=9, color=DYNAMIC)
     canvas.text(98, 27.5, "blue: the same\nfor all images,\ntrained", size=9, color=SHIPPED)
 
-    canvas.panel(1.5, 1.5, 107, 15, "ships, for a 1x1: BNs folded; W(x) itself is never formed")
+    canvas.panel(1.5, 1.5, 107, 15, "ships, for a 1x1: BNs folded; W(x) itself is formed only where that is less work")
     canvas.box(10, 4, 20, 6, "1x1 with W0 and Q\u1d40\n64 -> 64 + 8", SHIPPED, size=8.5)
     canvas.box(46, 8, 12, 4, "times \u039b(x)", DYNAMIC, size=8.5)
     canvas.box(38, 2.6, 10, 4, "\u03a6(x)", DYNAMIC, size=8.5)

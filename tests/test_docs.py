@@ -1,0 +1,169 @@
+"""Every command of every page of docs/ runs, in order, in a copy of the project; the pictures are what is drawn."""
+
+import importlib
+import re
+import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from paddle import nn
+from pages import ROOT, blocks_of, commands_of, copy_project, cut_short, named_files, run
+from PIL import Image
+
+from paddle_reparam import create_model, list_layers
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+#: The pages of papers are those with commands; the others describe the project.
+PAPERS = {page.stem: page.read_text(encoding="utf-8") for page in PAGES if "```bash" in page.read_text("utf-8")}
+PREPARE = "python tools/prepare_data.py digits --output dataset/digits"
+#: Images of each class that are left of the digits.
+IMAGES = {"train_list.txt": 4, "val_list.txt": 2}
+
+
+def test_there_is_a_page_for_each_paper():
+    assert set(PAPERS) == {"refconv", "spconv", "slak", "dcd", "repmlp"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory):
+    """A copy of the project with a few of the digits, written by the command with which every page begins."""
+    folder = tmp_path_factory.mktemp("project")
+    copy_project(folder)
+    run(PREPARE, folder)
+    for name, count in IMAGES.items():
+        path = folder / "dataset" / "digits" / name
+        lines = path.read_text().splitlines()
+        kept = [line for label in range(10) for line in [x for x in lines if x.endswith(f" {label}")][:count]]
+        path.write_text("\n".join(kept) + "\n")
+    return folder
+
+
+def commands_on(page: str) -> list[str]:
+    return [command for _, block in blocks_of(PAPERS[page]) for command in commands_of(block)]
+
+
+@pytest.fixture(scope="session")
+def runs(project, request):
+    """Every page that is asked for -> its run; two of them at a time, as each needs one core."""
+    wanted = {item.callspec.params["page"] for item in request.session.items if "runs" in item.fixturenames}
+    with ThreadPoolExecutor(2) as pool:
+        yield {page: pool.submit(run_page, project, page) for page in sorted(wanted)}
+
+
+def run_page(folder: Path, page: str) -> None:
+    for command in commands_on(page)[1:]:
+        if " --input " in command:
+            command = with_published_weights(command, folder)
+        run(cut_short(command), folder)
+
+
+#: Network that a page converts weights for -> options that make it small.
+SMALL = {
+    "MobileNetV2_x1_0_DCD": {},
+    "RepMLPNet_T224": {"image_size": 32},
+    "ResNet50_SPConv": {},
+    "SLaK_tiny": {"width_factor": 0.1, "kernel_size": [9, 7, 5, 5, 3]},
+}
+
+
+def with_published_weights(command: str, folder: Path) -> str:
+    """Write the file that a conversion reads, of a small network, and return the command for it.
+
+    PyTorch, which reads the published files, is none of the packages that the tests need: it is an .npz file.
+    """
+    name, file = (re.search(rf" --{option} (\S+)", command)[1] for option in ("model", "input"))
+    state, random = {}, np.random.default_rng(0)
+    model = create_model(name, **SMALL[name])
+    of_linears = {f"{path}.weight" for path, layer in model.named_sublayers() if isinstance(layer, nn.Linear)}
+    for key, tensor in model.state_dict().items():
+        array = random.normal(0.0, 0.1, tensor.shape).astype("float32")
+        array = array.T if key in of_linears else array
+        if key.endswith("._mean"):
+            state[key.replace("._mean", ".num_batches_tracked")] = np.array(7)
+        if key.endswith("._variance"):
+            array = 0.5 + np.abs(array)
+        key = key.replace("._mean", ".running_mean").replace("._variance", ".running_var")
+        if name == "MobileNetV2_x1_0_DCD":
+            key = re.sub(r"\.([qp])\.weight$", r".conv_\1.weight", key)
+        state[key] = array
+    np.savez(folder / f"{file}.npz", **state)
+    options = "".join(f" --option '{key}={value}'" for key, value in SMALL[name].items())
+    return command.replace(file, f"{file}.npz") + options
+
+
+@pytest.mark.parametrize("page", sorted(PAPERS))
+def test_every_block_is_run(page):
+    assert {language for language, _ in blocks_of(PAPERS[page])} == {"bash"}
+    first, *others = commands_on(page)
+    assert first == PREPARE
+    tools = [re.match(r"python tools/(\w+)\.py ", command)[1] for command in others]
+    assert {"train", "eval", "reparam", "analyze"} <= set(tools)
+
+
+@pytest.mark.parametrize("page", sorted(PAPERS))
+def test_every_command_runs_in_order(project, runs, page):
+    runs[page].result()
+    results = project / "output" / "digits" / page
+    assert (results / "shipped" / "manifest.json").is_file()
+    assert {path.name for path in (results / "figures").iterdir()} == {"analysis.json", f"{page}.png"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text and pictures
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_names_exists(page):
+    text = page.read_text(encoding="utf-8")
+    assert not [name for name in named_files(text) if not (ROOT / name).exists()]
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+def test_every_layer_is_in_the_readme_and_on_the_page_that_it_links():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in list_layers():
+        [row] = [line for line in readme.splitlines() if line.startswith("|") and f"`{name}`" in line]
+        [page] = re.findall(r"\(docs/(\w+)\.md\)", row)
+        assert f"`{name}`" in PAPERS[page], f"{page}.md does not name {name}"
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        return importlib.import_module("draw_pictures")
+    finally:
+        sys.path.remove(str(ROOT / "tools"))
+
+
+def test_every_paper_has_its_picture(pictures):
+    assert set(pictures.PICTURES) == set(PAPERS)
+    assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} == set(PAPERS)
+    for page, text in PAPERS.items():
+        assert f"(images/{page}.png)" in text
+
+
+@pytest.mark.parametrize("page", sorted(PAPERS))
+def test_the_pictures_are_what_the_code_draws(pictures, page):
+    with Image.open(ROOT / "docs" / "images" / f"{page}.png") as picture:
+        drawn = picture.info[pictures.DIGEST]
+        assert picture.width == 11 * pictures.DPI
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
+    assert drawn == pictures.PICTURES[page]().digest(), "run python tools/draw_pictures.py"
+
+
+def test_drawing_one_picture_leaves_the_others(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "FOLDER", tmp_path)
+    assert pictures.main(["refconv"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["refconv.png"]
+    shutil.rmtree(tmp_path)
+    tmp_path.write_text("no folder")
+    assert pictures.main(["refconv"]) == 1
