@@ -47,6 +47,44 @@ def test_every_form_of_a_host_is_the_same_function(block, tmp_path):
         model(paddle.randn([1, 3, 96, 64]))
 
 
+def relu(x: np.ndarray) -> np.ndarray:
+    return np.maximum(x, 0.0)
+
+
+def conv_bn(block: nn.Layer, name: str, x: np.ndarray) -> np.ndarray:
+    """The convolution and its BN alone."""
+    part = getattr(block, name)
+    return part.bn(part.conv(paddle.to_tensor(x))).numpy()
+
+
+def test_where_the_activations_are():
+    """A ReLU follows RepMLP and every BN but the last one, whose output is added to the shortcut."""
+    light, bottleneck = small("light").stage2[1], small("bottleneck").stage2[1]
+    for block in (light, bottleneck):
+        block.to(dtype="float64")
+        randomise_batch_norms(block)
+        block.eval()
+    x = np.random.randn(2, 64, 8, 8)
+    y = relu(conv_bn(light, "light_conv1", x))
+    y = relu(light.light_repmlp(paddle.to_tensor(y)).numpy())
+    expected = relu(conv_bn(light, "light_conv3", y) + x)
+    assert relative_error(light(paddle.to_tensor(x)), expected) < 1e-10
+    y = relu(conv_bn(bottleneck, "btnk_conv2", relu(conv_bn(bottleneck, "btnk_conv1", x))))
+    y = relu(bottleneck.btnk_repmlp(paddle.to_tensor(y)).numpy())
+    y = relu(conv_bn(bottleneck, "btnk_conv4", y))
+    expected = relu(conv_bn(bottleneck, "btnk_conv5", y) + x)
+    assert relative_error(bottleneck(paddle.to_tensor(x)), expected) < 1e-10
+
+
+def test_repmlp_is_in_every_block_but_those_of_stride_2():
+    model = RepMLPResNet(
+        "bottleneck", dict.fromkeys(("c2", "c3", "c5"), 1), {"c2": 2, "c3": 2, "c5": 4}, 1, 64, 2, 5, (1, 2, 2, 2), 8
+    )
+    paths = [path for path, layer in model.named_sublayers() if isinstance(layer, RepMLP)]
+    assert paths == [f"{block}.btnk_repmlp" for block in ("stage1.0", "stage2.1", "stage4.1")]
+    assert [layer.in_channels for layer in model.sublayers() if isinstance(layer, RepMLP)] == [4, 8, 16]
+
+
 def test_the_base_takes_images_of_any_size():
     check_fused_is_the_same_function(small("base"), [None, 3, 64, 64], [None, 3, 96, 40])
 
@@ -57,6 +95,9 @@ def test_every_form_of_the_pure_mlp_is_the_same_function(variant):
     check_one_step_changes_every_parameter(model, [None, 3, 32, 32])
     fused = check_fused_is_the_same_function(model, [None, 3, 32, 32])
     expected = 0 if _VARIANTS[variant] is None else 6
+    fc1s = sum(name.endswith("fc1.weight") for name, _ in fused.named_parameters())
+    assert fc1s == (0 if variant == "without_global" else expected * 2 // 3)
+    assert any("repconv" in name for name in model.state_dict()) == (variant != "without_local" and expected > 0)
     assert sum(isinstance(layer, RepMLPFused) for layer in fused.sublayers()) == expected
 
 

@@ -124,6 +124,9 @@ def test_what_is_there():
     assert shapes["fc3_bn._mean"] == [6 * 16]
     assert {f"repconv{k}.conv.weight" for k in (1, 3, 5)} < shapes.keys()
     assert not any("repconv" in key for key in make((4, 4, 2, 2), reparam_conv_k=()).state_dict())
+    assert not any("fc1" in key or "avg" in key for key in make((4, 4, 2, 2), global_perceptron=False).state_dict())
+    grouped = nn.Conv2D(4, 6, 3, padding=1, groups=2)
+    assert RepMLP.from_conv(grouped, height=4, width=4, partition=(2, 2)).fc3.weight.shape == [24, 8, 1, 1]
     assert form_of(layer.state_dict()) == "train"
     fused = layer.reparameterize()
     assert form_of(fused.state_dict()) == "fused"
