@@ -167,3 +167,5 @@ def test_drawing_one_picture_leaves_the_others(pictures, tmp_path, monkeypatch):
     shutil.rmtree(tmp_path)
     tmp_path.write_text("no folder")
     assert pictures.main(["refconv"]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        pictures.main(["refconf"])

@@ -35,8 +35,11 @@ TRAINED, SHIPPED, DYNAMIC = ORANGE, BLUE, GREEN
 def main(arguments: Sequence[str] | None = None) -> int:
     """Draw all pictures, or those of the papers given, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("papers", nargs="*", choices=[*PICTURES, []], help="only these; without any, all of them")
+    parser.add_argument("papers", nargs="*", metavar="PAPER", help=f"{', '.join(PICTURES)}; none: all of them")
     given = parser.parse_args(arguments)
+    unknown = [paper for paper in given.papers if paper not in PICTURES]
+    if unknown:
+        parser.error(f"there is no picture {unknown[0]!r}; there are {', '.join(PICTURES)}")
     try:
         for paper in given.papers or PICTURES:
             atomic_write(FOLDER / f"{paper}.png", lambda path, paper=paper: save(PICTURES[paper](), path))
