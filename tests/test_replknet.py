@@ -116,7 +116,8 @@ def test_fused_it_is_the_same_function(inner_ratio, small_kernel):
 def test_exports(tmp_path, monkeypatch):
     # Compiling and running the eight programs of all 48 blocks takes a minute.
     monkeypatch.setattr(networks, "_BLOCKS", (1, 1, 2, 1))
-    check_exports(_tiny(), [None, 3, 32, 32], tmp_path)
+    # Of smaller images the last maps have so few values that their BNs make rounding large.
+    check_exports(_tiny(), [None, 3, 96, 96], tmp_path)
 
 
 def test_one_step_changes_every_parameter():
