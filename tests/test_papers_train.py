@@ -19,6 +19,8 @@ PATHS = {p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml")}
 BASELINES = {path for path in PATHS if path.replace(".yaml", "_RefConv.yaml") in PATHS}
 PAPERS = {"refconv", "slak", "dcd", "repmlp", "spconv"}
 IMAGES = {"train": 256, "val": 32}
+#: With a learning rate of nothing the second loss comes to between 0.98 and 1.01 of the first.
+LEARNED = 0.97
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +61,11 @@ def test_trains_and_is_released(path, digits, tmp_path):
     baseline, overrides = path.replace("_RefConv", ""), []
     if baseline in BASELINES:
         losses, weights = train(baseline, digits, tmp_path / "baseline")
-        assert losses[1] < losses[0]
+        assert losses[1] < LEARNED * losses[0]
         overrides = [f"Arch.pretrained={weights.with_suffix('')}"]
     losses, weights = train(path, digits, tmp_path / "trained", *overrides)
     assert len(losses) == 2
-    assert losses[1] < losses[0]
+    assert losses[1] < LEARNED * losses[0]
 
     released = tmp_path / "released"
     assert reparam(["-c", str(CONFIGS / path), "--weights", str(weights), "--output", str(released)]) == 0
