@@ -387,6 +387,28 @@ def test_networks_that_only_a_newer_paddleclas_has(path, images, tmp_path):
         assert model(paddle.randn([1, 3, 64, 64])).shape == [1, 1000]
 
 
+def test_random_augmentation_takes_every_image(engine):
+    """PaddleClas' data sets skip an image whose augmentation fails, with a line in the log."""
+    from PIL import Image
+    from ppcls.data import preprocess
+    from ppcls.data.preprocess.ops import timm_autoaugment
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 50, 3), dtype=np.uint8))
+    used = [op for p in PATHS for op in raw(p)["DataLoader"]["Train"]["dataset"]["transform_ops"]]
+    strings = {op["TimmAutoAugment"]["config_str"] for op in used if "TimmAutoAugment" in op}
+    assert strings == {"rand-m9-mstd0.5-inc1"}
+    for name in timm_autoaugment._RAND_INCREASING_TRANSFORMS:
+        for magnitude in (0, 9, 10):
+            changed = timm_autoaugment.AugmentOp(name, prob=1.0, magnitude=magnitude)(image)
+            assert (changed.size, changed.mode) == (image.size, "RGB"), name
+    settings = [op["RandAugment"] for op in used if "RandAugment" in op]
+    assert settings
+    operator = preprocess.RandAugment(**settings[0])
+    assert all(other == settings[0] for other in settings)
+    for name, function in operator.func.items():
+        assert function(image, operator.level_map[name]).size == image.size, name
+
+
 @pytest.mark.parametrize("path", [p for p in PATHS if documented_overrides(p)])
 def test_documented_overrides_name_keys_of_the_file(path):
     """PaddleClas takes an unknown key for a new one without a word."""

@@ -17,6 +17,7 @@ def apply() -> list[str]:
         (_expects_one_element, _mend_metrics),
         (_meter_keeps_tensors, _mend_meter),
         (_auto_augment_uses_np_int, _mend_auto_augment),
+        (_posterize_needs_a_bit, _mend_posterize),
         (_mixup_uses_np_bool, _mend_mixup),
         (_no_device_id_on_cpu, _mend_device_id),
     ):
@@ -99,6 +100,31 @@ def _mend_auto_augment() -> None:
     from ppcls.data.preprocess.ops import autoaugment
 
     autoaugment.np = _OldNumpy()
+
+
+def _posterize_needs_a_bit() -> bool:
+    """An image that keeps no bit of its colours was black; newer Pillows raise, and the data set skips the image."""
+    from PIL import Image, ImageOps
+
+    try:
+        ImageOps.posterize(Image.new("RGB", (1, 1)), 0)
+    except ValueError:
+        return True
+    return False
+
+
+def _mend_posterize() -> None:
+    from PIL import Image
+    from ppcls.data.preprocess.ops import timm_autoaugment
+
+    posterize = timm_autoaugment.posterize
+
+    def mended(img: Image.Image, bits_to_keep: int, **options: Any) -> Image.Image:
+        return Image.new(img.mode, img.size) if bits_to_keep < 1 else posterize(img, bits_to_keep, **options)
+
+    for name, function in timm_autoaugment.NAME_TO_OP.items():
+        if function is posterize:
+            timm_autoaugment.NAME_TO_OP[name] = mended
 
 
 def _mixup_uses_np_bool() -> bool:
