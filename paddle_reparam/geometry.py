@@ -29,6 +29,11 @@ def read_bn_affine(bn: nn.Layer) -> tuple[np.ndarray, np.ndarray]:
     return kernels.bn_affine(weight, bias, mean, variance, bn._epsilon)
 
 
+def fold_into(conv: nn.Conv2D, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (kernel, bias) in float64 of a convolution followed by scale * y + shift per channel."""
+    return kernels.fold_affine(to_float64(conv.weight), to_float64(conv.bias), scale, shift)
+
+
 def affine_of_layer_norm(norm: nn.LayerNorm) -> tuple[np.ndarray, np.ndarray]:
     """Return (scale, shift), each `[channels]` in float64, that an `nn.LayerNorm` over one axis ends with."""
     size = norm._normalized_shape[-1]

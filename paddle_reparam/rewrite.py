@@ -14,7 +14,7 @@ from paddle import nn
 
 from . import kernels, sparsity
 from .errors import ReparamError, UnsupportedConv
-from .geometry import BATCH_NORMS, ConvGeometry, affine_of_layer_norm, read_bn_affine
+from .geometry import BATCH_NORMS, ConvGeometry, affine_of_layer_norm, fold_into, read_bn_affine
 from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from .registry import get_layer
 from .report import Report, format_table
@@ -294,7 +294,7 @@ def _fold_batch_norms(model: nn.Layer, report: RewriteReport, inputs: list[Any])
             if isinstance(producer, InferenceForm):
                 producer.absorb_affine(scale, shift)
             else:
-                kernel, bias = kernels.fold_affine(to_float64(producer.weight), to_float64(producer.bias), scale, shift)
+                kernel, bias = fold_into(producer, scale, shift)
                 new_layers[id(producer)] = ConvGeometry.of(producer).make_conv(kernel, bias)
         except ReparamError as reason:
             report.skipped.append((path, str(reason)))

@@ -18,12 +18,11 @@ from paddle import nn
 from .. import kernels
 from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry, as_pair, read_bn_affine
+from ..initializers import init_fan_out_normal, init_uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import ReparamLayer
 from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, at_centre, pooled
-from .replknet import init_uniform_fan_in
-from .spconv import init_fan_out_normal
 
 INITS = ("random", "zero")
 

@@ -11,9 +11,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .. import kernels
 from ..errors import UnsupportedConv
-from ..geometry import ConvGeometry
+from ..geometry import ConvGeometry, fold_into
 from ..tensors import assign, to_float64
 from .base import InferenceForm
 
@@ -115,10 +114,9 @@ class DCDConv2DFused(InferenceForm):
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel: the rows of `conv` and p take the scale."""
-        kernel, bias = to_float64(self.conv.weight), to_float64(self.conv.bias)
-        rows = np.concatenate([scale, np.ones(len(kernel) - len(scale))])
-        kernel, bias = kernels.fold_affine(kernel, bias, rows, np.zeros_like(rows))
-        p_kernel, p_bias = kernels.fold_affine(to_float64(self.p.weight), to_float64(self.p.bias), scale, shift)
+        rows = np.concatenate([scale, np.ones(self.conv.weight.shape[0] - len(scale))])
+        kernel, bias = fold_into(self.conv, rows, np.zeros_like(rows))
+        p_kernel, p_bias = fold_into(self.p, scale, shift)
         assign(self.conv.weight, kernel)
         if self.conv.bias is not None:
             assign(self.conv.bias, bias)

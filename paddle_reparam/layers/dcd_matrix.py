@@ -15,13 +15,12 @@ from paddle import nn
 
 from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry, as_pair
+from ..initializers import init_fan_out_normal, init_uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
 from .dcd import INITS, check_choice, check_positive, copy_conv, make_convs, refuse_without_centre
 from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, mixed, pooled
-from .replknet import init_uniform_fan_in
-from .spconv import init_fan_out_normal
 
 
 def latent_dimension_of(channels: int) -> int:

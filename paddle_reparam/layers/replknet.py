@@ -12,7 +12,8 @@ from paddle import nn
 
 from .. import kernels
 from ..errors import ReparamError, UnsupportedConv
-from ..geometry import ConvGeometry, as_pair, read_bn_affine
+from ..geometry import ConvGeometry, as_pair, fold_into, read_bn_affine
+from ..initializers import uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import ReparamLayer
@@ -134,21 +135,6 @@ class ReparamLargeKernelConv2D(ReparamLayer):
         return ConvGeometry.of(self.lkb_origin.conv).make_conv(kernel, bias)
 
 
-def init_uniform_fan_in(layer: nn.Conv2D | nn.Linear) -> None:
-    """Draw weight and bias of a layer as `uniform_fan_in` says."""
-    weight = layer.weight
-    start = uniform_fan_in(weight.shape[0] if isinstance(layer, nn.Linear) else math.prod(weight.shape[1:]))
-    for parameter in (weight, layer.bias):
-        if parameter is not None:
-            start(parameter)
-
-
-def uniform_fan_in(inputs: int) -> nn.initializer.Initializer:
-    """Return how the published weights and biases start: uniformly within 1 / sqrt(inputs of one output)."""
-    bound = 1.0 / math.sqrt(inputs)
-    return nn.initializer.Uniform(-bound, bound)
-
-
 def conv_bn(
     channels: int,
     kernel_size: int | tuple[int, int],
@@ -170,4 +156,4 @@ def fold_conv_bn(branch: nn.Sequential) -> tuple[np.ndarray, np.ndarray]:
     kernel = to_float64(branch.conv.weight)
     if "bn" not in branch._sub_layers:
         return kernel, np.zeros(len(kernel))
-    return kernels.fold_affine(kernel, None, *read_bn_affine(branch.bn))
+    return fold_into(branch.conv, *read_bn_affine(branch.bn))

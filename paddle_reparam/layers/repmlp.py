@@ -15,7 +15,7 @@ from paddle import nn
 
 from .. import kernels
 from ..errors import ReparamError, UnsupportedConv
-from ..geometry import ConvGeometry, read_bn_affine
+from ..geometry import ConvGeometry, fold_into, read_bn_affine
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
@@ -217,10 +217,10 @@ class RepMLP(ReparamLayer):
         if self.fc3_is_conv:
             branches.append((self.fc3, self.fc3_bn))
         else:
-            fc3_weight, bias = _fold(self.fc3, self.fc3_bn)
+            fc3_weight, bias = fold_into(self.fc3, *read_bn_affine(self.fc3_bn))
             weight = fc3_weight.reshape(shape)
         if branches:
-            folded = [_fold(conv, bn) for conv, bn in branches]
+            folded = [fold_into(conv, *read_bn_affine(bn)) for conv, bn in branches]
             kernel = kernels.sum_kernels([kernel for kernel, _ in folded])
             weight = weight + kernels.conv_as_linear(kernel, *self.partition)
             bias = bias + np.repeat(sum(bias for _, bias in folded), area)
@@ -265,10 +265,6 @@ def _spread(values: paddle.Tensor, shape: Sequence[int]) -> paddle.Tensor:
     """Return a value for each pixel of maps of `shape`, `[N, C * rows * columns]`, as `[N, rows, columns, C, 1, 1]`."""
     _, channels, rows, columns = shape
     return values.reshape([-1, channels, rows, columns, 1, 1]).transpose([0, 2, 3, 1, 4, 5])
-
-
-def _fold(conv: nn.Conv2D, bn: nn.Layer) -> tuple[np.ndarray, np.ndarray]:
-    return kernels.fold_affine(to_float64(conv.weight), None, *read_bn_affine(bn))
 
 
 def _behind(bn: nn.BatchNorm2D, linear: nn.Linear) -> nn.Linear:

@@ -13,7 +13,8 @@ from paddle import nn
 
 from .. import kernels
 from ..errors import UnsupportedConv
-from ..geometry import ConvGeometry, read_bn_affine
+from ..geometry import ConvGeometry, fold_into, read_bn_affine
+from ..initializers import uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
@@ -175,7 +176,7 @@ class RepMLPBlock(ReparamLayer):
         scale, bias = read_bn_affine(self.fc3_bn)
         weight = to_float64(self.fc3.weight).reshape([sets, h * w, h * w]) * scale[:, None, None]
         branches = [self._sub_layers[name] for name in self.conv_names]
-        folded = [kernels.fold_affine(to_float64(b.conv.weight), None, *read_bn_affine(b.bn)) for b in branches]
+        folded = [fold_into(branch.conv, *read_bn_affine(branch.bn)) for branch in branches]
         if folded:
             kernel = kernels.sum_kernels([kernel for kernel, _ in folded])
             weight += kernels.conv_as_linear(kernel, h, w).reshape(weight.shape)
@@ -238,15 +239,10 @@ def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int) 
     return nn.Sequential(("conv", conv), ("bn", nn.BatchNorm2D(out_channels)))
 
 
-def fan_in_uniform(fan_in: int) -> nn.initializer.Uniform:
-    """Return the initializer of the published networks: uniform within 1 / sqrt(fan_in)."""
-    return nn.initializer.Uniform(-(fan_in**-0.5), fan_in**-0.5)
-
-
 def _conv(
     in_channels: int, out_channels: int, kernel_size: int, groups: int = 1, bias: bool = False, **options: int
 ) -> nn.Conv2D:
-    init = fan_in_uniform(in_channels // groups * kernel_size**2)
+    init = uniform_fan_in(in_channels // groups * kernel_size**2)
     return nn.Conv2D(
         in_channels, out_channels, kernel_size, groups=groups, weight_attr=init, bias_attr=init if bias else False,
         **options,

@@ -12,7 +12,7 @@ from paddle import nn
 
 from .. import kernels
 from ..errors import ReparamError, UnsupportedConv
-from ..geometry import ConvGeometry
+from ..geometry import ConvGeometry, fold_into
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
@@ -40,8 +40,8 @@ class DecomposedLargeKernelConv2DFused(InferenceForm):
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel."""
-        tall, bias = kernels.fold_affine(to_float64(self.tall.weight), to_float64(self.tall.bias), scale, shift)
-        wide, _ = kernels.fold_affine(to_float64(self.wide.weight), None, scale, np.zeros_like(shift))
+        tall, bias = fold_into(self.tall, scale, shift)
+        wide, _ = fold_into(self.wide, scale, np.zeros_like(shift))
         assign(self.tall.weight, tall)
         assign(self.tall.bias, bias)
         assign(self.wide.weight, wide)

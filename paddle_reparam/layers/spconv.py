@@ -9,9 +9,9 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .. import kernels
 from ..errors import UnsupportedConv
-from ..geometry import ConvGeometry, read_bn_affine
+from ..geometry import ConvGeometry, fold_into, read_bn_affine
+from ..initializers import init_fan_out_normal
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
@@ -58,7 +58,7 @@ class SPConv2DFused(InferenceForm):
         gate_scale = np.where(vanishes, 0.0, gate_scale / np.where(vanishes, 1.0, scale))
         no_shift = np.zeros_like(scale)
         for conv, own_shift in ((self.spatial, shift), (self.pointwise, no_shift), (self.uncertain, -shift)):
-            kernel, bias = _fold(conv, scale, own_shift)
+            kernel, bias = fold_into(conv, scale, own_shift)
             assign(conv.weight, kernel)
             if conv.bias is not None:
                 assign(conv.bias, bias)
@@ -154,21 +154,15 @@ class SPConv2D(ReparamLayer):
         # are equal. Pooling d instead of u3 and u1, adding inside the convolutions and one split instead of two slices
         # (which leave oneDNN's layout) each gained as well.
         scale, shift = read_bn_affine(self.bn1)
-        spatial, bias = _fold(self.gwc, scale, shift)
-        pointwise, more_bias = _fold(self.pwc, scale, np.zeros_like(shift))
+        spatial, bias = fold_into(self.gwc, scale, shift)
+        pointwise, more_bias = fold_into(self.pwc, scale, np.zeros_like(shift))
         scale, shift = read_bn_affine(self.bn2)
-        uncertain, negative_bias = _fold(self.conv1x1, -scale, -shift)
+        uncertain, negative_bias = fold_into(self.conv1x1, -scale, -shift)
         return SPConv2DFused(
             ConvGeometry.of(self.gwc).make_conv(spatial, bias + more_bias),
             ConvGeometry.of(self.pwc).make_conv(pointwise, None),
             ConvGeometry.of(self.conv1x1).make_conv(uncertain, negative_bias),
         )
-
-
-def init_fan_out_normal(conv: nn.Conv2D) -> None:
-    """Draw a convolution's weights from a normal distribution of variance 2 / (out_channels * kernel area)."""
-    out_channels, _, height, width = conv.weight.shape
-    nn.initializer.Normal(0.0, (2.0 / (out_channels * height * width)) ** 0.5)(conv.weight)
 
 
 def _representative_channels(in_channels: int, out_channels: int, ratio: float) -> int:
@@ -195,7 +189,3 @@ def _pooled(x: paddle.Tensor, stride: int) -> paddle.Tensor:
     if rows or columns:
         x = F.pad(x, [0, columns, 0, rows])
     return F.avg_pool2d(x, 2, 2)
-
-
-def _fold(conv: nn.Conv2D, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return kernels.fold_affine(to_float64(conv.weight), to_float64(conv.bias), scale, shift)

@@ -14,7 +14,8 @@ from paddle import nn
 from ..checkpoints import form_of, load_into
 from ..errors import CheckpointError, ReparamError
 from ..geometry import as_pair
-from ..layers.repmlpnet import RepMLPBlock, RepMLPNetUnit, conv_bn, fan_in_uniform
+from ..initializers import uniform_fan_in
+from ..layers.repmlpnet import RepMLPBlock, RepMLPNetUnit, conv_bn
 from ..registry import Published, create_model, register_model
 from ..tensors import to_float64
 from .builders import check_arguments, load_pretrained
@@ -68,7 +69,7 @@ class RepMLPNet(nn.Layer):
         )
         self.embeds = nn.LayerList(_embedding(before, after, 2) for before, after in zip(channels, channels[1:]))
         self.head_norm = nn.BatchNorm2D(channels[-1])
-        init = fan_in_uniform(channels[-1])
+        init = uniform_fan_in(channels[-1])
         self.head = nn.Linear(channels[-1], class_num, weight_attr=init, bias_attr=init)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:

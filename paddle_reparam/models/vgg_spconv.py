@@ -7,7 +7,8 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from ..layers.spconv import SPConv2D, init_fan_out_normal
+from ..initializers import init_fan_out_normal
+from ..layers.spconv import SPConv2D
 from ..registry import register_model
 from .builders import check_arguments, load_pretrained
 from .resnet_spconv import published_at
