@@ -196,7 +196,12 @@ def test_evaluation_and_prediction_see_the_same_images(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_every_key_is_read(path, engine):
     config = raw(path)
-    assert set(config) == SECTIONS
+    assert set(config) - {"Sparsity"} == SECTIONS
+    assert ("Sparsity" in config) == Path(path).name.startswith("SLaK")
+    from paddle_reparam.ppcls import sparse
+
+    settings = sparse.read_section(config)
+    assert settings is None or settings["density"] == 0.6
     assert set(config["Global"]) - {"seed"} == GLOBAL - {"seed"}
     network = network_of(config["Arch"])
     if network is not config["Arch"]:

@@ -23,7 +23,7 @@ from paddle_reparam.registry import create_model, get_model, list_models
 
 EVERY = os.environ.get("EVERY_NETWORK") == "1"
 #: One small network of each family that takes images of this size.
-SMALL = {"ResNet20_SPConv": 32}
+SMALL = {"ResNet20_SPConv": 32, "SLaK_micro": 32, "RepMLPNet_micro": 32, "RepMLP_CIFAR": 32}
 #: Sides of images that most networks take; the others take those of their own size only.
 USUAL = (64, 96)
 

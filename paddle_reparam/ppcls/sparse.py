@@ -29,8 +29,11 @@ DEFAULTS: dict[str, Any] = {
 def read_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the `Sparsity` section with its defaults, or None; raises `ConfigError` for what it cannot mean."""
     section = config.get("Sparsity")
-    if section is None:
+    if section in (None, "null"):
+        # "null" is what an override on the command line makes of YAML's null.
         return None
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"Sparsity is {section!r}; give it as {{density: 0.6, ...}}, or null for none")
     unknown = sorted(set(section) - set(DEFAULTS))
     if unknown:
         raise ConfigError(f"Sparsity has no {', '.join(unknown)}; it takes {', '.join(DEFAULTS)}")
