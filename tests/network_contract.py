@@ -85,10 +85,13 @@ def check_fused_is_the_same_function(model: nn.Layer, shape: Shape, *other_shape
     return fused
 
 
-def check_exports(model: nn.Layer, shape: Shape, folder: Path) -> None:
-    """`jit.load` and the Predictor, with and without oneDNN, compute what the train form does, at two batch sizes."""
+def check_exports(model: nn.Layer, shape: Shape, folder: Path, forms: tuple[bool, ...] = (False, True)) -> None:
+    """`jit.load` and the Predictor, with and without oneDNN, compute what the train form does, at two batch sizes.
+
+    `forms`: whether the network is fused for one size.
+    """
     settle_batch_norms(model, shape)
-    for fixed_size in (False, True):
+    for fixed_size in forms:
         fused, _ = reparameterize(model, fold_bn=True, input_spec=[shape], fixed_size=fixed_size)
         target = folder / f"fixed_{fixed_size}"
         export_inference(fused, target, [shape])

@@ -65,7 +65,7 @@ class DecomposedLargeKernelConv2DFused(InferenceForm):
     def cross(self) -> nn.Conv2D:
         """Return one plain depthwise convolution with the MxM kernel, a cross of the two, for runtimes that want one.
 
-        Of its M * M taps (2601 of 51x51) only the 2 * M * N of the cross (510) are not zero.
+        Of its M * M taps (2601 of 51x51) only the (2 * M - N) * N of the cross (485) are not zero.
         """
         kernel = kernels.sum_kernels([to_float64(self.tall.weight), to_float64(self.wide.weight)])
         return _same_conv(self.tall, kernel, to_float64(self.tall.bias))
