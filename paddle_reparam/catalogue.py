@@ -17,6 +17,7 @@ from .errors import ReparamError
 from .flops import measure
 from .registry import Published, create_model, get_model, list_models
 from .rewrite import RewriteReport, reparameterize
+from .sparsity import eligible
 
 #: Which layers feed which does not depend on the size of the images, so a network is traced with small ones if it can.
 _SMALL = 64
@@ -49,7 +50,7 @@ def measure_network(name: str, published: Published) -> Row:
     model.eval()
     spec = [[None, 3, published.input_size, published.input_size]]
     train = measure(model, spec)
-    maskable = sum(math.prod(p.shape) for p in model.parameters() if not p.stop_gradient and len(p.shape) in (2, 4))
+    maskable = sum(math.prod(place.parameter.shape) for place in eligible(model)[0])
     fused, report = _fuse(model, published.input_size)
     size = measure(fused, spec)
     return Row(

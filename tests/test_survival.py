@@ -203,6 +203,15 @@ def test_an_image_that_cannot_be_read_ends_the_run(place, config, capsys, worker
     assert "broken.png" in message
 
 
+def test_an_image_that_cannot_be_evaluated_ends_the_run_before_its_metric_is_saved(place, config, capsys):
+    (place.data / "broken.png").write_bytes(b"no image")
+    listed = place.root / "broken_val.txt"
+    listed.write_text((place.data / "val.txt").read_text() + "broken.png 0\n")
+    message = fails(place, config, "broken_val", capsys, f"DataLoader.Eval.dataset.cls_label_path={listed}")
+    assert "an image cannot be read" in message
+    assert saving.newest(place.root / "broken_val") is None
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(place, config, capsys, monkeypatch):
     assert train_as_a_process_of_its_own(place.arguments(config, "full", "Global.epochs=1")) == 0
     before = saving.newest(place.root / "full")

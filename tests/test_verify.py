@@ -87,6 +87,31 @@ def test_rounding_that_the_network_makes_grow_is_allowed_and_a_fault_is_not():
     assert not verify(model, broken, SPEC).passed
 
 
+def test_rounding_inside_that_no_change_of_the_input_shows_is_allowed():
+    class Cancelling(nn.Layer):
+        """What two layers make of a constant cancels but for 1/1000 of it; the input is added behind that."""
+
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 5), nn.Linear(4, 5)
+            self.other.set_state_dict(self.one.state_dict())
+            self.other.weight.set_value(self.one.weight * 0.999)
+            self.register_buffer("constant", paddle.ones([1, 4]))
+
+        def forward(self, x):
+            return self.one(self.constant) - self.other(self.constant) + 1e-3 * x.mean([1, 2, 3]).unsqueeze(1)
+
+    model, rounded, broken = (Cancelling() for _ in range(3))
+    for network, change in ((rounded, 1 + 5e-7), (broken, 1 + 2e-5), (model, 1)):
+        network.set_state_dict(model.state_dict())
+        network.one.weight.set_value(model.one.weight * change)
+        network.eval()
+    report = verify(model, rounded, SPEC)
+    assert report.relative_error > 1e-4
+    assert report.passed
+    assert not verify(model, broken, SPEC).passed
+
+
 def test_what_is_not_finite_is_never_the_same(network):
     model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.ReLU())
     model[0].weight.set_value(model[0].weight * float("nan"))

@@ -55,8 +55,7 @@ class Engine(PaddleClasEngine):
         if self.config["Global"]["eval_during_train"]:
             check_samples(getattr(self, "eval_dataloader", None), class_num, "Eval")
         self.failures = ImageFailures()
-        train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
-        self._plain_train_epoch = train_epoch
+        self._plain_train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
 
     def train(self) -> None:
         """Train, from `Global.checkpoints` where that is set."""
@@ -103,7 +102,11 @@ class Engine(PaddleClasEngine):
             engine.train_loss_func = original
 
     def _states(self, prefix: str, metric_info: dict[str, Any]) -> dict[str, Any]:
-        """Return what a checkpoint keeps beside the weights and the optimizer's state."""
+        """Return what a checkpoint keeps beside the weights and the optimizer's state.
+
+        An image that the evaluation could not read ends the run here, before its metric is kept.
+        """
+        self.failures.raise_first()
         if prefix == "best_model":
             self.best = {key: float(metric_info[key]) for key in ("metric", "epoch")}
         return {**metric_info, "best": self.best, "global_step": self.global_step}

@@ -66,9 +66,11 @@ def start(engine: Any, settings: Mapping[str, Any]) -> SparseTraining:
         )
         logger.info(f"Sparsity:\n{report}")
     steps = len(engine.train_dataloader) * engine.config["Global"]["epochs"] // getattr(engine, "update_freq", 1)
-    [optimizer] = [o for o in engine.optimizer if _holds(o, model)]
+    optimizers = [optimizer for optimizer in engine.optimizer if _holds(optimizer, model)]
+    if len(optimizers) != 1:
+        raise ConfigError(f"Sparsity needs one optimizer for the whole network, and the config has {len(optimizers)}")
     training = SparseTraining(
-        model, optimizer, steps, settings["update_frequency"], settings["prune_rate"], settings["growth"], seed
+        model, optimizers[0], steps, settings["update_frequency"], settings["prune_rate"], settings["growth"], seed
     )
     if getattr(engine, "ema", False):
         _follow(engine.model_ema, model)
