@@ -15,10 +15,13 @@ quickstart: $(VENV)/.ready
 	GLOG_minloglevel=2 $(BIN)/python -W 'ignore:No ccache' tools/quickstart.py
 
 # A file a process: Paddle and PaddleClas keep flags, names and registered classes for as long as a process lives.
+# As many processes as cores, each with one thread, the longest files first; a file's output appears when it has ended.
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 test: lint
-	@failed=; for file in tests/test_*.py; do \
-		echo "$$file"; $(BIN)/python -m pytest -q --no-header -W ignore "$$file" || failed="$$failed $$file"; \
-	done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+	@failed=$$(mktemp); ls -S tests/test_*.py | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I FILE sh -c ' \
+		output=$$($(BIN)/python -m pytest -q --no-header -W ignore FILE 2>&1); code=$$?; \
+		printf "%s\n%s\n" FILE "$$output"; test $$code -eq 0 || { echo FILE >> '$$failed'; exit 1; }' \
+		|| { echo "failed:" $$(cat $$failed); exit 1; }
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

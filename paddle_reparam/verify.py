@@ -284,3 +284,25 @@ def first_difference(
         if not errors[path] <= _allowed(tolerance, growth[path]):
             return path, len(compared)
     return None, len(compared)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Untrained networks
+
+
+def settle_batch_norms(model: nn.Layer, input_spec: InputSpec, batch: int = 4) -> None:
+    """Give every BN the statistics of one batch of noise, and leave the model in eval mode.
+
+    With those that an untrained network starts with, the features of a deep one may vanish, or grow beyond all numbers
+    (those of a dynamic convolution are squares of its input).
+    """
+    norms = [layer for _, layer in walk(model) if isinstance(layer, BATCH_NORMS)]
+    momenta = [norm._momentum for norm in norms]
+    for norm in norms:
+        norm._momentum = 0.0
+    model.train()
+    with paddle.no_grad():
+        model(*sample_inputs(input_spec, batch, seed=3, like=model))
+    for norm, momentum in zip(norms, momenta):
+        norm._momentum = momentum
+    model.eval()

@@ -12,10 +12,9 @@ from paddle import nn
 
 from paddle_reparam.export import check_export, export_inference
 from paddle_reparam.flops import measure
-from paddle_reparam.geometry import BATCH_NORMS
 from paddle_reparam.rewrite import reparameterize
 from paddle_reparam.tracing import sample_inputs
-from paddle_reparam.verify import verify
+from paddle_reparam.verify import settle_batch_norms, verify
 
 Shape = list
 
@@ -54,28 +53,15 @@ def check_one_step_changes_every_parameter(model: nn.Layer, shape: Shape, batch:
     assert not same, f"unchanged after one step: {same}"
 
 
-def settle_batch_norms(model: nn.Layer, shape: Shape, batch: int = 8) -> None:
-    """Give every batch norm weights of its own and the statistics of one batch; leave the model in eval mode.
-
-    With other statistics the features of a deep network may vanish, or grow beyond all numbers: those of a dynamic
-    convolution are squares of its input.
-    """
+def randomise_and_settle(model: nn.Layer, shape: Shape) -> None:
+    """Give every batch norm weights of its own and the statistics of one batch; leave the model in eval mode."""
     randomise_batch_norms(model)
-    norms = [layer for layer in model.sublayers() if isinstance(layer, BATCH_NORMS)]
-    momenta = [norm._momentum for norm in norms]
-    for norm in norms:
-        norm._momentum = 0.0
-    model.train()
-    with paddle.no_grad():
-        model(*sample_inputs([shape], batch, seed=3, like=model))
-    for norm, momentum in zip(norms, momenta):
-        norm._momentum = momentum
-    model.eval()
+    settle_batch_norms(model, [shape], batch=8)
 
 
 def check_fused_is_the_same_function(model: nn.Layer, shape: Shape, *other_shapes: Shape) -> nn.Layer:
     """The fused network computes the same, also at other sizes, and for its own size alone; return it."""
-    settle_batch_norms(model, shape)
+    randomise_and_settle(model, shape)
     fused, report = reparameterize(model, fold_bn=True, input_spec=[shape])
     assert "layers in train form" not in report.left_over
     for spec in ([shape], *([other] for other in other_shapes)):
@@ -90,7 +76,7 @@ def check_exports(model: nn.Layer, shape: Shape, folder: Path, forms: tuple[bool
 
     `forms`: whether the network is fused for one size.
     """
-    settle_batch_norms(model, shape)
+    randomise_and_settle(model, shape)
     for fixed_size in forms:
         fused, _ = reparameterize(model, fold_bn=True, input_spec=[shape], fixed_size=fixed_size)
         target = folder / f"fixed_{fixed_size}"

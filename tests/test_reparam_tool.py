@@ -22,6 +22,7 @@ from paddle_reparam.errors import ReparamError
 from paddle_reparam.export import WEIGHTS_SUFFIX, InferenceModel, OutputSpec, program_file
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.rewrite import replace
+from paddle_reparam.verify import settle_batch_norms
 
 # The package has a function of the same name.
 release = importlib.import_module("paddle_reparam.release")
@@ -398,23 +399,9 @@ def project(tmp_path_factory):
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     paddle.seed(0)
     net = build_train_form(json.loads(json.dumps(CONFIG)))
-    settle_batch_norms(net)
+    settle_batch_norms(net, [[None, 3, 32, 32]], batch=32)
     checkpoints.save(net.state_dict(), folder / "trained.pdparams")
     return folder
-
-
-def settle_batch_norms(net):
-    """Give each BN the statistics of one batch, as training would: so that the output depends on the input."""
-    norms = [layer for layer in net.sublayers() if isinstance(layer, nn.BatchNorm) or hasattr(layer, "_momentum")]
-    momenta = [norm._momentum for norm in norms]
-    for norm in norms:
-        norm._momentum = 0.0
-    net.train()
-    with paddle.no_grad():
-        net(paddle.randn([32, 3, 32, 32]))
-    net.eval()
-    for norm, momentum in zip(norms, momenta):
-        norm._momentum = momentum
 
 
 @contextlib.contextmanager
@@ -497,7 +484,7 @@ def test_paddleclas_own_blocks_are_fused(project, tmp_path, capsys):
     config = {**CONFIG, "Arch": {"name": "RepVGG_A0", "class_num": 10}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     net = build_train_form(config)
-    settle_batch_norms(net)
+    settle_batch_norms(net, [[None, 3, 32, 32]], batch=32)
     checkpoints.save(net.state_dict(), tmp_path / "trained.pdparams")
     assert call(tmp_path, "--output", "dry", "--dry-run") == 0
     printed = capsys.readouterr().out

@@ -1,0 +1,87 @@
+"""Time several functions in one run and in turns, so that all of them meet the same machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from .errors import ReparamError
+
+#: Rounds below which quartiles say nothing.
+FEWEST_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call took: the median, the lower and the upper quartile, of so many rounds."""
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+def alternate(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int = 30,
+    warm_up: int = 3,
+    seconds: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
+    """Call all functions in turns, `warm_up` rounds untimed and then `rounds` rounds timed, and return what each took.
+
+    Every second round goes in the opposite order. Rounds stop early when the timed ones have taken `seconds`, but not
+    before there are five. Raises `ReparamError` for no function and for fewer than five rounds.
+    """
+    if not functions or rounds < FEWEST_ROUNDS:
+        raise ReparamError(
+            f"{len(functions)} functions in {rounds} rounds: give one or more, and {FEWEST_ROUNDS} rounds"
+        )
+    names = list(functions)
+    for _ in range(warm_up):
+        for name in names:
+            functions[name]()
+    took: dict[str, list[float]] = {name: [] for name in names}
+    begin = clock()
+    for number in range(rounds):
+        if number >= FEWEST_ROUNDS and clock() - begin > seconds:
+            break
+        for name in names if number % 2 == 0 else reversed(names):
+            started = clock()
+            functions[name]()
+            took[name].append(clock() - started)
+    return {name: _timing(values) for name, values in took.items()}
+
+
+def _timing(values: list[float]) -> Timing:
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return Timing(float(median), float(low), float(high), len(values))
+
+
+def machine_facts() -> dict[str, Any]:
+    """Return what a timing depends on: the processor, the cores that this process may use, and the versions."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": _processor(),
+        "cores": cores,
+        "python": platform.python_version(),
+        "paddle": paddle.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,59 @@
+"""Timing in turns: who is called how often and in which order, and what is made of it."""
+
+import pytest
+
+from paddle_reparam.errors import ReparamError
+from paddle_reparam.timing import alternate, machine_facts
+
+
+class Clock:
+    """A clock that only the timed functions move."""
+
+    def __init__(self):
+        self.now = 0.0
+        self.calls = []
+
+    def __call__(self):
+        return self.now
+
+    def takes(self, name, durations):
+        durations = iter(durations)
+
+        def call():
+            self.calls.append(name)
+            self.now += next(durations)
+
+        return call
+
+
+def test_medians_and_quartiles_are_those_of_the_timed_rounds():
+    clock = Clock()
+    functions = {"a": clock.takes("a", [100, 1, 2, 3, 4, 5]), "b": clock.takes("b", [100, 10, 10, 10, 10, 10])}
+    timings = alternate(functions, rounds=5, warm_up=1, clock=clock)
+    assert (timings["a"].low, timings["a"].median, timings["a"].high, timings["a"].rounds) == (2, 3, 4, 5)
+    assert (timings["b"].low, timings["b"].median, timings["b"].high) == (10, 10, 10)
+
+
+def test_all_are_called_in_turns_and_every_second_round_backwards():
+    clock = Clock()
+    alternate({n: clock.takes(n, [1] * 6) for n in "ab"}, rounds=5, warm_up=1, clock=clock)
+    assert "".join(clock.calls) == "ab" + "ab" + "ba" + "ab" + "ba" + "ab"
+
+
+def test_rounds_end_with_the_time_but_not_before_five():
+    clock = Clock()
+    assert alternate({"a": clock.takes("a", [1] * 20)}, rounds=20, warm_up=0, seconds=7.5, clock=clock)["a"].rounds == 8
+    clock = Clock()
+    assert alternate({"a": clock.takes("a", [9] * 20)}, rounds=20, warm_up=0, seconds=1, clock=clock)["a"].rounds == 5
+
+
+@pytest.mark.parametrize(("functions", "rounds"), [({}, 30), ({"a": int}, 4)])
+def test_what_says_nothing_is_refused(functions, rounds):
+    with pytest.raises(ReparamError, match="give one or more, and 5 rounds"):
+        alternate(functions, rounds=rounds)
+
+
+def test_the_machine_is_named():
+    facts = machine_facts()
+    assert facts["processor"]
+    assert facts["cores"] >= 1
