@@ -8,6 +8,7 @@ pruned: from then on it is zero after every step, whatever the optimizer adds up
 from __future__ import annotations
 
 import fnmatch
+import functools
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -159,6 +160,8 @@ class MaskReport(Report):
     masked: list[tuple[str, list[int], int]] = field(default_factory=list)
     dense: list[tuple[str, str]] = field(default_factory=list)
     distribution: str = ""
+    #: The rule by which a parameter is eligible.
+    rule: str = ""
     #: Share of the eligible weights that stay.
     density: float = 1.0
 
@@ -166,7 +169,7 @@ class MaskReport(Report):
         rows = [[path, shape, count, f"{count / math.prod(shape):.3f}"] for path, shape, count in self.masked]
         rows += [[path, "", "", f"dense: {why}"] for path, why in self.dense]
         table = format_table(["parameter", "shape", "stays", "density"], rows)
-        return f"{table}\n{self.distribution}: {self.density:.2%} of the eligible weights stay"
+        return f"{table}\n{self.distribution}: {self.density:.2%} of the eligible weights stay; eligible: {self.rule}"
 
 
 def eligible(model: nn.Layer, where: Sequence[str] = ("*",)) -> tuple[list[Place], list[tuple[str, str]]]:
@@ -203,15 +206,16 @@ def masked_places(model: nn.Layer) -> list[Place]:
 
 
 def gradient_scores(model: nn.Layer, loss: paddle.Tensor, places: Sequence[Place]) -> list[Array]:
-    """Return |w * dL/dw| for each place; averaged over all processes before anyone decides by them."""
+    """Return |w * dL/dw| for each place, of the gradient over the images of all processes."""
     gradients = paddle.grad(loss, [place.parameter for place in places], allow_unused=True)
     scores = []
     for place, gradient in zip(places, gradients):
         score = paddle.zeros_like(place.parameter) if gradient is None else gradient
-        score = (score * place.parameter).abs().astype("float32").detach()
+        score = (score * place.parameter).astype("float32").detach()
         if paddle.distributed.get_world_size() > 1:
+            # A sum, not a mean: only the order of the scores counts.
             paddle.distributed.all_reduce(score)
-        scores.append(score.numpy())
+        scores.append(np.abs(score.numpy()))
     if not any(score.any() for score in scores):
         raise ReparamError("every SNIP score is zero: the loss does not depend on any eligible weight")
     return scores
@@ -254,7 +258,8 @@ def add_masks(
             densities = rules[distribution](shapes, density)
         counts = exact_counts(densities, sizes, density)
         masks = [draw_mask(s, n, np.random.default_rng([seed, i])) for i, (s, n) in enumerate(zip(shapes, counts))]
-    report = MaskReport(dense=others, distribution=distribution)
+    rule = f"trainable parameters with 2 or 4 axes that match {' or '.join(where)}"
+    report = MaskReport(dense=others, distribution=distribution, rule=rule)
     for place, shape, mask in zip(places, shapes, masks):
         if mask.all():
             report.dense.append((place.path, "every weight stays"))
@@ -305,6 +310,9 @@ def drop_buffers(model: nn.Layer, names: Sequence[str]) -> None:
 
 def _masked(tensor: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:
     # Not a product: that would let a NaN or infinity of a hidden position through.
+    if tensor.place.is_cpu_place() and tensor.dtype in (paddle.float16, paddle.bfloat16):
+        # A CPU selects no numbers of 16 bits.
+        return _masked(tensor.astype("float32"), mask).astype(tensor.dtype)
     return paddle.where(mask, tensor, paddle.zeros_like(tensor))
 
 
@@ -329,8 +337,9 @@ class SparseTraining:
 
     Every `update_frequency` steps until `total_steps`, `prune_and_grow` goes over all masks, at the rate that
     `prune_rate` gives. Growth is "random" or "gradient". What is drawn depends on `seed` and the step alone, so a
-    resumed run goes on as the uninterrupted one would, and several processes need to exchange nothing; at each update
-    they compare a hash of their masks, and `ReparamError` stops the run where it differs.
+    resumed run goes on as the uninterrupted one would, and several processes need to exchange nothing; at the start and
+    at each update they compare a hash of their masks, and `ReparamError` stops all of them where it differs. A step
+    that a gradient scaler skips, since a gradient overflowed, is none.
     """
 
     def __init__(
@@ -354,12 +363,13 @@ class SparseTraining:
         #: Share of the active weights that the last update exchanged.
         self.last_rate = 0.0
         self._steps = int(model._buffers[STEP].item())
-        self._scores: dict[str, paddle.Tensor] = {}
-        self._hooks = [place.parameter.register_hook(self._mask_gradient(place)) for place in self.places]
-        self._plain_step = optimizer.step
-        optimizer.step = self._step
+        # A gradient scaler calls either of the two.
+        self._plain = {name: getattr(optimizer, name) for name in ("step", "minimize")}
+        for name, plain in self._plain.items():
+            setattr(optimizer, name, self._follow(plain))
         for place in self.places:
             self._clear(place, place.read_mask())
+        self._compare_processes()
 
     @property
     def step(self) -> int:
@@ -367,62 +377,62 @@ class SparseTraining:
         return self._steps
 
     def close(self) -> None:
-        """Give the optimizer and the parameters back as they were, without hooks."""
-        self.optimizer.step = self._plain_step
-        for hook in self._hooks:
-            hook.remove()
+        """Give the optimizer back as it was."""
+        for name, plain in self._plain.items():
+            setattr(self.optimizer, name, plain)
 
-    def _updates_next(self) -> bool:
-        upcoming = self.step + 1
-        return upcoming % self.update_frequency == 0 and upcoming < self.total_steps
+    def _follow(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plain)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            upcoming = self.step + 1
+            updates = upcoming % self.update_frequency == 0 and upcoming < self.total_steps
+            dense = self._dense_gradients() if updates and self.growth == "gradient" else None
+            self._mask_gradients()
+            result = plain(*args, **kwargs)
+            if not self._inner._get_auxiliary_var("found_inf"):
+                self._steps = upcoming
+                counter = self.model._buffers[STEP]
+                counter.set_value(paddle.to_tensor([upcoming]).astype(counter.dtype))
+                if updates:
+                    self.update_masks(dense)
+            return result
 
-    def _mask_gradient(self, place: Place) -> Callable[[paddle.Tensor], paddle.Tensor]:
-        def hook(gradient: paddle.Tensor) -> paddle.Tensor:
-            if self.growth == "gradient" and self._updates_next():
-                # Gradients of several backward passes add up.
-                seen = gradient.detach().astype("float32")
-                self._scores[place.path] = self._scores[place.path] + seen if place.path in self._scores else seen
-            return _masked(gradient, place.mask.astype("bool"))
+        return run
 
-        return hook
+    @property
+    def _inner(self) -> Any:
+        return getattr(self.optimizer, "_inner_opt", self.optimizer)
 
-    def _step(self, *args: Any, **kwargs: Any) -> Any:
-        result = self._plain_step(*args, **kwargs)
-        updates = self._updates_next()
-        self._steps += 1
-        self.model._buffers[STEP].set_value(paddle.to_tensor([self._steps], "int64"))
-        if updates:
-            self.update_masks()
-        return result
+    def _dense_gradients(self) -> list[Array]:
+        """Return the magnitude of each gradient as if nothing were hidden; data parallel ones are of all processes."""
+        for place in self.places:
+            if place.parameter.grad is None:
+                raise ReparamError(f"{place.path} got no gradient in the step before its mask was to grow by it")
+        return [np.abs(place.parameter.grad.astype("float32").numpy()) for place in self.places]
 
-    def update_masks(self) -> None:
-        """Prune and grow every mask once."""
+    @paddle.no_grad()
+    def _mask_gradients(self) -> None:
+        for place in self.places:
+            gradient = place.parameter.grad
+            if gradient is not None:
+                paddle.assign(_masked(gradient, place.mask.astype("bool")), gradient)
+
+    def update_masks(self, dense: Sequence[Array] | None = None) -> None:
+        """Prune and grow every mask once: at random, or where the magnitudes of the `dense` gradients are highest."""
         self.last_rate = prune_rate(self.step, self.total_steps, self.first_prune_rate)
         for i, place in enumerate(self.places):
-            scores = None if self.growth == "random" else self._dense_gradient(place)
             weight = place.parameter.detach().astype("float32").numpy()
             generator = np.random.default_rng([self.seed, self.step, i])
-            mask, stays = prune_and_grow(weight, place.read_mask(), self.last_rate, generator, scores)
+            mask, stays = prune_and_grow(weight, place.read_mask(), self.last_rate, generator, dense and dense[i])
             place.mask.set_value(paddle.to_tensor(mask).astype(place.mask.dtype))
             self._clear(place, stays)
-        self._scores.clear()
         self._compare_processes()
-
-    def _dense_gradient(self, place: Place) -> Array:
-        """Return the magnitude of the gradient as if nothing were hidden, over the images of all processes."""
-        if place.path not in self._scores:
-            raise ReparamError(f"{place.path} got no gradient in the step before its mask was to grow by it")
-        gradient = self._scores[place.path]
-        if paddle.distributed.get_world_size() > 1:
-            paddle.distributed.all_reduce(gradient)
-        return np.abs(gradient.numpy())
 
     def _clear(self, place: Place, keep: Array) -> None:
         """Zero the weight, its master copy and its moments where `keep` is not set."""
-        optimizer = getattr(self.optimizer, "_inner_opt", self.optimizer)
         name, shape = place.parameter.name, list(place.parameter.shape)
-        tensors = [place.parameter, getattr(optimizer, "_master_weights", {}).get(name)]
-        tensors += [by_name.get(name) for by_name in getattr(optimizer, "_accumulators", {}).values()]
+        tensors = [place.parameter, getattr(self._inner, "_master_weights", {}).get(name)]
+        tensors += [by_name.get(name) for by_name in getattr(self._inner, "_accumulators", {}).values()]
         for tensor in tensors:
             if tensor is not None and list(tensor.shape) == shape:
                 _keep_only(tensor, keep)

@@ -9,9 +9,13 @@ import paddle
 import pytest
 from paddle import nn
 
-from paddle_reparam import sparsity
+from paddle_reparam import (
+    models,  # noqa: F401 - registers them
+    sparsity,
+)
 from paddle_reparam.checkpoints import load_into, save
 from paddle_reparam.errors import ReparamError
+from paddle_reparam.registry import create_model
 from paddle_reparam.sparsity import SparseTraining, add_masks, exact_counts, masked_places, prune_and_grow
 
 SHAPES = [[16, 3, 3, 3], [32, 16, 1, 1], [16, 1, 7, 5], [10, 32]]
@@ -142,6 +146,7 @@ def test_masks_have_exactly_the_density(distribution):
     assert report.density == pytest.approx(0.6, abs=1e-3)
     assert {path for path, _ in report.dense} >= {"0.bias", "1.weight", "1.bias", "7.bias"}
     assert f"{distribution}: 60" in str(report)
+    assert "eligible: trainable parameters with 2 or 4 axes that match *" in str(report)
     assert sum(counts(model).values()) == sum(count for _, _, count in report.masked)
 
 
@@ -190,22 +195,107 @@ def test_nothing_moves_after_the_last_step():
     assert sparsity.masks_digest(model) == digest
 
 
-def test_mixed_precision_keeps_what_is_hidden_at_zero():
+@pytest.mark.parametrize("call", ["step", "minimize"])
+@pytest.mark.parametrize("level", ["O1", "O2"])
+def test_mixed_precision_keeps_what_is_hidden_at_zero(level, call):
+    """A CPU computes all of it in float32, whatever the level; what is called is the same."""
     model = net()
     add_masks(model, 0.5)
     optimizer = OPTIMIZERS["momentum"](model.parameters())
-    SparseTraining(model, optimizer, 40, update_frequency=2, first_prune_rate=0.5)
+    model, optimizer = paddle.amp.decorate(model, optimizer, level=level, dtype="float16")
+    training = SparseTraining(model, optimizer, 40, update_frequency=2, first_prune_rate=0.5)
     scaler = paddle.amp.GradScaler(init_loss_scaling=1024.0)
-    before = counts(model)
+    before, digests = counts(model), set()
     for step in range(6):
-        with paddle.amp.auto_cast(level="O1", dtype="bfloat16"):
-            loss = loss_of(model, step)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        with paddle.amp.auto_cast(level=level, dtype="float16"):
+            scaled = scaler.scale(loss_of(model, step))
+        scaled.backward()
+        if call == "step":
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            scaler.minimize(optimizer, scaled)
         optimizer.clear_grad()
         assert counts(model) == before
         assert_hidden_is_zero(model, optimizer)
+        digests.add(sparsity.masks_digest(model))
+    assert training.step == 6
+    assert len(digests) == 4
+
+
+def test_master_weights_of_sixteen_bits_are_cleared():
+    """Of what trains weights of 16 bits, this is what a CPU can do."""
+    layer = nn.Linear(32, 16)
+    layer.to(dtype="bfloat16")
+    add_masks(layer, 0.5)
+    optimizer = paddle.optimizer.SGD(0.1, layer.parameters(), multi_precision=True)
+    SparseTraining(layer, optimizer, 40, update_frequency=2, first_prune_rate=0.5, growth="gradient")
+    [place] = masked_places(layer)
+    generator = np.random.default_rng(0)
+    for _ in range(5):
+        for parameter in layer.parameters():
+            parameter.grad = paddle.to_tensor(generator.standard_normal(parameter.shape)).astype("bfloat16")
+        optimizer.step()
+        optimizer.clear_grad()
+        hidden = ~place.read_mask()
+        assert hidden.sum() == 256
+        assert not place.parameter.astype("float32").numpy()[hidden].any()
+        master = optimizer._master_weights[place.parameter.name]
+        assert master.dtype == paddle.float32
+        assert not master.numpy()[hidden].any()
+        assert master.numpy()[~hidden].any()
+
+
+def test_a_step_that_overflowed_is_none():
+    """A gradient scaler still calls the optimizer then, which sees the sign and leaves everything as it is."""
+    model = net()
+    add_masks(model, 0.5)
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    training = SparseTraining(model, optimizer, 40, update_frequency=2, first_prune_rate=0.5, growth="gradient")
+    train(model, optimizer, 1)
+    before = {name: value.numpy() for name, value in model.state_dict().items() if "_mean" not in name}
+    digest = sparsity.masks_digest(model)
+    (loss_of(model, 1) * math.inf).backward()
+    optimizer._set_auxiliary_var("found_inf", paddle.to_tensor([True]))
+    optimizer.step()
+    optimizer.clear_grad()
+    assert (training.step, sparsity.masks_digest(model)) == (1, digest)
+    for place in masked_places(model):
+        np.testing.assert_array_equal(place.parameter.numpy(), before[place.path])
+    optimizer._set_auxiliary_var("found_inf", paddle.to_tensor([False]))
+    train(model, optimizer, 1, 1)
+    assert training.step == 2
+    assert sparsity.masks_digest(model) != digest
+    assert_hidden_is_zero(model, optimizer)
+
+
+def test_gradients_of_several_backward_passes_decide_together():
+    grown = []
+    for parts in (1, 2):
+        model = nn.Linear(8, 4)
+        model.weight.set_value(paddle.arange(32, dtype="float32").reshape([8, 4]) + 1)
+        add_masks(model, 0.5)
+        optimizer = paddle.optimizer.SGD(0.0, model.parameters())
+        SparseTraining(model, optimizer, 40, update_frequency=1, first_prune_rate=0.5, growth="gradient")
+        images = paddle.to_tensor(np.random.default_rng(0).standard_normal([6, 8]), "float32")
+        for part in paddle.split(images, parts):
+            model(part).square().sum().backward()
+        optimizer.step()
+        grown.append(sparsity.masks_digest(model))
+    assert grown[0] == grown[1]
+
+
+def test_slak_t_has_as_many_weights_as_published():
+    """The 30 million of the paper are those that are not zero: 30.47 with 40 % zeros, of 50.70."""
+    model = create_model("SLaK_tiny")
+    places, _ = sparsity.eligible(model)
+    shapes = [list(place.parameter.shape) for place in places]
+    sizes = [math.prod(shape) for shape in shapes]
+    # Paddle counts a BN's mean and variance among the parameters.
+    everything = sum(parameter.size for parameter in model.parameters() if not parameter.stop_gradient)
+    for rule in (sparsity.uniform_densities, sparsity.erk_densities):
+        hidden = sum(sizes) - sum(exact_counts(rule(shapes, 0.6), sizes, 0.6))
+        assert everything - hidden == pytest.approx(30.47e6, rel=1e-3)
 
 
 @pytest.mark.parametrize("growth", ["random", "gradient"])

@@ -11,13 +11,16 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
-from test_train_tools import PLAIN, Place, config_of, train_as_a_process_of_its_own
+import yaml
+from test_train_tools import IN_A_CHECKOUT, PLAIN, Place, config_of, train_as_a_process_of_its_own
 
 from paddle_reparam import checkpoints, sparsity
+from paddle_reparam.datasets import write_digits
 from paddle_reparam.ppcls import saving
 
 EPOCHS = 4
 SPARSITY = {"density": 0.6, "distribution": "snip", "update_frequency": 3, "prune_rate": 0.5}
+ROOT = Path(__file__).resolve().parents[1]
 #: Trains, and kills itself with SIGKILL: at the given training step, or when the given file of a set is put in place.
 KILLED = """
 import os, signal, sys
@@ -65,8 +68,34 @@ def config(place):
 
 @pytest.fixture(scope="module")
 def uninterrupted(place, config):
-    assert train_as_a_process_of_its_own(place.arguments(config, "uninterrupted")) == 0
-    return checkpoints.load(f"{place.saved('uninterrupted')}.pdparams")
+    return train_whole(place, config, "uninterrupted")
+
+
+@pytest.fixture(scope="module")
+def slak(place):
+    """The library's own config, on eight of the digits; an epoch has two steps, and every other step is an update."""
+    digits = place.root / "digits"
+    write_digits(digits)
+    sections = yaml.safe_load((ROOT / "ppcls_configs" / "digits" / "slak" / "SLaK_micro.yaml").read_text())
+    for split, name, count in (("Train", "train_list.txt", 8), ("Eval", "val_list.txt", 5)):
+        lines = (digits / name).read_text().splitlines(keepends=True)
+        (digits / name).write_text("".join(lines[:: len(lines) // count][:count]))
+        dataset = sections["DataLoader"][split]["dataset"]
+        dataset.update(image_root=str(digits), cls_label_path=str(digits / name))
+        sections["DataLoader"][split]["sampler"]["batch_size"] = 4
+    sections["Global"].update(epochs=EPOCHS, save_interval=1)
+    sections["Sparsity"]["update_frequency"] = 2
+    return place.config(sections.pop("Arch"), **sections)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_slak(place, slak):
+    return train_whole(place, slak, "uninterrupted_slak")
+
+
+def train_whole(place, config, run):
+    assert train_as_a_process_of_its_own(place.arguments(config, run)) == 0
+    return checkpoints.load(f"{place.saved(run)}.pdparams")
 
 
 def assert_same(state, expected):
@@ -79,38 +108,99 @@ def masks_of(state):
     return {name: value for name, value in state.items() if name.endswith(sparsity.SUFFIX)}
 
 
-def test_a_sparse_run_has_exactly_its_density(uninterrupted):
-    masks = masks_of(uninterrupted)
-    weights = {n: v for n, v in uninterrupted.items() if v.ndim in (2, 4) and n not in masks}
+def assert_exactly_sparse(state):
+    masks = masks_of(state)
+    weights = {n: v for n, v in state.items() if v.ndim in (2, 4) and n not in masks}
     kept = sum(int(masks.get(f"{name}{sparsity.SUFFIX}", np.ones(w.shape)).sum()) for name, w in weights.items())
     assert kept == round(0.6 * sum(w.size for w in weights.values()))
     for name, mask in masks.items():
-        assert not uninterrupted[name[: -len(sparsity.SUFFIX)]][mask == 0].any()
+        assert not state[name[: -len(sparsity.SUFFIX)]][mask == 0].any()
+
+
+def test_a_sparse_run_has_exactly_its_density(uninterrupted):
+    assert_exactly_sparse(uninterrupted)
     assert uninterrupted[sparsity.STEP].tolist() == [2 * EPOCHS]
 
 
-@pytest.mark.parametrize(
-    ("kind", "count"),
-    [("step", 6), ("link", 1), ("link", 6), ("link", 7), ("save", 5), ("save", 9)],
-)
+def test_a_sparse_slak_has_exactly_its_density_after_every_update(place, uninterrupted_slak):
+    epochs = [
+        checkpoints.load(f"{place.saved('uninterrupted_slak', f'epoch_{i + 1}')}.pdparams") for i in range(EPOCHS)
+    ]
+    for i, state in enumerate(epochs):
+        assert_exactly_sparse(state)
+        assert state[sparsity.STEP].tolist() == [2 * (i + 1)]
+    # The last step is no update: what grew in it would never learn.
+    moved = [any((a[n] != b[n]).any() for n in masks_of(b)) for a, b in zip(epochs, epochs[1:])]
+    assert moved == [True, True, False]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("link", 1), ("link", 6), ("link", 7), ("save", 9)])
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(place, config, uninterrupted, kind, count):
-    run = f"killed_{kind}_{count}"
+    kill_and_go_on(place, config, f"killed_{kind}_{count}", uninterrupted, kind, count)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("step", 6), ("save", 5)])
+def test_a_sparse_slak_goes_on_as_if_it_had_not_been_killed(place, slak, uninterrupted_slak, kind, count):
+    before = kill_and_go_on(place, slak, f"killed_slak_{kind}", uninterrupted_slak, kind, count)
+    if kind == "step":
+        assert before.epoch == 2
+
+
+def kill_and_go_on(place, config, run, uninterrupted, kind, count, *overrides):
+    """Return the newest whole set of a run that killed itself, after it has gone on to the end from there."""
     script = place.root / "killed.py"
     script.write_text(KILLED)
-    root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), kind, str(count), *place.arguments(config, run)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), kind, str(count), *place.arguments(config, run, *overrides)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=place.root)
     assert done.returncode == -signal.SIGKILL, done.stdout[-2000:] + done.stderr[-2000:]
     before = saving.newest(place.root / run)
-    if kind == "step":
-        assert before.epoch == 2
-    arguments = place.arguments(config, run, "Global.checkpoints=auto")
+    arguments = place.arguments(config, run, *overrides, "Global.checkpoints=auto")
     assert train_as_a_process_of_its_own(arguments) == 0
     assert (before is None) == ("goes on from" not in place.log(run))
     assert_same(checkpoints.load(f"{place.saved(run)}.pdparams"), uninterrupted)
     assert not list((place.root / run).rglob("*.partial"))
     assert not list((place.root / run).rglob("*.new"))
+    return before
+
+
+def test_mixed_precision_moves_the_masks_too(place, config):
+    """PaddleClas 2.4 calls the optimizer by another name then."""
+    scaling = ["AMP.level=O1", "AMP.scale_loss=128.0", "AMP.use_dynamic_loss_scaling=True"]
+    assert train_as_a_process_of_its_own(place.arguments(config, "amp", "Sparsity.distribution=erk", *scaling)) == 0
+    state = checkpoints.load(f"{place.saved('amp')}.pdparams")
+    assert_exactly_sparse(state)
+    assert state[sparsity.STEP].tolist() == [2 * EPOCHS]
+
+
+@IN_A_CHECKOUT
+def test_gathered_gradients_are_one_step(place, config):
+    """Five batches, of which two make a step and one is left over in every epoch."""
+    overrides = ["DataLoader.Train.sampler.batch_size=2", "Global.update_freq=2", "Sparsity.distribution=erk"]
+    listed = place.root / "ten.txt"
+    lines = (place.data / "train.txt").read_text().splitlines(keepends=True)
+    listed.write_text("".join([*lines, *lines[:2]]))
+    overrides += [f"DataLoader.Train.dataset.cls_label_path={listed}", "Global.save_interval=1"]
+    overrides.append("Sparsity.update_frequency=2")
+    assert train_as_a_process_of_its_own(place.arguments(config, "gathered", *overrides)) == 0
+    whole = checkpoints.load(f"{place.saved('gathered')}.pdparams")
+    assert whole[sparsity.STEP].tolist() == [2 * EPOCHS]
+    # The last step is known as such: it is no update.
+    assert_same(masks_of(whole), masks_of(checkpoints.load(f"{place.saved('gathered', 'epoch_3')}.pdparams")))
+    assert saving.read_states(f"{place.saved('gathered')}.pdstates")["global_step"] == 4 * EPOCHS
+    before = kill_and_go_on(place, config, "gathered_killed", whole, "step", 10, *overrides)
+    assert (before.epoch, before.step) == (2, 8)
+
+
+@IN_A_CHECKOUT
+def test_a_moving_average_is_sparse_and_goes_on(place, config):
+    overrides = ["EMA.decay=0.5", "Sparsity.distribution=erk"]
+    assert train_as_a_process_of_its_own(place.arguments(config, "ema", *overrides)) == 0
+    average, trained = (checkpoints.load(place.saved("ema") + suffix) for suffix in (".pdparams", ".pdema"))
+    assert_exactly_sparse(average)
+    assert_same(masks_of(average), masks_of(trained))
+    assert any((average[name] != value).any() for name, value in trained.items())
+    kill_and_go_on(place, config, "ema_killed", average, "step", 6, *overrides)
 
 
 def test_the_best_metric_and_the_step_survive(place, config, uninterrupted):

@@ -84,6 +84,9 @@ class Engine(PaddleClasEngine):
         sampler = getattr(engine.train_dataloader, "batch_sampler", None)
         if hasattr(sampler, "set_epoch"):
             sampler.set_epoch(epoch - 1)
+        if not engine.config["Global"].get("iter_per_epoch"):
+            # Newer Engines would begin with the batches that were left over from the epoch before.
+            engine.__dict__.pop("train_dataloader_iter", None)
         if engine.sparsity_settings and not hasattr(engine, "sparse_training"):
             engine.sparse_training = sparse.start(engine, engine.sparsity_settings)
         original = engine.train_loss_func

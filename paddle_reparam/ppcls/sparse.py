@@ -65,7 +65,9 @@ def start(engine: Any, settings: Mapping[str, Any]) -> SparseTraining:
             seed=seed,
         )
         logger.info(f"Sparsity:\n{report}")
-    steps = len(engine.train_dataloader) * engine.config["Global"]["epochs"] // getattr(engine, "update_freq", 1)
+    # Newer Engines can gather the gradients of several batches, and leave out those that do not fill such a group.
+    batches = getattr(engine, "iter_per_epoch", len(engine.train_dataloader))
+    steps = batches // getattr(engine, "update_freq", 1) * engine.config["Global"]["epochs"]
     optimizers = [optimizer for optimizer in engine.optimizer if _holds(optimizer, model)]
     if len(optimizers) != 1:
         raise ConfigError(f"Sparsity needs one optimizer for the whole network, and the config has {len(optimizers)}")
