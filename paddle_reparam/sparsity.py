@@ -298,6 +298,12 @@ def remove_masks(model: nn.Layer) -> None:
     drop_buffers(model, [*names, STEP] if STEP in model._buffers else names)
 
 
+def restart(model: nn.Layer) -> None:
+    """Let a new training begin with the masks of an earlier one: the step counter is 0 again."""
+    counter = model._buffers[STEP]
+    counter.set_value(paddle.zeros_like(counter))
+
+
 def drop_buffers(model: nn.Layer, names: Sequence[str]) -> None:
     """Take buffers away by their names in the state dict."""
     for name in names:

@@ -1,11 +1,9 @@
 """The commands train, eval, infer, export_model and launch, on images of 16 pixels that the tests draw."""
 
-import contextlib
 import json
 import os
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from helpers import relative_error
 from PIL import Image
 
 from paddle_reparam import checkpoints
-from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.ppcls import locate, setup
 
 ppcls = setup()
@@ -382,39 +379,3 @@ def test_the_stock_scripts_run_unchanged(place, baseline, refconv, monkeypatch, 
     fails(capsys, 1, "it lacks 14 refocusing weights", launch, [str(stock / "eval.py"), *arguments])
     given = place.arguments(refconv, "stock", "Arch.backbone.name=MobileNetV9")
     fails(capsys, 2, "did you mean MobileNetV", launch, [str(stock / "train.py"), *given])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Two processes
-
-
-def run_two_processes(place: Place, run: str, *command: str) -> subprocess.CompletedProcess:
-    """Run a command in two processes from another folder; whatever is left of it afterwards is ended."""
-    launcher = [sys.executable, "-m", "paddle.distributed.launch", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
-        [*launcher, "--log_dir", str(place.root / f"{run}_logs"), *command],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place.data, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PADDLE_DISTRI_BACKEND": "gloo"},
-    )  # fmt: skip
-    try:
-        output, _ = process.communicate(timeout=150)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
-        process.wait()
-    return subprocess.CompletedProcess(command, process.returncode, output)
-
-
-def test_two_processes_train_evaluate_and_save_once(place, baseline, refconv):
-    arguments = place.arguments(refconv, "two", f"Global.pretrained_model={baseline}")
-    done = run_two_processes(place, "two", str(TOOLS / "train.py"), *arguments)
-    assert done.returncode == 0, done.stdout[-3000:]
-    log = place.log("two")
-    # Two batches of four for each process alone, one when the eight images are shared.
-    assert "[Train][Epoch 1/1][Iter: 0/1]" in log
-    assert log.count("[Eval][Epoch 1][Avg]") == 1
-    assert log.count("Already save model in") == 3
-    saved = checkpoints.load(place.saved("two") + ".pdparams")
-    model = ppcls.arch.build_model(read_config(refconv))
-    checkpoints.load_into(model, saved)
-    assert isinstance(model.conv.conv, RefConv2D)

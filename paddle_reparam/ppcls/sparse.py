@@ -65,6 +65,9 @@ def start(engine: Any, settings: Mapping[str, Any]) -> SparseTraining:
             seed=seed,
         )
         logger.info(f"Sparsity:\n{report}")
+    elif not engine.config["Global"]["checkpoints"]:
+        # They came with Global.pretrained_model, at the end of its training.
+        sparsity.restart(model)
     # Newer Engines can gather the gradients of several batches, and leave out those that do not fill such a group.
     batches = getattr(engine, "iter_per_epoch", len(engine.train_dataloader))
     steps = batches // getattr(engine, "update_freq", 1) * engine.config["Global"]["epochs"]
