@@ -28,6 +28,7 @@ Array = np.ndarray
 SUFFIX = "_mask"
 #: Buffer of the root layer: how many optimizer steps the masks have seen.
 STEP = "sparsity_step"
+SIXTEEN_BITS = (paddle.float16, paddle.bfloat16)
 #: Prune rate at the end of training, as published.
 LAST_RATE = 0.005
 
@@ -250,6 +251,11 @@ def add_masks(
         if distribution == "snip":
             if loss is None:
                 raise ReparamError("SNIP needs the loss of a batch")
+            if any(place.parameter.dtype in SIXTEEN_BITS for place in places):
+                raise ReparamError(
+                    "SNIP compares gradients that 16 bits are too few for: make the weights float32 (AMP.level: O1), "
+                    "or take another distribution, such as erk"
+                )
             densities = snip_densities(gradient_scores(model, loss(), places), density)
         else:
             rules = {"uniform": uniform_densities, "erk": erk_densities}
@@ -316,7 +322,7 @@ def drop_buffers(model: nn.Layer, names: Sequence[str]) -> None:
 
 def _masked(tensor: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:
     # Not a product: that would let a NaN or infinity of a hidden position through.
-    if tensor.place.is_cpu_place() and tensor.dtype in (paddle.float16, paddle.bfloat16):
+    if tensor.place.is_cpu_place() and tensor.dtype in SIXTEEN_BITS:
         # A CPU selects no numbers of 16 bits.
         return _masked(tensor.astype("float32"), mask).astype(tensor.dtype)
     return paddle.where(mask, tensor, paddle.zeros_like(tensor))

@@ -379,6 +379,29 @@ def test_wrong_wishes_are_refused(options, message):
         add_masks(net(), **options)
 
 
+def test_snip_is_refused_where_gradients_would_be_lost():
+    model = net()
+    model[7].to(dtype="bfloat16")
+    with pytest.raises(ReparamError, match=r"make the weights float32 \(AMP.level: O1\), or take another"):
+        add_masks(model, 0.5, "snip", loss=lambda: loss_of(model))
+
+
+def test_a_new_training_begins_its_schedule_anew():
+    """Masks that came with the weights of a finished training move again."""
+    model = net()
+    add_masks(model, 0.5)
+    optimizer = OPTIMIZERS["momentum"](model.parameters())
+    training = SparseTraining(model, optimizer, total_steps=4, update_frequency=2, first_prune_rate=0.5)
+    train(model, optimizer, 4)
+    training.close()
+    sparsity.restart(model)
+    training = SparseTraining(model, optimizer, total_steps=4, update_frequency=2, first_prune_rate=0.5, seed=1)
+    digest = sparsity.masks_digest(model)
+    train(model, optimizer, 2)
+    assert training.step == 2
+    assert sparsity.masks_digest(model) != digest
+
+
 def test_masks_are_added_once_and_needed_for_training():
     model = net()
     optimizer = OPTIMIZERS["momentum"](model.parameters())
