@@ -6,11 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-import paddle
-
 from paddle_reparam.ppcls import setup
 
 setup()
+
+import paddle  # noqa: E402 - after the library, which knows what Paddle 2.6 needs before it
 
 from paddle_reparam.checkpoints import save  # noqa: E402
 from paddle_reparam.geometry import BATCH_NORMS  # noqa: E402
