@@ -19,7 +19,7 @@ from paddle_reparam.datasets import write_digits
 from paddle_reparam.ppcls import saving
 
 EPOCHS = 4
-SPARSITY = {"density": 0.6, "distribution": "snip", "update_frequency": 3, "prune_rate": 0.5}
+SPARSITY = {"density": 0.6, "distribution": "erk", "update_frequency": 3, "prune_rate": 0.5, "growth": "gradient"}
 ROOT = Path(__file__).resolve().parents[1]
 #: Trains, and kills itself with SIGKILL: at the given training step, or when the given file of a set is put in place.
 KILLED = """
@@ -167,7 +167,7 @@ def kill_and_go_on(place, config, run, uninterrupted, kind, count, *overrides):
 def test_mixed_precision_moves_the_masks_too(place, config):
     """PaddleClas 2.4 calls the optimizer by another name then."""
     scaling = ["AMP.level=O1", "AMP.scale_loss=128.0", "AMP.use_dynamic_loss_scaling=True"]
-    assert train_as_a_process_of_its_own(place.arguments(config, "amp", "Sparsity.distribution=erk", *scaling)) == 0
+    assert train_as_a_process_of_its_own(place.arguments(config, "amp", *scaling)) == 0
     state = checkpoints.load(f"{place.saved('amp')}.pdparams")
     assert_exactly_sparse(state)
     assert state[sparsity.STEP].tolist() == [2 * EPOCHS]
@@ -176,7 +176,7 @@ def test_mixed_precision_moves_the_masks_too(place, config):
 @IN_A_CHECKOUT
 def test_gathered_gradients_are_one_step(place, config):
     """Five batches, of which two make a step and one is left over in every epoch."""
-    overrides = ["DataLoader.Train.sampler.batch_size=2", "Global.update_freq=2", "Sparsity.distribution=erk"]
+    overrides = ["DataLoader.Train.sampler.batch_size=2", "Global.update_freq=2"]
     listed = place.root / "ten.txt"
     lines = (place.data / "train.txt").read_text().splitlines(keepends=True)
     listed.write_text("".join([*lines, *lines[:2]]))
@@ -194,13 +194,12 @@ def test_gathered_gradients_are_one_step(place, config):
 
 @IN_A_CHECKOUT
 def test_a_moving_average_is_sparse_and_goes_on(place, config):
-    overrides = ["EMA.decay=0.5", "Sparsity.distribution=erk"]
-    assert train_as_a_process_of_its_own(place.arguments(config, "ema", *overrides)) == 0
+    assert train_as_a_process_of_its_own(place.arguments(config, "ema", "EMA.decay=0.5")) == 0
     average, trained = (checkpoints.load(place.saved("ema") + suffix) for suffix in (".pdparams", ".pdema"))
     assert_exactly_sparse(average)
     assert_same(masks_of(average), masks_of(trained))
     assert any((average[name] != value).any() for name, value in trained.items())
-    kill_and_go_on(place, config, "ema_killed", average, "step", 6, *overrides)
+    kill_and_go_on(place, config, "ema_killed", average, "step", 6, "EMA.decay=0.5")
 
 
 def test_the_best_metric_and_the_step_survive(place, config, uninterrupted):
@@ -215,6 +214,15 @@ def test_the_best_metric_and_the_step_survive(place, config, uninterrupted):
     assert again["global_step"] == 2 * EPOCHS + 2
     assert again["best"]["metric"] >= states["best"]["metric"]
     assert again["epoch"] == EPOCHS + 1
+
+
+def test_without_the_section_a_sparse_network_becomes_a_dense_one(place, slak, uninterrupted_slak):
+    overrides = ["Sparsity=null", f"Global.pretrained_model={place.saved('uninterrupted_slak')}", "Global.epochs=1"]
+    assert train_as_a_process_of_its_own(place.arguments(slak, "dense", *overrides)) == 0
+    assert "the weights carry masks and the config has no Sparsity" in place.log("dense")
+    dense, masks = checkpoints.load(f"{place.saved('dense')}.pdparams"), masks_of(uninterrupted_slak)
+    assert set(dense) == set(uninterrupted_slak) - set(masks) - {sparsity.STEP}
+    assert any(dense[name.removesuffix(sparsity.SUFFIX)][mask == 0].any() for name, mask in masks.items())
 
 
 def test_a_set_whose_files_do_not_belong_together_is_refused(place, config, uninterrupted, capsys):
@@ -255,13 +263,17 @@ def fails(place, config, run, capsys, *overrides):
     return lines[0]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(place, config, capsys):
-    message = fails(place, config, "nan", capsys, "Optimizer.lr.learning_rate=1e30")
-    assert "in epoch" in message
+@pytest.mark.parametrize(
+    ("batch_size", "text"),
+    [(4, "the CELoss is nan in epoch 1, at step 2"), (8, "is not finite after step 1, and is not")],
+)
+def test_what_is_no_number_ends_the_run_before_it_is_saved(place, config, capsys, batch_size, text):
+    """In the middle of an epoch the next loss tells; after its last step only the weights do."""
+    overrides = ["Optimizer.lr.learning_rate=1e39", f"DataLoader.Train.sampler.batch_size={batch_size}"]
+    message = fails(place, config, f"nan_{batch_size}", capsys, *overrides)
+    assert text in message
     assert "smaller learning rate" in message
-    saved = saving.newest(place.root / "nan")
-    if saved is not None:
-        assert all(np.isfinite(v).all() for v in checkpoints.load(f"{saved.prefix}.pdparams").values())
+    assert saving.newest(place.root / f"nan_{batch_size}") is None
 
 
 def test_labels_without_an_output_are_named(place, config, capsys):

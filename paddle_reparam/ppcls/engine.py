@@ -14,7 +14,7 @@ from ppcls.engine import engine as engine_module
 from . import saving, sparse
 from .arch import get_builder
 from .errors import ConfigError
-from .guards import ImageFailures, check_loss, check_samples
+from .guards import ImageFailures, check_loss, check_samples, check_states
 from .loading import strict_loading
 
 PaddleClasEngine = engine_module.Engine
@@ -87,7 +87,7 @@ class Engine(PaddleClasEngine):
         if not engine.config["Global"].get("iter_per_epoch"):
             # Newer Engines would begin with the batches that were left over from the epoch before.
             engine.__dict__.pop("train_dataloader_iter", None)
-        if engine.sparsity_settings and not hasattr(engine, "sparse_training"):
+        if not hasattr(engine, "sparse_training"):
             engine.sparse_training = sparse.start(engine, engine.sparsity_settings)
         original = engine.train_loss_func
 
@@ -107,9 +107,11 @@ class Engine(PaddleClasEngine):
     def _states(self, prefix: str, metric_info: dict[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the weights and the optimizer's state.
 
-        An image that the evaluation could not read ends the run here, before its metric is kept.
+        An image that the evaluation could not read ends the run here, before its metric is kept, and so do weights that
+        the last step made useless, before they take the place of good ones.
         """
         self.failures.raise_first()
+        check_states([self.model.state_dict(), *(o.state_dict() for o in self.optimizer)], self.global_step)
         if prefix == "best_model":
             self.best = {key: float(metric_info[key]) for key in ("metric", "epoch")}
         return {**metric_info, "best": self.best, "global_step": self.global_step}

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import multiprocessing
 import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import paddle
 from ppcls.utils import logger
 
 from ..errors import ReparamError
+from ..tensors import to_float64
 
 
 def check_samples(loader: Any, class_num: int | None, split: str) -> None:
@@ -82,3 +85,18 @@ def check_loss(losses: dict[str, Any], epoch: int, step: int) -> None:
                 f"the {name} is {number} in epoch {epoch}, at step {step}; the last checkpoint is from before that. "
                 "Train with a smaller learning rate, or look for a broken image or label"
             )
+
+
+def check_states(states: Iterable[Mapping[str, Any]], step: int) -> None:
+    """Raise `ReparamError` for weights, or what an optimizer keeps of them, that are not finite and would be saved."""
+    for state in states:
+        for name, value in state.items():
+            if (
+                isinstance(value, paddle.Tensor)
+                and value.is_floating_point()
+                and not np.isfinite(to_float64(value)).all()
+            ):
+                raise ReparamError(
+                    f"{name} is not finite after step {step}, and is not saved; the last checkpoint is from before "
+                    "that. Train with a smaller learning rate"
+                )

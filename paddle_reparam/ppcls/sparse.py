@@ -51,9 +51,22 @@ def read_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return settings
 
 
-def start(engine: Any, settings: Mapping[str, Any]) -> SparseTraining:
-    """Make the Engine's network sparse, by the masks that its weights brought along or by new ones, and keep it so."""
+def start(engine: Any, settings: Mapping[str, Any] | None) -> SparseTraining | None:
+    """Make the Engine's network sparse, by the masks that its weights brought along or by new ones, and keep it so.
+
+    Without settings it trains dense, and masks that its weights brought along are taken away: they would soon be wrong.
+    """
     model = getattr(engine.model, "_layers", engine.model)
+    average = engine.model_ema.module if getattr(engine, "ema", False) else None
+    if settings is None:
+        if sparsity.masked_places(model):
+            logger.warning(
+                "the weights carry masks and the config has no Sparsity: from here on all weights are trained"
+            )
+            sparsity.remove_masks(model)
+            if average is not None:
+                sparsity.remove_masks(average)
+        return None
     seed = engine.config["Global"].get("seed") or 0
     if not sparsity.masked_places(model):
         report = sparsity.add_masks(
@@ -77,7 +90,7 @@ def start(engine: Any, settings: Mapping[str, Any]) -> SparseTraining:
     training = SparseTraining(
         model, optimizers[0], steps, settings["update_frequency"], settings["prune_rate"], settings["growth"], seed
     )
-    if getattr(engine, "ema", False):
+    if average is not None:
         _follow(engine.model_ema, model)
     return training
 
