@@ -76,7 +76,7 @@ class ConvGeometry:
     @staticmethod
     def of(conv: nn.Conv2D) -> ConvGeometry:
         """Read a `paddle.nn.Conv2D`; what is no plain convolution raises `UnsupportedConv`."""
-        if type(conv) is not nn.Conv2D:
+        if type(conv) is not nn.Conv2D and not getattr(conv, "computes_plain_convolution", False):
             raise UnsupportedConv(f"{type(conv).__name__} is not paddle.nn.Conv2D itself; its forward may do more")
         if "weight" not in conv._parameters:
             raise UnsupportedConv("its weight is computed by a hook (weight norm, spectral norm); remove that first")

@@ -17,6 +17,7 @@ from ..initializers import uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import ReparamLayer
+from .toeplitz import DepthwiseConv2D
 
 INITS = ("random", "zero")
 
@@ -144,7 +145,7 @@ def conv_bn(
 ) -> nn.Sequential:
     """Return a depthwise convolution without bias, `conv`, and `bn` behind it; its stride alone changes the size."""
     height, width = as_pair(kernel_size)
-    conv = nn.Conv2D(
+    conv = DepthwiseConv2D(
         channels, channels, [height, width], list(as_pair(stride)), [height // 2 * dilation, width // 2 * dilation],
         dilation, groups=channels, weight_attr=uniform_fan_in(height * width), bias_attr=False,
     )  # fmt: skip

@@ -1,0 +1,249 @@
+"""A depthwise convolution as a matrix product is Paddle's convolution, and is chosen by one rule."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+import pytest
+import test_golden
+from helpers import as_array, relative_error
+from paddle import nn
+
+from paddle_reparam import create_model
+from paddle_reparam.errors import ReparamError
+from paddle_reparam.flops import measure
+from paddle_reparam.geometry import ConvGeometry
+from paddle_reparam.layers import toeplitz
+from paddle_reparam.layers.toeplitz import DepthwiseConv2D, formulation, product_pays
+from paddle_reparam.sparsity import SparseTraining, add_masks
+
+TOLERANCES = {"float64": 1e-14, "float32": 2e-6}
+#: (images, channels, height, width), (kernel's height, width)
+CASES = [
+    ((2, 3, 9, 7), (5, 3)), ((2, 4, 7, 11), (3, 5)), ((1, 2, 5, 6), (13, 5)), ((3, 2, 6, 5), (5, 13)),
+    ((2, 3, 8, 8), (5, 5)), ((2, 2, 1, 1), (3, 3)), ((2, 5, 4, 9), (1, 7)), ((2, 3, 9, 4), (7, 1)),
+    ((1, 2, 31, 30), (31, 31)), ((2, 9, 14, 14), (51, 5)), ((2, 9, 14, 13), (5, 51)),
+]  # fmt: skip
+
+
+def random(*shape: int, dtype: str = "float64") -> paddle.Tensor:
+    tensor = paddle.randn(shape, dtype=dtype)
+    tensor.stop_gradient = False
+    return tensor
+
+
+def native(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
+    return F.conv2d(x, weight, padding=[size // 2 for size in weight.shape[2:]], groups=weight.shape[0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The function
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4 << 20])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize(("shape", "kernel"), CASES)
+def test_it_is_the_convolution_with_its_gradients(shape, kernel, dtype, block_bytes, monkeypatch):
+    monkeypatch.setattr(toeplitz, "BLOCK_BYTES", block_bytes)
+    x, weight = random(*shape, dtype=dtype), random(shape[1], 1, *kernel, dtype=dtype)
+    y, expected = toeplitz.depthwise_conv2d(x, weight), native(x, weight)
+    assert y.dtype == expected.dtype
+    assert relative_error(y, expected) <= TOLERANCES[dtype]
+    co_vector = paddle.randn(y.shape, dtype=dtype)
+    actual, expected = (paddle.grad(out, [x, weight], co_vector) for out in (y, expected))
+    for ours, theirs in zip(actual, expected):
+        assert relative_error(ours, theirs) <= TOLERANCES[dtype]
+
+
+def test_taps_that_meet_only_the_padding_get_a_gradient_of_zero():
+    x, weight = random(2, 3, 4, 4), random(3, 1, 13, 5)
+    [gradient] = paddle.grad(toeplitz.depthwise_conv2d(x, weight).sum(), [weight])
+    rows = as_array(gradient).any(axis=(0, 1, 3))
+    assert rows.tolist() == [3 <= row <= 9 for row in range(13)]
+
+
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_each_gradient_can_be_had_alone(wanted):
+    tensors = [random(2, 3, 6, 6), random(3, 1, 5, 5)]
+    expected = paddle.grad(native(*tensors).square().sum(), [tensors[wanted]])[0]
+    actual = paddle.grad(toeplitz.depthwise_conv2d(*tensors).square().sum(), [tensors[wanted]])[0]
+    assert relative_error(actual, expected) <= 1e-13
+    tensors[1 - wanted].stop_gradient = True
+    toeplitz.depthwise_conv2d(*tensors).square().sum().backward()
+    assert relative_error(tensors[wanted].grad, expected) <= 1e-13
+    assert tensors[1 - wanted].grad is None
+
+
+def test_without_gradients_nothing_is_kept():
+    x, weight = random(1, 2, 6, 6), random(2, 1, 5, 5)
+    with paddle.no_grad():
+        assert toeplitz.depthwise_conv2d(x, weight).stop_gradient
+    x.stop_gradient = weight.stop_gradient = True
+    assert toeplitz.depthwise_conv2d(x, weight).stop_gradient
+
+
+def test_blocks_keep_to_their_size():
+    x = paddle.zeros([2, 124, 56, 56])
+    sections = toeplitz._sections(x, 5, tall=True)
+    assert sum(sections) == 124
+    assert max(sections) == toeplitz.BLOCK_BYTES // (5 * 2 * 56 * 56 * 4) == 33
+    assert toeplitz._sections(paddle.zeros([64, 3, 56, 56]), 31, tall=True) == [1, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rule and the layer
+
+
+def test_the_rule():
+    def pays(kernel: tuple[int, int], height: int, width: int, images: int = 2, device: str = "cpu") -> bool:
+        return product_pays(kernel, [images, 100, height, width], device)
+
+    for kernel, size in [((51, 5), 56), ((5, 51), 56), ((47, 5), 14), ((31, 31), 56), ((51, 5), 200), ((9, 9), 36)]:
+        assert pays(kernel, size, size), (kernel, size)
+    for kernel, size in [((5, 5), 14), ((7, 7), 14), ((9, 9), 37), ((1, 51), 400), ((13, 5), 200)]:
+        assert not pays(kernel, size, size), (kernel, size)
+    # The axis with less to multiply is the one that counts.
+    assert pays((51, 5), 56, 1000)
+    assert not pays((51, 5), 1000, 56)
+    assert pays((13, 5), 14, 14, images=1)
+    assert not pays((13, 5), 7, 7, images=1), "hardly any work"
+    assert not pays((51, 5), 56, 56, device="gpu:0"), "untested there"
+
+
+class Counter:
+    """Counts calls of `depthwise_conv2d`."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.calls = 0
+        original = toeplitz.depthwise_conv2d
+
+        def counted(x, weight):
+            self.calls += 1
+            return original(x, weight)
+
+        monkeypatch.setattr(toeplitz, "depthwise_conv2d", counted)
+
+
+def make(kernel: tuple[int, int] = (13, 5), **options) -> DepthwiseConv2D:
+    options = {"padding": [size // 2 for size in kernel], "groups": 4, **options}
+    return DepthwiseConv2D(4, 4, list(kernel), **options)
+
+
+def test_the_layer_follows_the_rule_unless_told(monkeypatch):
+    counter, layer, x = Counter(monkeypatch), make(), paddle.randn([32, 4, 12, 12])
+    outputs = {}
+    for name, calls in [("auto", 1), ("product", 1), ("native", 0)]:
+        before = counter.calls
+        with formulation(name):
+            outputs[name] = layer(x)
+        assert counter.calls - before == calls, name
+    assert relative_error(outputs["product"], outputs["native"]) <= 2e-6
+    np.testing.assert_array_equal(outputs["auto"].numpy(), outputs["product"].numpy())
+    counter.calls = 0
+    layer(paddle.randn([32, 4, 60, 60]))
+    assert counter.calls == 0, "a map that is too large for the rule"
+    with formulation("product"), pytest.raises(ZeroDivisionError):
+        raise ZeroDivisionError
+    layer(paddle.randn([32, 4, 60, 60]))
+    assert counter.calls == 0, "an error leaves the formulation as it was"
+    with pytest.raises(ReparamError, match="no formulation 'gemm'"), formulation("gemm"):
+        pass
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        make(stride=2), make(dilation=2, padding=[12, 4]), make(padding=0), make((4, 4), padding=2), make(groups=2),
+        make(padding_mode="circular", padding=2), DepthwiseConv2D(4, 8, 5, padding=2, groups=4),
+    ],
+    ids=["stride", "dilation", "padding", "even", "groups", "mode", "multiplier"],
+)  # fmt: skip
+def test_what_is_no_product_stays_native(layer, monkeypatch):
+    counter = Counter(monkeypatch)
+    x = paddle.randn([1, 4, 20, 20])
+    with formulation("product"):
+        np.testing.assert_array_equal(layer(x).numpy(), nn.Conv2D.forward(layer, x).numpy())
+    assert counter.calls == 0
+
+
+def test_a_bias_is_added():
+    layer = make()
+    layer.bias.set_value(paddle.randn([4]))
+    outputs = {}
+    for name in ("product", "native"):
+        with formulation(name):
+            outputs[name] = layer(paddle.ones([2, 4, 12, 12]))
+    assert relative_error(outputs["product"], outputs["native"]) <= 2e-6
+
+
+def test_it_counts_and_fuses_as_a_convolution():
+    layer = make()
+    assert ConvGeometry.of(layer).kernel_size == (13, 5)
+    assert type(ConvGeometry.of(layer).make_conv(as_array(layer.weight), None)) is nn.Conv2D
+    layer.eval()
+    assert measure(layer, [[None, 4, 12, 12]]).macs_per_image == 4 * 12 * 12 * 65
+
+
+def test_traced_it_is_the_native_convolution_for_any_size(tmp_path, monkeypatch):
+    counter, layer = Counter(monkeypatch), nn.Sequential(make())
+    layer.eval()
+    traced = paddle.jit.to_static(copy.deepcopy(layer), input_spec=[paddle.static.InputSpec([None, 4, None, None])])
+    with formulation("product"):
+        paddle.jit.save(traced, str(tmp_path / "layer"))
+    assert counter.calls == 0
+    loaded = paddle.jit.load(str(tmp_path / "layer"))
+    for size in ((12, 9), (3, 20)):
+        x = paddle.randn([2, 4, *size])
+        assert relative_error(loaded(x), layer(x)) <= 2e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def of_large_kernels(path: Path) -> bool:
+    return any(word in path.stem for word in ("slak", "replk"))
+
+
+@pytest.mark.parametrize("name", ["product", "native"])
+@pytest.mark.parametrize("path", filter(of_large_kernels, test_golden.REGISTERED), ids=lambda path: path.stem)
+def test_both_formulations_compute_what_the_published_modules_do(path, name):
+    with formulation(name):
+        test_golden.check(test_golden.load(path))
+
+
+def gradients(model: nn.Layer, x: paddle.Tensor, name: str) -> dict[str, np.ndarray]:
+    with formulation(name):
+        model(x).square().sum().backward()
+    found = {path: as_array(p.grad) for path, p in model.named_parameters() if not p.stop_gradient}
+    model.clear_gradients()
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+def test_a_network_has_the_same_gradients(dtype, tolerance):
+    model = create_model("SLaK_micro")
+    model.to(dtype=dtype)
+    x = paddle.randn([4, 3, 32, 32], dtype=dtype)
+    product, expected = (gradients(model, x, name) for name in ("product", "native"))
+    for path, gradient in expected.items():
+        assert relative_error(product[path], gradient) <= tolerance, path
+
+
+def test_sparse_training_masks_the_gradients_of_a_product():
+    model = create_model("SLaK_micro", kernel_size=[15, 7, 7, 7, 5])
+    add_masks(model, 0.5, where=["*LoRA*"])
+    optimizer = paddle.optimizer.AdamW(1e-2, parameters=model.parameters())
+    training = SparseTraining(model, optimizer, total_steps=4, update_frequency=2)
+    for _ in range(3):
+        with formulation("product"):
+            model(paddle.randn([2, 3, 32, 32])).square().sum().backward()
+        optimizer.step()
+        optimizer.clear_grad()
+    for place in training.places:
+        assert not as_array(place.parameter)[~place.read_mask()].any()
+        assert as_array(place.parameter).any()

@@ -1,0 +1,239 @@
+"""Time training steps, several variants in turns in one run, and put what was measured into the documentation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Callable
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+# Paddle reads how many threads it may use when it is imported, so the functions import it, and what does.
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+#: A page shows `measured/<name>.json` between these lines.
+BEGIN, END = "<!-- measured/{}.json -->", "<!-- end -->"
+
+VARIANTS = {
+    "plain": "the network as it is",
+    "native": "Paddle's own convolutions only, no matrix products in their place",
+    "sparse": "with masks: --density, --update-frequency",
+    "replaced": "with --layer in the place of its convolutions",
+}
+COLUMNS = ["variant", "step, s", "quartiles", "times the first", "peak memory, GB"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 2 for wrong usage, 1 where something cannot be measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", help="a network of this library, or of paddle.vision.models")
+    what.add_argument("--pages", action="store_true", help="only write the tables of docs/ anew from docs/measured/")
+    parser.add_argument("--size", type=int, default=224, help="the side of the images (default 224)")
+    parser.add_argument("--batch", type=int, default=2, help="images in a step (default 2)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of Paddle's kernels (default 1)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one that does not (default 5)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["native", "plain"],
+        help="what to compare with the first one; " + "; ".join(f"{name}: {what}" for name, what in VARIANTS.items()),
+    )  # fmt: skip
+    parser.add_argument("--layer", help="the layer of the variant `replaced`")
+    parser.add_argument("--density", type=float, default=0.6, help="share of the weights of `sparse` that are not zero")
+    parser.add_argument("--update-frequency", type=int, default=100, help="steps of `sparse` for each mask update")
+    parser.add_argument("--output", help="the JSON file to write")
+    given = parser.parse_args(arguments)
+    for name in ("size", "batch", "threads", "rounds", "update_frequency"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+    if ("replaced" in given.variants) != bool(given.layer):
+        parser.error("--layer and the variant `replaced` go together")
+    if len(set(given.variants)) < len(given.variants):
+        parser.error("--variants names one twice")
+    # Also for the processes that this one starts.
+    os.environ.update(OMP_NUM_THREADS=str(given.threads), FLAGS_paddle_num_threads=str(given.threads))
+    from paddle_reparam.errors import ReparamError, UnknownName
+
+    try:
+        if given.pages:
+            print("\n".join(write_pages(DOCS)))
+        else:
+            run(given, ["python", "tools/benchmark_step.py", *(sys.argv[1:] if arguments is None else arguments)])
+    except (ReparamError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UnknownName) else 1
+    return 0
+
+
+def run(given: argparse.Namespace, command: Sequence[str]) -> None:
+    """Measure, print the table and write the file."""
+    from paddle_reparam.checkpoints import atomic_write
+
+    result = {"command": " ".join(command), **measure(given)}
+    print(show(result))
+    if given.output:
+        text = json.dumps(result, indent=2) + "\n"
+        atomic_write(given.output, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+@dataclass
+class Step:
+    """One variant, ready to be trained: `run` does a step, `update` moves the masks where there are any."""
+
+    run: Callable[[], None]
+    update: Callable[[], None] | None = None
+
+
+def make_step(given: argparse.Namespace, variant: str) -> Step:
+    """Build a variant's network and optimizer."""
+    import paddle
+    import paddle.nn.functional as F
+
+    from paddle_reparam import replace
+    from paddle_reparam.layers.toeplitz import formulation
+    from paddle_reparam.sparsity import SparseTraining, add_masks
+
+    model = build_model(given.model)
+    if variant == "replaced":
+        replace(model, given.layer)
+    model.train()
+    images, labels = paddle.randn([given.batch, 3, given.size, given.size]), paddle.arange(given.batch) % 10
+    optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters())
+
+    def step() -> None:
+        with formulation("native" if variant == "native" else "auto"):
+            F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+        optimizer.clear_grad()
+
+    if variant != "sparse":
+        return Step(step)
+    add_masks(model, given.density)
+    never = 1 << 40
+    return Step(step, SparseTraining(model, optimizer, never, update_frequency=never).update_masks)
+
+
+def build_model(name: str) -> Any:
+    """Return a network of this library or of paddle.vision.models, with random weights."""
+    import paddle
+    from paddle.vision import models
+
+    from paddle_reparam import create_model, list_models
+
+    paddle.seed(0)
+    if name not in list_models() and name in models.__all__:
+        return getattr(models, name)()
+    return create_model(name)
+
+
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """Time the steps of all variants in turns; the memory of each one is that of a process of its own.
+
+    A mask update is timed on its own, and its share of `update_frequency` steps is added to a sparse step.
+    """
+    import paddle
+
+    from paddle_reparam import timing
+
+    facts = {**timing.machine_facts(), "device": paddle.get_device(), "load": round(os.getloadavg()[0], 1)}
+    facts["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE")
+    steps = {name: make_step(given, name) for name in given.variants}
+    timings = timing.alternate({name: step.run for name, step in steps.items()}, given.rounds, warm_up=1)
+    variants = {name: asdict(each) for name, each in timings.items()}
+    for name, step in steps.items():
+        if step.update:
+            update = timing.alternate({name: step.update}, timing.FEWEST_ROUNDS, warm_up=1)[name].median
+            for key in ("median", "low", "high"):
+                variants[name][key] += update / given.update_frequency
+            variants[name]["mask update"] = update
+    del steps
+    for name, each in variants.items():
+        each["ratio"] = each["median"] / variants[given.variants[0]]["median"]
+        each["peak memory, GB"] = peak_memory(given, name)
+    settings = {key: value for key, value in vars(given).items() if key not in ("pages", "output")}
+    return {"machine": facts, "settings": settings, "variants": variants}
+
+
+def peak_memory(given: argparse.Namespace, variant: str) -> float:
+    """Return the most memory, in GB, that a process which trains for two steps has at any time."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(memory_of_two_steps, given, variant).result()
+
+
+def memory_of_two_steps(given: argparse.Namespace, variant: str) -> float:
+    """Train for two steps and return the most memory, in GB, that this process ever had."""
+    step = make_step(given, variant)
+    for _ in range(2):
+        step.run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def rows_of(result: dict[str, Any]) -> list[list[str]]:
+    """Return a row of `COLUMNS` for each variant."""
+    return [
+        [name, f"{each['median']:.3f}", f"{each['low']:.3f} to {each['high']:.3f}", f"{each['ratio']:.3f}",
+         f"{each['peak memory, GB']:.2f}"]
+        for name, each in result["variants"].items()
+    ]  # fmt: skip
+
+
+def conditions(result: dict[str, Any]) -> str:
+    """Return what a result was measured on and with, as a sentence."""
+    facts, settings = result["machine"], result["settings"]
+    mkl = facts["MKL_DEBUG_CPU_TYPE"]
+    return (
+        f"{settings['rounds']} rounds, threads: {settings['threads']}, on {facts['processor']} with {facts['cores']} "
+        f"cores (load before: {facts['load']}), Paddle {facts['paddle']} on {facts['device']}, "
+        + (f"MKL_DEBUG_CPU_TYPE={mkl}." if mkl else "no MKL_DEBUG_CPU_TYPE.")
+    )
+
+
+def show(result: dict[str, Any]) -> str:
+    """Return a result as plain text."""
+    from paddle_reparam.report import format_table
+
+    return f"{format_table(COLUMNS, rows_of(result))}\n\n{conditions(result)}"
+
+
+def to_markdown(result: dict[str, Any]) -> str:
+    """Return a result as a table for a page, with the command that wrote it."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows_of(result)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"`{result['command']}`\n\n{table}\n\n{conditions(result)}"
+
+
+def write_pages(folder: Path) -> list[str]:
+    """Write every table of a folder's pages anew; return the pages that have any."""
+    from paddle_reparam.checkpoints import atomic_write
+
+    found = []
+    for page in sorted(folder.glob("*.md")):
+        old = new = page.read_text(encoding="utf-8")
+        for file in sorted((folder / "measured").glob("step_*.json")):
+            before, begin, rest = new.partition(BEGIN.format(file.stem))
+            if begin:
+                table = to_markdown(json.loads(file.read_text(encoding="utf-8")))
+                new = f"{before}{begin}\n{table}\n{END}{rest.partition(END)[2]}"
+                found.append(page.name)
+        if new != old:
+            atomic_write(page, lambda path, new=new: path.write_text(new, encoding="utf-8"))
+    return sorted(set(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
