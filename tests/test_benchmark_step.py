@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
@@ -9,17 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from paddle_reparam.timing import Timing
 
 from paddle_reparam import timing
+from paddle_reparam.errors import UnknownName
 from paddle_reparam.layers.toeplitz import DepthwiseConv2D
+from paddle_reparam.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-import benchmark_step as benchmark  # noqa: E402
+import benchmark_step  # noqa: E402
 
-SMALL = ["--model", "SLaK_micro", "--size", "32", "--rounds", "5"]
+SMALL = ["step", "--model", "SLaK_micro", "--size", "32", "--rounds", "5"]
 
 
 @pytest.fixture(autouse=True)
@@ -29,26 +31,37 @@ def environment(monkeypatch):
 
 
 @pytest.fixture
-def no_memory(monkeypatch):
-    monkeypatch.setattr(benchmark, "peak_memory", lambda given, variant: 1.5)
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(benchmark_step, "in_new_process", lambda function, *arguments: function(*arguments))
 
 
-def test_a_step_is_measured_in_all_variants(tmp_path, capsys, no_memory):
+def parsed(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    benchmark_step.add_step(parser.add_subparsers(dest="command", required=True))
+    return parser.parse_args([*SMALL, *arguments])
+
+
+def test_a_step_is_measured_in_all_variants(tmp_path, capsys, in_this_process):
     output = tmp_path / "new" / "step.json"
     variants = ["plain", "native", "sparse"]
-    assert benchmark.main([*SMALL, "--variants", *variants, "--output", str(output)]) == 0
+    given = parsed("--threads", "1", "--variants", *variants, "--output", str(output))
+    assert benchmark_step.run_step(given) == 0
+    assert os.environ["OMP_NUM_THREADS"] == "1"
     result = json.loads(output.read_text())
     assert list(result["variants"]) == variants
-    assert result["command"].startswith("python tools/benchmark_step.py --model SLaK_micro --size 32 ")
+    command = result["command"].split()
+    assert command[:3] == ["python", "tools/benchmark.py", "step"]
+    assert vars(parsed(*command[3:])) == vars(given)
     assert result["machine"]["paddle"]
     for each in result["variants"].values():
         assert 0 < each["low"] <= each["median"] <= each["high"]
         assert each["ratio"] == each["median"] / result["variants"]["plain"]["median"]
+        assert each["peak memory, GB"] > 0.1
     printed = capsys.readouterr().out
-    assert all(name in printed for name in [*variants, *benchmark.COLUMNS, "1.50"])
+    assert all(name in printed for name in [*variants, *benchmark_step.COLUMNS])
 
 
-def test_a_mask_update_is_spread_over_its_steps(monkeypatch, no_memory):
+def test_a_mask_update_is_spread_over_its_steps(monkeypatch):
     def timed(functions, rounds, warm_up):
         for run in functions.values():
             run()
@@ -56,19 +69,10 @@ def test_a_mask_update_is_spread_over_its_steps(monkeypatch, no_memory):
         return {name: Timing(seconds[name], seconds[name] - 1, seconds[name] + 1, rounds) for name in functions}
 
     monkeypatch.setattr(timing, "alternate", timed)
-    arguments = ["--variants", "plain", "sparse", "--update-frequency", "100", "--batch", "2"]
-    sparse = benchmark.measure(parsed(*arguments))["variants"]["sparse"]
+    given = parsed("--variants", "plain", "sparse", "--update-frequency", "100")
+    sparse = benchmark_step.measure(given)["variants"]["sparse"]
     assert sparse["mask update"] == 50.0
     assert [sparse[key] for key in ("low", "median", "high", "ratio")] == [2.5, 3.5, 4.5, 1.75]
-
-
-def parsed(*arguments: str):
-    """Return what `main` makes of its arguments."""
-    found = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "run", lambda given, command: found.append(given))
-        assert benchmark.main([*SMALL, *arguments]) == 0
-    return found[0]
 
 
 def test_the_native_variant_has_no_products_and_the_others_follow_the_rule(monkeypatch):
@@ -78,35 +82,38 @@ def test_the_native_variant_has_no_products_and_the_others_follow_the_rule(monke
     given = parsed("--size", "64", "--batch", "64")
     for variant, products in [("native", False), ("plain", True), ("sparse", True)]:
         seen.clear()
-        benchmark.make_step(given, variant).run()
+        benchmark_step.make_step(given, variant).run()
         assert any(seen) == products, variant
 
 
 def test_memory_is_that_of_a_process_of_its_own():
-    assert 0.1 < benchmark.peak_memory(parsed("--batch", "1"), "plain") < 4
+    memory = benchmark_step.in_new_process(benchmark_step.memory_of_two_steps, parsed("--batch", "1"), "plain")
+    assert 0.1 < memory < 4
 
 
 def test_a_network_of_paddle_with_a_layer_in_it():
     given = parsed("--variants", "replaced", "--layer", "RefConv2D")
     given.model = "shufflenet_v2_x0_25"
-    benchmark.make_step(given, "replaced").run()
+    benchmark_step.make_step(given, "replaced").run()
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        ["--variants", "replaced"], ["--layer", "RefConv2D"], ["--rounds", "0"], ["--threads", "0"],
-        ["--variants", "plain", "plain"], ["--variants", "other"],
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("wrong", [["--rounds", "0"], ["--threads", "-1"], ["--variants", "other"], ["--pages"]])
 def test_wrong_usage(wrong):
     with pytest.raises(SystemExit, match="2"):
-        benchmark.main([*SMALL, *wrong])
+        parsed(*wrong)
 
 
-def test_what_does_not_exist(capsys):
-    assert benchmark.main(["--model", "SLaK_tinny"]) == 2
-    assert "SLaK_tiny" in capsys.readouterr().err
+@pytest.mark.parametrize("wrong", [["--variants", "replaced"], ["--layer", "RefConv2D"]])
+def test_a_layer_goes_with_its_variant(wrong, capsys):
+    assert benchmark_step.run_step(parsed(*wrong)) == 2
+    assert "--layer" in capsys.readouterr().err
+
+
+def test_what_is_wrong_in_the_new_process_is_wrong_here():
+    given = parsed()
+    given.model = "SLaK_tinny"
+    with pytest.raises(UnknownName, match="SLaK_tiny"):
+        benchmark_step.run_step(given)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,30 +124,24 @@ def test_the_pages_show_what_was_measured(tmp_path):
     for page in (ROOT / "docs").glob("*.md"):
         shutil.copy(page, tmp_path)
     shutil.copytree(ROOT / "docs" / "measured", tmp_path / "measured")
-    pages = benchmark.write_pages(tmp_path)
+    pages = benchmark_step.write_pages(tmp_path)
     assert pages
     for name in pages:
         assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), (
-            "python tools/benchmark_step.py --pages"
+            "run tools/benchmark.py step --pages"
         )
     texts = "".join((ROOT / "docs" / name).read_text() for name in pages)
     for file in (ROOT / "docs" / "measured").glob("step_*.json"):
         result = json.loads(file.read_text())
-        assert benchmark.to_markdown(result) in texts, f"no page shows {file.name}"
+        assert benchmark_step.to_markdown(result) in texts, f"no page shows {file.name}"
         assert result["command"].endswith(f"--output docs/measured/{file.name}")
 
 
 def test_a_table_is_written_between_its_lines(tmp_path):
+    machine = {"processor": "C", "cores": 2, "load": 0.5, "paddle": "3", "device": "cpu", "MKL_DEBUG_CPU_TYPE": "5"}
     result = {
         "command": "python x",
-        "machine": {
-            "processor": "C",
-            "cores": 2,
-            "load": 0.5,
-            "paddle": "3",
-            "device": "cpu",
-            "MKL_DEBUG_CPU_TYPE": "5",
-        },
+        "machine": machine,
         "settings": {"rounds": 3, "threads": 1},
         "variants": {"plain": {"median": 2.0, "low": 1.5, "high": 2.5, "ratio": 1.0, "peak memory, GB": 0.5}},
     }
@@ -148,7 +149,7 @@ def test_a_table_is_written_between_its_lines(tmp_path):
     (tmp_path / "measured" / "step_a.json").write_text(json.dumps(result))
     (tmp_path / "page.md").write_text("before\n<!-- measured/step_a.json -->\nold\n<!-- end -->\nafter\n")
     (tmp_path / "other.md").write_text("nothing\n")
-    assert benchmark.write_pages(tmp_path) == ["page.md"]
+    assert benchmark_step.write_pages(tmp_path) == ["page.md"]
     before, table, after = (tmp_path / "page.md").read_text().split("<!-- ")
     assert before == "before\n"
     assert "| plain | 2.000 | 1.500 to 2.500 | 1.000 | 0.50 |" in table

@@ -1,4 +1,4 @@
-"""Time training steps, several variants in turns in one run, and put what was measured into the documentation."""
+"""Time training steps in turns, and put what was measured into the documentation: `tools/benchmark.py step`."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ import multiprocessing
 import os
 import resource
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable
 
+import paddle
+import paddle.nn.functional as F
+from paddle.vision import models
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-# Paddle reads how many threads it may use when it is imported, so the functions import it, and what does.
+from paddle_reparam import create_model, list_models, replace, timing
+from paddle_reparam.checkpoints import atomic_write
+from paddle_reparam.layers.toeplitz import formulation
+from paddle_reparam.report import format_table
+from paddle_reparam.sparsity import SparseTraining, add_masks
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 #: A page shows `measured/<name>.json` between these lines.
@@ -31,56 +38,71 @@ VARIANTS = {
 COLUMNS = ["variant", "step, s", "quartiles", "times the first", "peak memory, GB"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 2 for wrong usage, 1 where something cannot be measured."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_step(commands: Any) -> None:
+    """Add the subcommand to those of a parser."""
+    parser = commands.add_parser("step", help="training steps, in turns: forward, backward, AdamW's update")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a network of this library, or of paddle.vision.models")
     what.add_argument("--pages", action="store_true", help="only write the tables of docs/ anew from docs/measured/")
-    parser.add_argument("--size", type=int, default=224, help="the side of the images (default 224)")
-    parser.add_argument("--batch", type=int, default=2, help="images in a step (default 2)")
-    parser.add_argument("--threads", type=int, default=1, help="threads of Paddle's kernels (default 1)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one that does not (default 5)")
+    parser.add_argument("--size", type=_positive, default=224, help="side of the images (default 224)")
+    parser.add_argument("--batch", type=_positive, default=2, help="images in a step (default 2)")
+    parser.add_argument("--threads", type=_positive, default=1, help="threads of Paddle's kernels (default 1)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="timed rounds, 5 or more, after one that is not")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=["native", "plain"],
         help="what to compare with the first one; " + "; ".join(f"{name}: {what}" for name, what in VARIANTS.items()),
     )  # fmt: skip
     parser.add_argument("--layer", help="the layer of the variant `replaced`")
     parser.add_argument("--density", type=float, default=0.6, help="share of the weights of `sparse` that are not zero")
-    parser.add_argument("--update-frequency", type=int, default=100, help="steps of `sparse` for each mask update")
+    parser.add_argument(
+        "--update-frequency", type=_positive, default=100, help="steps of `sparse` for each mask update"
+    )
     parser.add_argument("--output", help="the JSON file to write")
-    given = parser.parse_args(arguments)
-    for name in ("size", "batch", "threads", "rounds", "update_frequency"):
-        if getattr(given, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or more")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def run_step(given: argparse.Namespace) -> int:
+    """Measure, print the table and write the file; return the exit code, 2 where arguments do not fit each other."""
+    if given.pages:
+        print("\n".join(write_pages(DOCS)))
+        return 0
     if ("replaced" in given.variants) != bool(given.layer):
-        parser.error("--layer and the variant `replaced` go together")
-    if len(set(given.variants)) < len(given.variants):
-        parser.error("--variants names one twice")
-    # Also for the processes that this one starts.
+        print("error: --layer and the variant `replaced` go together", file=sys.stderr)
+        return 2
+    # Paddle reads how many threads it may use when it is imported: a process of its own imports it anew.
     os.environ.update(OMP_NUM_THREADS=str(given.threads), FLAGS_paddle_num_threads=str(given.threads))
-    from paddle_reparam.errors import ReparamError, UnknownName
-
-    try:
-        if given.pages:
-            print("\n".join(write_pages(DOCS)))
-        else:
-            run(given, ["python", "tools/benchmark_step.py", *(sys.argv[1:] if arguments is None else arguments)])
-    except (ReparamError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UnknownName) else 1
-    return 0
-
-
-def run(given: argparse.Namespace, command: Sequence[str]) -> None:
-    """Measure, print the table and write the file."""
-    from paddle_reparam.checkpoints import atomic_write
-
-    result = {"command": " ".join(command), **measure(given)}
+    result = {"command": command_of(given), **in_new_process(measure, given)}
+    for name, each in result["variants"].items():
+        each["peak memory, GB"] = in_new_process(memory_of_two_steps, given, name)
     print(show(result))
     if given.output:
         text = json.dumps(result, indent=2) + "\n"
         atomic_write(given.output, lambda path: path.write_text(text, encoding="utf-8"))
+    return 0
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a new Python."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def command_of(given: argparse.Namespace) -> str:
+    """Return the command that measures the same."""
+    names = ["model", "size", "batch", "threads", "rounds", "variants"]
+    names += ["layer"] if given.layer else []
+    names += ["density", "update_frequency"] if "sparse" in given.variants else []
+    words = ["python tools/benchmark.py step"]
+    for name in [*names, "output"] if given.output else names:
+        value = getattr(given, name)
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,13 +119,6 @@ class Step:
 
 def make_step(given: argparse.Namespace, variant: str) -> Step:
     """Build a variant's network and optimizer."""
-    import paddle
-    import paddle.nn.functional as F
-
-    from paddle_reparam import replace
-    from paddle_reparam.layers.toeplitz import formulation
-    from paddle_reparam.sparsity import SparseTraining, add_masks
-
     model = build_model(given.model)
     if variant == "replaced":
         replace(model, given.layer)
@@ -126,11 +141,6 @@ def make_step(given: argparse.Namespace, variant: str) -> Step:
 
 def build_model(name: str) -> Any:
     """Return a network of this library or of paddle.vision.models, with random weights."""
-    import paddle
-    from paddle.vision import models
-
-    from paddle_reparam import create_model, list_models
-
     paddle.seed(0)
     if name not in list_models() and name in models.__all__:
         return getattr(models, name)()
@@ -138,14 +148,10 @@ def build_model(name: str) -> Any:
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Time the steps of all variants in turns; the memory of each one is that of a process of its own.
+    """Time the steps of all variants in turns; ratios are to the first one.
 
     A mask update is timed on its own, and its share of `update_frequency` steps is added to a sparse step.
     """
-    import paddle
-
-    from paddle_reparam import timing
-
     facts = {**timing.machine_facts(), "device": paddle.get_device(), "load": round(os.getloadavg()[0], 1)}
     facts["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE")
     steps = {name: make_step(given, name) for name in given.variants}
@@ -158,17 +164,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
                 variants[name][key] += update / given.update_frequency
             variants[name]["mask update"] = update
     del steps
-    for name, each in variants.items():
+    for each in variants.values():
         each["ratio"] = each["median"] / variants[given.variants[0]]["median"]
-        each["peak memory, GB"] = peak_memory(given, name)
-    settings = {key: value for key, value in vars(given).items() if key not in ("pages", "output")}
-    return {"machine": facts, "settings": settings, "variants": variants}
-
-
-def peak_memory(given: argparse.Namespace, variant: str) -> float:
-    """Return the most memory, in GB, that a process which trains for two steps has at any time."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(memory_of_two_steps, given, variant).result()
+    return {"machine": facts, "settings": {"rounds": given.rounds, "threads": given.threads}, "variants": variants}
 
 
 def memory_of_two_steps(given: argparse.Namespace, variant: str) -> float:
@@ -205,8 +203,6 @@ def conditions(result: dict[str, Any]) -> str:
 
 def show(result: dict[str, Any]) -> str:
     """Return a result as plain text."""
-    from paddle_reparam.report import format_table
-
     return f"{format_table(COLUMNS, rows_of(result))}\n\n{conditions(result)}"
 
 
@@ -219,8 +215,6 @@ def to_markdown(result: dict[str, Any]) -> str:
 
 def write_pages(folder: Path) -> list[str]:
     """Write every table of a folder's pages anew; return the pages that have any."""
-    from paddle_reparam.checkpoints import atomic_write
-
     found = []
     for page in sorted(folder.glob("*.md")):
         old = new = page.read_text(encoding="utf-8")
@@ -233,7 +227,3 @@ def write_pages(folder: Path) -> list[str]:
         if new != old:
             atomic_write(page, lambda path, new=new: path.write_text(new, encoding="utf-8"))
     return sorted(set(found))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
