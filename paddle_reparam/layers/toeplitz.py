@@ -118,7 +118,8 @@ class DepthwiseConv2D(nn.Conv2D):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         if not self._is_product(x):
-            return super().forward(x)
+            # Not super().forward, which Paddle 2.6 cannot trace.
+            return nn.Conv2D.forward(self, x)
         y = depthwise_conv2d(x, self.weight)
         return y if self.bias is None else y + self.bias.reshape([1, -1, 1, 1])
 
