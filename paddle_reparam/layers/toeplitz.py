@@ -270,7 +270,7 @@ def places_of_taps(size: int, taps: int, dtype: Any = "float32") -> paddle.Tenso
     return paddle.to_tensor(_places_of_taps(size, taps), dtype)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=8)
 def _places_of_taps(size: int, taps: int) -> np.ndarray:
     tap = np.arange(size)[:, None] - np.arange(size) + taps // 2
     return (tap.reshape(-1) == np.arange(taps)[:, None]).astype("float32")
