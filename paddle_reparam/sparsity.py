@@ -323,10 +323,18 @@ def drop_buffers(model: nn.Layer, names: Sequence[str]) -> None:
 
 
 def _masked(tensor: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:
-    # Of the bits: a product would let a NaN or infinity of a hidden position through, and `where` is ten times slower
-    # on a CPU.
+    masked = tensor.clone()
+    _mask_in_place(masked, mask)
+    return masked
+
+
+def _mask_in_place(tensor: paddle.Tensor, mask: paddle.Tensor) -> None:
+    # A product of bits: one of numbers would let a NaN or infinity of a hidden position through, and `where` takes
+    # four times as long on a CPU.
     bits = _BITS[tensor.element_size()]
-    return paddle.bitwise_and(tensor.contiguous().view(bits), -mask.astype(bits)).view(tensor.dtype)
+    whole, keep = tensor.view(bits), mask.astype(bits)
+    # A CPU multiplies no whole numbers of 16 bits.
+    whole.bitwise_and_(-keep) if bits == "int16" else whole.multiply_(keep)
 
 
 def _keep_only(tensor: paddle.Tensor, mask: Array) -> None:
@@ -428,7 +436,7 @@ class SparseTraining:
         for place in self.places:
             gradient = place.parameter.grad
             if gradient is not None:
-                paddle.assign(_masked(gradient, place.mask.astype("bool")), gradient)
+                _mask_in_place(gradient, place.mask.astype("bool"))
 
     def update_masks(self, dense: Sequence[Array] | None = None) -> None:
         """Prune and grow every mask once: at random, or where the magnitudes of the `dense` gradients are highest."""
