@@ -99,6 +99,12 @@ def test_a_map_of_one_pixel():
     assert relative_error(layer.reparameterize()(paddle.to_tensor(x)), formula(layer, x, stride=2)) < 1e-10
 
 
+def test_narrow_groups_become_one():
+    """Groups that do not fill vectors have no fast kernel; wide ones stay."""
+    assert make(64, 64).reparameterize().spatial._groups == 2
+    assert make(64, 64, ratio=0.25).reparameterize().spatial._groups == 1
+
+
 # --- A BN that follows --------------------------------------------------------------------------------------------
 
 

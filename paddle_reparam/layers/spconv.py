@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from .. import kernels
 from ..errors import UnsupportedConv
 from ..geometry import ConvGeometry, fold_into, read_bn_affine
 from ..initializers import init_fan_out_normal
@@ -19,22 +21,29 @@ from .base import InferenceForm, ReparamLayer
 # float32 holds no reciprocal of what is smaller than about 1e-38; the rest is room for what is multiplied with it.
 _SMALLEST_FACTOR = 1e-30
 
+# Groups of channels that do not fill whole vectors of AVX-512 are convolved as one, with zeros between them: oneDNN has
+# no fast kernel for them there. Blocks as below, AVX-512 / AVX2, dense to grouped: 8 channels a group at 56x56 pixels
+# 0.35 / 1.03, at 28x28 0.48 / 1.00, 4 a group of 16 channels 0.47 / 0.92; of 16 a group and more 0.94 to 1.08.
+_VECTOR = 16
 
-# Why `pointwise` is not merged into the centre of a dense 3x3: in Paddle Inference with oneDNN, on ResNet50's shapes at
-# batch 1 and 8, a block of (1x1, this layer, 1x1) takes 0.53 to 0.88 of the time of the same block with a plain 3x3
-# at ratio 1/2, and 0.65 to 0.98 with the two merged; at ratio 1/4 0.55 to 0.73 against 0.58 to 0.74; at 1/8 they are
-# equal. The order of the sums lets oneDNN do both additions inside the convolutions.
+
 class SPConv2DFused(InferenceForm):
-    """A fused `SPConv2D`: out = sigmoid(gate_scale * GAP(d)) * d - v, `[N, C, H, W]` in and out.
+    """A fused `SPConv2D`: out = u1 + sigmoid(gate_scale * GAP(d)) * d with d = u3 - u1, `[N, C, H, W]` in and out.
 
-    v = -u1 comes from the uncertain channels; d = u3 - u1 is v with two convolutions of the representative channels
-    added to it, `spatial` (3x3, two groups) and `pointwise` (1x1). `gate_scale` is 1 until an affine is absorbed.
+    `uncertain` (1x1) gives u1, `spatial` (3x3, of the representative channels) and `difference` (1x1, of all channels)
+    together give d. `gate_scale` is 1 until an affine is absorbed.
     """
 
-    def __init__(self, spatial: nn.Conv2D, pointwise: nn.Conv2D, uncertain: nn.Conv2D) -> None:
+    # Of five ways to write this, the fastest and the only one without a slow case. Measured in Paddle Inference 3.3.1
+    # with oneDNN on one thread, blocks (1x1, this layer, 1x1) of ResNet50 at ratio 1/2, batch 1, AVX-512 / AVX2: 0.76
+    # to 0.91 / 0.74 to 0.93 of the time of the same block with a plain 3x3. Without the second convolution of the
+    # uncertain channels, as g * d - v, oneDNN subtracts maps of two layouts where it lays grouped convolutions out in
+    # another way than others: 2.6 with AVX-512 at 56x56 pixels, and an exception on 16 channels. Here all additions of
+    # maps are done inside convolutions, which convert what they add to.
+    def __init__(self, spatial: nn.Conv2D, difference: nn.Conv2D, uncertain: nn.Conv2D) -> None:
         super().__init__()
         self.spatial = spatial
-        self.pointwise = pointwise
+        self.difference = difference
         self.uncertain = uncertain
         self.stride = spatial._stride[0]
         self.channels = [spatial._in_channels, uncertain._in_channels]
@@ -42,9 +51,9 @@ class SPConv2DFused(InferenceForm):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         representative, uncertain = paddle.split(x, self.channels, axis=1)
-        v = self.uncertain(_pooled(uncertain, self.stride))
-        d = self.spatial(representative) + (self.pointwise(_pooled(representative, self.stride)) + v)
-        return F.sigmoid(F.adaptive_avg_pool2d(d, 1) * self.gate_scale) * d - v
+        d = self.spatial(representative) + self.difference(_pooled(x, self.stride))
+        gate = F.sigmoid(F.adaptive_avg_pool2d(d, 1) * self.gate_scale)
+        return self.uncertain(_pooled(uncertain, self.stride)) + gate * d
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel, with the gate as it was.
@@ -57,7 +66,7 @@ class SPConv2DFused(InferenceForm):
         scale = np.where(vanishes, 0.0, scale)
         gate_scale = np.where(vanishes, 0.0, gate_scale / np.where(vanishes, 1.0, scale))
         no_shift = np.zeros_like(scale)
-        for conv, own_shift in ((self.spatial, shift), (self.pointwise, no_shift), (self.uncertain, -shift)):
+        for conv, own_shift in ((self.spatial, no_shift), (self.difference, no_shift), (self.uncertain, shift)):
             kernel, bias = fold_into(conv, scale, own_shift)
             assign(conv.weight, kernel)
             if conv.bias is not None:
@@ -148,20 +157,19 @@ class SPConv2D(ReparamLayer):
         return u1 + F.sigmoid(F.adaptive_avg_pool2d(difference, 1)) * difference
 
     def fuse(self) -> SPConv2DFused:
-        # gwc could take pwc into a dense 3x3 kernel, but two groups and a 1x1 are less work. In Paddle Inference 3.3.1
-        # with oneDNN (AVX2, batch 8, ratio 1/2) a block 1x1 - this - 1x1 of ResNet50 at 56, 28, 14, 7 pixels took 0.75,
-        # 0.65, 0.55, 0.53 of its time with a dense 3x3; with the merged kernel 0.85, 0.78, 0.67, 0.66; at 1/8 the two
-        # are equal. Pooling d instead of u3 and u1, adding inside the convolutions and one split instead of two slices
-        # (which leave oneDNN's layout) each gained as well.
         scale, shift = read_bn_affine(self.bn1)
         spatial, bias = fold_into(self.gwc, scale, shift)
         pointwise, more_bias = fold_into(self.pwc, scale, np.zeros_like(shift))
-        scale, shift = read_bn_affine(self.bn2)
-        uncertain, negative_bias = fold_into(self.conv1x1, -scale, -shift)
+        uncertain, uncertain_bias = fold_into(self.conv1x1, *read_bn_affine(self.bn2))
+        geometry, one_by_one = ConvGeometry.of(self.gwc), ConvGeometry.of(self.conv1x1)
+        if any(channels % _VECTOR for channels in spatial.shape[:2]):
+            spatial, geometry = kernels.ungroup(spatial, geometry.groups), replace(geometry, groups=1)
         return SPConv2DFused(
-            ConvGeometry.of(self.gwc).make_conv(spatial, bias + more_bias),
-            ConvGeometry.of(self.pwc).make_conv(pointwise, None),
-            ConvGeometry.of(self.conv1x1).make_conv(uncertain, negative_bias),
+            geometry.make_conv(spatial, bias + more_bias - uncertain_bias),
+            replace(one_by_one, in_channels=sum(self.channels)).make_conv(
+                np.concatenate([pointwise, -uncertain], axis=1), None
+            ),
+            one_by_one.make_conv(uncertain, uncertain_bias),
         )
 
 
