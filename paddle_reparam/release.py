@@ -137,9 +137,9 @@ def release(
     step = _steps(progress)
 
     with step("load the weights"):
-        before = _digest(Path(weights))
+        before = digest(Path(weights))
         checkpoints.load_into(model, weights)
-        source = _digest(Path(weights))
+        source = digest(Path(weights))
         if before != source:
             raise ReparamError(f"{weights}: it changed while it was read; wait until it is written and run again")
         model.eval()
@@ -187,7 +187,7 @@ def release(
             export_inference(fused, temporary, input_spec, output)
         if plain is not None:
             checkpoints.save(plain, temporary / PLAIN_WEIGHTS)
-        written = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
+        written = {path.name: digest(path) for path in sorted(temporary.iterdir())}
         if plain is not None:
             with step("compare with the stock network that loads the plain weight file"):
                 checkpoints.load_into(stock, temporary / PLAIN_WEIGHTS)
@@ -198,7 +198,7 @@ def release(
         manifest["files"] = written
         manifest["checks"] = {name: report.to_dict() for name, report in checks.items()}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
-        if {name: _digest(temporary / name) for name in written} != written:
+        if {name: digest(temporary / name) for name in written} != written:
             raise ReparamError(f"{folder}: a file changed after it was written; the disk may be failing, run again")
     progress(f"written: {folder}")
     return result
@@ -236,7 +236,7 @@ def _steps(progress: Callable[[str], None]) -> Callable[[str], contextlib.Abstra
     return step
 
 
-def _digest(path: Path) -> dict[str, Any]:
+def digest(path: Path) -> dict[str, Any]:
     """Return the size in bytes and the sha256 of a file."""
     try:
         data = path.read_bytes()

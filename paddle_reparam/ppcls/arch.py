@@ -18,7 +18,7 @@ from .errors import ConfigError
 from .loading import weight_file
 
 # What PaddleClas reads from Arch for itself and passes on to every builder.
-_ENGINE_KEYS = {"infer_output_key", "infer_add_softmax", "infer_model_name", "is_rec", "use_multilabel"}
+ENGINE_KEYS = {"infer_output_key", "infer_add_softmax", "infer_model_name", "is_rec", "use_multilabel"}
 # What PaddleClas' own backbones take: cut the network short, or hand out what is inside it.
 _THESEUS_KEYS = {"return_patterns", "return_stages", "freeze_befor", "stop_after"}
 
@@ -61,7 +61,7 @@ def ReparamModel(
     """
     own = set(inspect.signature(ReparamModel).parameters) - {"engine_keys"}
     for key in engine_keys:
-        _refuse_unknown(key, own | _ENGINE_KEYS, "ReparamModel")
+        _refuse_unknown(key, own | ENGINE_KEYS, "ReparamModel")
     if pretrained is True:
         raise ConfigError(
             "Arch.pretrained of ReparamModel is a weight file; for PaddleClas' own weights set "
@@ -95,7 +95,7 @@ def _named(part: str, config: Any) -> tuple[str, dict[str, Any]]:
 def _build_registered(name: str, **config: Any) -> nn.Layer:
     """Build a model of this library as one of PaddleClas' own: with `stop_after`, `return_stages` and their like."""
     options = {k: config.pop(k) for k in _THESEUS_KEYS & set(config)}
-    config = {k: v for k, v in config.items() if k not in _ENGINE_KEYS}
+    config = {k: v for k, v in config.items() if k not in ENGINE_KEYS}
     return _as_theseus(create_model(name, **config), options)
 
 

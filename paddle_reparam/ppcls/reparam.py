@@ -64,7 +64,7 @@ def _release(given: argparse.Namespace) -> Any:
         model,
         weights,
         given.output,
-        [[None, *_image_shape(config)]],
+        [[None, *image_shape(config)]],
         output=read_output(config),
         stock=stock,
         why_no_stock=why_no_stock,
@@ -138,7 +138,7 @@ def read_output(config: dict[str, Any]) -> OutputSpec:
     return OutputSpec(activation, tuple(key for key in keys if key is not None))
 
 
-def _image_shape(config: dict[str, Any]) -> list[int]:
+def image_shape(config: dict[str, Any]) -> list[int]:
     shape = config["Global"].get("image_shape")
     if not isinstance(shape, (list, tuple)) or not all(isinstance(size, int) for size in shape) or len(shape) != 3:
         raise ConfigError(

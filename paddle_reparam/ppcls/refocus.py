@@ -1,0 +1,416 @@
+"""RefConv's two trainings as one: the plain network, then the second stage or one of its controls from its weights."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import paddle
+import yaml
+from paddle import nn
+
+from .. import checkpoints
+from ..errors import CheckpointError, ReparamError, UnknownName
+from ..registry import Registry
+from ..release import PLAIN_WEIGHTS, OutputExists, digest, release
+from ..report import Report, format_table
+from . import setup
+from .errors import ConfigError
+
+RESULT, RUN, STAGE_TWO = "result.json", "run.json", "stage_two.yaml"
+#: What `--weights` may say instead of a file.
+PRETRAINED = "pretrained"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A second training from a baseline's weights, by the baseline's recipe.
+
+    `layer` holds options of RefConv2D; where it is None the network stays plain. `rate` multiplies the learning rate.
+    """
+
+    what: str
+    layer: Mapping[str, Any] | None = None
+    rate: float = 1.0
+
+
+VARIANTS = {
+    "refocus": Variant("RefConv: the base frozen, all else trained", {}),
+    "random-base": Variant("RefConv over random, frozen kernels", {"base": "random"}),
+    "trained-base": Variant("RefConv, the base trained as well", {"train_base": True}),
+    "random-trained-base": Variant(
+        "RefConv over random kernels, trained as well", {"base": "random", "train_base": True}
+    ),
+    "retrain": Variant("control: the plain network, the same recipe again"),
+    # The paper says "a small learning rate" and no number.
+    "finetune": Variant("control: the plain network, a hundredth of the learning rate", rate=0.01),
+}
+
+
+@dataclass
+class RefocusReport(Report):
+    """What both trainings gave.
+
+    `accuracy` is what PaddleClas measures first (top-1 as a share) of the stock network with the weights of either, and
+    `curves` the same while they trained, epoch by epoch, beside the averages over the training images. `weights` are
+    names and hashes of all weight files.
+    """
+
+    variant: str
+    network: str
+    seed: int | None
+    epochs: int
+    accuracy: dict[str, float]
+    curves: dict[str, list[dict[str, float]]]
+    weights: dict[str, dict[str, Any]]
+    source: dict[str, Any]
+
+    def __str__(self) -> str:
+        rows = [[name, f"{100 * value:.2f}%"] for name, value in self.accuracy.items()]
+        return format_table([self.network, "accuracy"], rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command `tools/refocus.py`; return its exit code: 2 for wrong usage, 1 where a stage fails."""
+    parser = argparse.ArgumentParser(
+        description="Train a plain network, or take a trained one, then train it again by the same recipe with RefConv "
+        "in the place of its convolutions; fuse it, check it, and write weights for the plain network of PaddleClas. "
+        "The same command again goes on where a run was killed."
+    )
+    parser.add_argument("-c", "--config", required=True, help="the YAML file of the plain network's training")
+    parser.add_argument(
+        "--weights", help="a trained weight file or its address; pretrained: what Arch.pretrained of the config names, "
+        "or PaddleClas' own; without it the plain network is trained first",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, help="the folder to make; Global.output_dir is not used")
+    parser.add_argument(
+        "--variant", default="refocus", metavar="NAME",
+        help="; ".join(f"{name}: {variant.what}" for name, variant in VARIANTS.items()),
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
+        help="replace a value of the config; Arch.layer.init, .map_k and Arch.where are those of the second stage",
+    )  # fmt: skip
+    given = parser.parse_args(arguments)
+    try:
+        setup()
+        from .command import read_config
+
+        source = {"config": {"name": given.config, **digest(Path(given.config)), "overrides": given.override}}
+        config = read_config(given.config, given.override)
+        print(refocus(config, given.output, given.weights, given.variant, source))
+        print(f"written: {Path(given.output) / PLAIN_WEIGHTS}, {RESULT}")
+    except ReparamError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, (ConfigError, UnknownName, OutputExists)) else 1
+    return 0
+
+
+def refocus(
+    config: dict[str, Any],
+    folder: str | os.PathLike[str],
+    weights: str | None = None,
+    variant: str = "refocus",
+    source: Mapping[str, Any] | None = None,
+) -> RefocusReport:
+    """Train the plain network of a config, or take its `weights`, then train a variant from them and write the result.
+
+    `config` is what `command.read_config` returns. Its `Arch` may also have the options `layer` and `where` of
+    `ReparamModel`, for the second stage. `weights` is a weight file of the plain network, its address, or "pretrained".
+    The folder gets both trainings, `stage_two.yaml` (a config for the other commands), `plain.pdparams` for the stock
+    network, `shipped`, a release of the fused network, and last of all `result.json`, the report with `source` in it.
+
+    A folder in which the same call was interrupted is gone on with: a finished training is not repeated. Raises
+    `UnknownName` for an unknown variant, `ConfigError` for a config that cannot work, `OutputExists` for a folder with
+    anything else in it, and `ReparamError` where weights do not fit or a check fails.
+    """
+    folder = Path(folder)
+    chosen = _variant(variant)
+    baseline = _baseline(config)
+    _check_network(baseline, config, chosen)
+    stock = _stock_network(baseline)
+    file = _weights_of(baseline, weights, stock)
+    _claim(folder, config, variant, weights and (digest(file)["sha256"] if file else weights))
+    if file is None and weights:
+        file = _save_pretrained(config, folder / "pretrained.pdparams")
+    curves = {}
+    if file is None:
+        file = _train(baseline, folder / "baseline")
+        curves["baseline"] = read_curve(folder / "baseline")
+    second = stage_two(config, chosen, str(file))
+    second["Global"]["output_dir"] = str(folder / "stage_two")
+    text = yaml.safe_dump(_plain(second), sort_keys=False)
+    checkpoints.atomic_write(folder / STAGE_TWO, lambda path: path.write_text(text, encoding="utf-8"))
+    trained = _train(second, folder / "stage_two")
+    curves[variant] = read_curve(folder / "stage_two")
+    plain = folder / PLAIN_WEIGHTS
+    _write_plain(second, trained, plain, stock)
+    report = RefocusReport(
+        variant,
+        baseline["Arch"]["name"],
+        config["Global"].get("seed"),
+        config["Global"]["epochs"],
+        {"baseline": _evaluate(baseline, file, folder), variant: _evaluate(baseline, plain, folder)},
+        curves,
+        {name: {"name": str(path), **digest(path)} for name, path in
+         (("baseline", file), ("trained", trained), ("plain", plain))},
+        dict(source or {}),
+    )  # fmt: skip
+    checkpoints.atomic_write(folder / RESULT, lambda path: path.write_text(f"{report.to_json()}\n", encoding="utf-8"))
+    return report
+
+
+def _variant(name: str) -> Variant:
+    known = Registry("variant")
+    for key, value in VARIANTS.items():
+        known.add(key, value)
+    return known.get(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configs
+
+
+def _baseline(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the plain network, without what is for the second stage."""
+    from .engine import networks
+
+    if paddle.distributed.get_world_size() > 1:
+        raise ConfigError(
+            "this command trains in one process; on several devices, train the plain network's config and then "
+            f"{STAGE_TWO} with tools/train.py"
+        )
+    for network in networks(config["Arch"]):
+        if network["name"] == "ReparamModel":
+            raise ConfigError("Arch is a ReparamModel already; give the config of the plain network, its backbone")
+    if config["Global"].get("checkpoints"):
+        raise ConfigError("Global.checkpoints must be null: the same command again goes on by itself")
+    if not (config["DataLoader"].get("Eval") and config.get("Metric", {}).get("Eval")):
+        raise ConfigError("the config needs DataLoader.Eval and Metric.Eval, by which both networks are measured")
+    baseline = _copy(config)
+    for key in ("layer", "where"):
+        baseline["Arch"].pop(key, None)
+    return baseline
+
+
+def stage_two(config: dict[str, Any], variant: Variant, weights: str) -> dict[str, Any]:
+    """Return the config of the second training: the same recipe, the network and its first weights by the variant."""
+    from .arch import ENGINE_KEYS
+
+    config = _copy(config)
+    arch = config["Arch"]
+    layer, where = arch.pop("layer", None), arch.pop("where", None)
+    if "pretrained" in arch:
+        arch["pretrained"] = False
+    config["Global"]["pretrained_model"] = None
+    if variant.layer is None:
+        if layer or where:
+            raise ConfigError("Arch.layer and Arch.where are RefConv's; this variant trains the plain network")
+        config["Global"]["pretrained_model"] = weights
+        _scale_rates(config["Optimizer"], variant.rate)
+        return config
+    for key, value in (layer or {}).items():
+        if variant.layer.get(key, value) != value or (key == "name" and value != "RefConv2D"):
+            raise ConfigError(f"Arch.layer.{key}={value} is not this variant; choose another one, or leave it out")
+    outside = {key: arch.pop(key) for key in [*ENGINE_KEYS, "use_sync_bn", "class_num"] if key in arch}
+    config["Arch"] = {
+        "name": "ReparamModel", **outside, "backbone": dict(arch),
+        "layer": {"name": "RefConv2D", **(layer or {}), **variant.layer}, "where": where, "pretrained": weights,
+    }  # fmt: skip
+    return config
+
+
+def _scale_rates(part: Any, factor: float) -> None:
+    """Multiply every learning rate of `Optimizer`, whatever its schedule calls it."""
+    for entry in part if isinstance(part, list) else [part]:
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            if key in ("learning_rate", "warmup_start_lr", "end_lr", "eta_min"):
+                entry[key] = factor * value
+            elif key == "values":
+                entry[key] = [factor * rate for rate in value]
+            else:
+                _scale_rates(value, factor)
+
+
+def _plain(config: Any) -> Any:
+    return json.loads(json.dumps(config))
+
+
+def _copy(config: Any) -> Any:
+    """Return a copy whose sections are attributes, as the Engine reads them; after copy.deepcopy they are not."""
+    from ppcls.utils.config import AttrDict
+
+    if isinstance(config, dict):
+        return AttrDict({key: _copy(value) for key, value in config.items()})
+    return [_copy(value) for value in config] if isinstance(config, (list, tuple)) else config
+
+
+def _check_network(baseline: dict[str, Any], config: dict[str, Any], variant: Variant) -> None:
+    """Find out before hours of training what the second stage and the export would stumble over."""
+    from .reparam import build_train_form, image_shape
+
+    image_shape(config)
+    with paddle.utils.unique_name.guard():
+        build_train_form(stage_two(config, variant, "unknown"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def _stock_network(baseline: dict[str, Any]) -> nn.Layer:
+    from .reparam import build_train_form
+
+    with paddle.utils.unique_name.guard():
+        return build_train_form(baseline)
+
+
+def _weights_of(baseline: dict[str, Any], weights: str | None, stock: nn.Layer) -> Path | None:
+    """Return the file of given weights, which must fit the plain network strictly."""
+    from .loading import weight_file
+
+    if weights in (None, PRETRAINED):
+        return None
+    try:
+        file = Path(weight_file(weights))
+    except CheckpointError as error:
+        raise ConfigError(str(error)) from None
+    checkpoints.load_into(stock, file)
+    return file
+
+
+def _save_pretrained(config: dict[str, Any], file: Path) -> Path:
+    """Write the weights that `Arch.pretrained` of a config gives: those of PaddleClas unless it names a file."""
+    from ppcls.arch import build_model
+
+    config = _copy(config)
+    config["Arch"]["pretrained"] = config["Arch"].get("pretrained") or True
+    with paddle.utils.unique_name.guard():
+        checkpoints.save(build_model(config, mode="train").state_dict(), file)
+    return file
+
+
+def _write_plain(second: dict[str, Any], trained: Path, plain: Path, stock: nn.Layer) -> None:
+    """Write the weights of the second stage as those of the plain network: fused and compared where it has layers."""
+    if second["Arch"]["name"] != "ReparamModel":
+        checkpoints.load_into(stock, trained)
+        checkpoints.save(stock.state_dict(), plain)
+        return
+    from .reparam import build_train_form, image_shape, read_output
+
+    paddle.set_device("cpu")
+    shipped = plain.parent / "shipped"
+    with paddle.utils.unique_name.guard():
+        model = build_train_form(second)
+    done = release(
+        model, trained, shipped, [[None, *image_shape(second)]], output=read_output(second), stock=stock,
+        force=shipped.exists(),
+    )  # fmt: skip
+    why_none = done.manifest["plain_weights"]["why_none"]
+    if why_none:
+        raise ReparamError(f"{shipped}: there are no weights for the plain network: {why_none}")
+    checkpoints.atomic_write(plain, lambda path: shutil.copyfile(shipped / PLAIN_WEIGHTS, path))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and measuring
+
+
+def _train(config: dict[str, Any], folder: Path) -> Path:
+    """Train, or go on, or do nothing where all epochs are done; return the weights after the last epoch."""
+    from . import saving
+    from .engine import Engine
+
+    config = _copy(config)
+    config["Global"]["output_dir"] = str(folder)
+    config["Global"]["checkpoints"] = "auto"
+    config["profiler_options"] = None
+    epochs = config["Global"]["epochs"]
+    saved = saving.newest(folder)
+    if saved is None or saved.epoch < epochs:
+        # A training's parameters are named from the start: the optimizer's state is found again by these names.
+        with paddle.utils.unique_name.guard(), _own_log():
+            Engine(config, mode="train").train()
+        saved = saving.newest(folder)
+    if saved is None or saved.epoch < epochs:
+        raise ReparamError(f"{folder}: the training ended without a whole checkpoint of epoch {epochs}")
+    return Path(f"{saved.prefix}.pdparams")
+
+
+def _evaluate(baseline: dict[str, Any], weights: Path, folder: Path) -> float:
+    """Return what PaddleClas measures of the plain network with a weight file."""
+    from .engine import Engine
+
+    config = _copy(baseline)
+    config["Arch"]["pretrained"] = False
+    config["Global"].update(pretrained_model=str(weights), checkpoints=None, output_dir=str(folder / "evaluation"))
+    with paddle.utils.unique_name.guard(), _own_log():
+        return float(Engine(config, mode="eval").eval())
+
+
+@contextlib.contextmanager
+def _own_log() -> Iterator[None]:
+    """Keep PaddleClas, which opens a log file for each Engine and closes none, from writing one into the other."""
+    log = logging.getLogger("ppcls")
+
+    def close() -> None:
+        for handler in [each for each in log.handlers if isinstance(each, logging.FileHandler)]:
+            log.removeHandler(handler)
+            handler.close()
+
+    close()
+    try:
+        yield
+    finally:
+        close()
+
+
+def read_curve(folder: Path) -> list[dict[str, float]]:
+    """Return what PaddleClas logged of every epoch of a training: `epoch`, and its averages as `train_*`, `eval_*`."""
+    epochs: dict[int, dict[str, float]] = {}
+    for log in sorted(folder.rglob("train.log")):
+        # An epoch that was begun again after a kill counts as it was the last time.
+        for mode, epoch, values in re.findall(
+            r"\[(Train|Eval)\]\[Epoch (\d+)(?:/\d+)?\]\[Avg\](.*)", log.read_text(encoding="utf-8")
+        ):
+            found = re.findall(r"(\w+): ([-+.\deinfa]+)", values)
+            epochs.setdefault(int(epoch), {}).update({f"{mode.lower()}_{key}": float(value) for key, value in found})
+    return [{"epoch": epoch, **epochs[epoch]} for epoch in sorted(epochs)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The folder
+
+
+def _claim(folder: Path, config: dict[str, Any], variant: str, weights: str | None) -> None:
+    """Make a folder this run's, or find that it is already; `OutputExists` for one with anything else in it."""
+    run = {"config": _plain(config), "variant": variant, "weights": weights}
+    record = folder / RUN
+    if (folder / RESULT).exists():
+        raise OutputExists(f"{folder} holds a finished run and is kept; name another folder")
+    if record.is_file():
+        try:
+            before = json.loads(record.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}
+        different = [key for key, value in run.items() if before.get(key) != value]
+        if different:
+            raise OutputExists(
+                f"{folder} holds a run that was interrupted, of another {' and '.join(different)}; name another "
+                "folder, or give the same command to go on"
+            )
+    elif os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise OutputExists(f"{folder} exists already and is kept; name another folder")
+    else:
+        text = json.dumps(run, indent=1)
+        checkpoints.atomic_write(record, lambda path: path.write_text(text, encoding="utf-8"))
