@@ -21,11 +21,13 @@ from paddle import nn
 
 from .. import checkpoints
 from ..errors import CheckpointError, ReparamError, UnknownName
+from ..export import one_sentence
 from ..registry import Registry
 from ..release import PLAIN_WEIGHTS, OutputExists, digest, release
 from ..report import Report, format_table
 from . import setup
 from .errors import ConfigError
+from .reparam import build_train_form, image_shape, read_output
 
 RESULT, RUN, STAGE_TWO = "result.json", "run.json", "stage_two.yaml"
 #: What `--weights` may say instead of a file.
@@ -106,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup()
         from .command import read_config
 
-        source = {"config": {"name": given.config, **digest(Path(given.config)), "overrides": given.override}}
         config = read_config(given.config, given.override)
+        source = {"config": {"name": given.config, **digest(Path(given.config)), "overrides": given.override}}
         print(refocus(config, given.output, given.weights, given.variant, source))
         print(f"written: {Path(given.output) / PLAIN_WEIGHTS}, {RESULT}")
     except ReparamError as error:
@@ -137,16 +139,17 @@ def refocus(
     folder = Path(folder)
     chosen = _variant(variant)
     baseline = _baseline(config)
-    _check_network(baseline, config, chosen)
-    stock = _stock_network(baseline)
-    file = _weights_of(baseline, weights, stock)
-    _claim(folder, config, variant, weights and (digest(file)["sha256"] if file else weights))
-    if file is None and weights:
-        file = _save_pretrained(config, folder / "pretrained.pdparams")
+    # Before hours of training: what the second stage and the export would stumble over.
+    image_shape(config)
+    _build(stage_two(config, chosen, ""))
+    file = None if weights in (None, PRETRAINED) else _fitting_file(baseline, weights)
+    _claim(folder, config, variant, digest(file)["sha256"] if file else weights)
     curves = {}
-    if file is None:
+    if weights is None:
         file = _train(baseline, folder / "baseline")
         curves["baseline"] = read_curve(folder / "baseline")
+    elif weights == PRETRAINED:
+        file = _save_pretrained(baseline, folder / "pretrained.pdparams")
     second = stage_two(config, chosen, str(file))
     second["Global"]["output_dir"] = str(folder / "stage_two")
     text = yaml.safe_dump(_plain(second), sort_keys=False)
@@ -154,7 +157,8 @@ def refocus(
     trained = _train(second, folder / "stage_two")
     curves[variant] = read_curve(folder / "stage_two")
     plain = folder / PLAIN_WEIGHTS
-    _write_plain(second, trained, plain, stock)
+    _write_plain(baseline, second, trained, plain)
+    files = {"baseline": file, "trained": trained, "plain": plain}
     report = RefocusReport(
         variant,
         baseline["Arch"]["name"],
@@ -162,10 +166,9 @@ def refocus(
         config["Global"]["epochs"],
         {"baseline": _evaluate(baseline, file, folder), variant: _evaluate(baseline, plain, folder)},
         curves,
-        {name: {"name": str(path), **digest(path)} for name, path in
-         (("baseline", file), ("trained", trained), ("plain", plain))},
+        {name: {"name": str(path), **digest(path)} for name, path in files.items()},
         dict(source or {}),
-    )  # fmt: skip
+    )
     checkpoints.atomic_write(folder / RESULT, lambda path: path.write_text(f"{report.to_json()}\n", encoding="utf-8"))
     return report
 
@@ -206,13 +209,17 @@ def _baseline(config: dict[str, Any]) -> dict[str, Any]:
 def stage_two(config: dict[str, Any], variant: Variant, weights: str) -> dict[str, Any]:
     """Return the config of the second training: the same recipe, the network and its first weights by the variant."""
     from .arch import ENGINE_KEYS
+    from .engine import networks
 
     config = _copy(config)
     arch = config["Arch"]
     layer, where = arch.pop("layer", None), arch.pop("where", None)
-    if "pretrained" in arch:
-        arch["pretrained"] = False
+    for network in networks(arch):
+        if "pretrained" in network:
+            network["pretrained"] = False
     config["Global"]["pretrained_model"] = None
+    if layer is not None and not isinstance(layer, dict):
+        raise ConfigError(f"Arch.layer is {layer!r}; give options of RefConv2D, as in -o Arch.layer.init=zero")
     if variant.layer is None:
         if layer or where:
             raise ConfigError("Arch.layer and Arch.where are RefConv's; this variant trains the plain network")
@@ -255,65 +262,63 @@ def _copy(config: Any) -> Any:
     return [_copy(value) for value in config] if isinstance(config, (list, tuple)) else config
 
 
-def _check_network(baseline: dict[str, Any], config: dict[str, Any], variant: Variant) -> None:
-    """Find out before hours of training what the second stage and the export would stumble over."""
-    from .reparam import build_train_form, image_shape
-
-    image_shape(config)
-    with paddle.utils.unique_name.guard():
-        build_train_form(stage_two(config, variant, "unknown"))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
 
-def _stock_network(baseline: dict[str, Any]) -> nn.Layer:
-    from .reparam import build_train_form
-
+def _build(config: dict[str, Any]) -> nn.Layer:
+    """Build the network of a config on the CPU, where it is fused and compared; an Engine sets its own device."""
+    paddle.set_device("cpu")
+    # Some backbones give their parameters fixed names, which can be given once; in here the names start anew.
     with paddle.utils.unique_name.guard():
-        return build_train_form(baseline)
+        return build_train_form(config)
 
 
-def _weights_of(baseline: dict[str, Any], weights: str | None, stock: nn.Layer) -> Path | None:
+def _fitting_file(baseline: dict[str, Any], weights: str) -> Path:
     """Return the file of given weights, which must fit the plain network strictly."""
     from .loading import weight_file
 
-    if weights in (None, PRETRAINED):
-        return None
     try:
         file = Path(weight_file(weights))
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    checkpoints.load_into(stock, file)
+    checkpoints.load_into(_build(baseline), file)
     return file
 
 
-def _save_pretrained(config: dict[str, Any], file: Path) -> Path:
-    """Write the weights that `Arch.pretrained` of a config gives: those of PaddleClas unless it names a file."""
+def _save_pretrained(baseline: dict[str, Any], file: Path) -> Path:
+    """Write the weights that `Arch.pretrained` of a config gives: those of PaddleClas unless it names a file.
+
+    PaddleClas leaves what does not fit at random, without a word: then two networks are not the same.
+    """
     from ppcls.arch import build_model
 
-    config = _copy(config)
+    config = _copy(baseline)
     config["Arch"]["pretrained"] = config["Arch"].get("pretrained") or True
-    with paddle.utils.unique_name.guard():
-        checkpoints.save(build_model(config, mode="train").state_dict(), file)
+    states = []
+    for _ in range(2):
+        with paddle.utils.unique_name.guard(), one_sentence("the pretrained weights cannot be had"):
+            states.append(build_model(config, mode="train").state_dict())
+    random = [key for key, value in states[0].items() if not bool((value == states[1][key]).all())]
+    if random:
+        raise CheckpointError(
+            f"the pretrained weights of {config['Arch']['name']} do not fit: {len(random)} entries stay random, the "
+            f"first is {random[0]} {list(states[0][random[0]].shape)}; train the baseline from them, without --weights"
+        )
+    checkpoints.save(states[0], file)
     return file
 
 
-def _write_plain(second: dict[str, Any], trained: Path, plain: Path, stock: nn.Layer) -> None:
+def _write_plain(baseline: dict[str, Any], second: dict[str, Any], trained: Path, plain: Path) -> None:
     """Write the weights of the second stage as those of the plain network: fused and compared where it has layers."""
+    stock = _build(baseline)
     if second["Arch"]["name"] != "ReparamModel":
         checkpoints.load_into(stock, trained)
         checkpoints.save(stock.state_dict(), plain)
         return
-    from .reparam import build_train_form, image_shape, read_output
-
-    paddle.set_device("cpu")
     shipped = plain.parent / "shipped"
-    with paddle.utils.unique_name.guard():
-        model = build_train_form(second)
     done = release(
-        model, trained, shipped, [[None, *image_shape(second)]], output=read_output(second), stock=stock,
+        _build(second), trained, shipped, [[None, *image_shape(second)]], output=read_output(second), stock=stock,
         force=shipped.exists(),
     )  # fmt: skip
     why_none = done.manifest["plain_weights"]["why_none"]
