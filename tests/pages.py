@@ -52,4 +52,5 @@ def run(command: str, folder: Path, timeout: float = 300) -> str:
 
 def cut_short(command: str) -> str:
     """Return a training with one epoch only, and any other command as it is."""
-    return f"{command} -o Global.epochs=1" if command.startswith("python tools/train.py") else command
+    trains = command.startswith(("python tools/train.py", "python tools/refocus.py"))
+    return f"{command} -o Global.epochs=1" if trains else command

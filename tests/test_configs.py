@@ -55,6 +55,7 @@ RECIPES = {
     "digits/repmlp/RepMLP_CIFAR": Recipe(16, 1, 5, 0.05, 1e-4),
     "digits/repmlp/RepMLPNet": Recipe(16, 1, 4, 2e-3, 0.1, "AdamW"),
     "cifar10/refconv": Recipe(128, 1, 105, 0.1, 5e-4),
+    "cifar10/refconv/ShuffleNetV2_x0_25": Recipe(64, 1, 12, 0.1, 5e-4),
     "cifar10/spconv": Recipe(128, 1, 200, 0.1, 5e-4),
     "cifar10/dcd": Recipe(128, 1, 200, 0.1, 5e-4),
     "cifar10/slak": Recipe(128, 1, 200, 2e-3, 0.05, "AdamW"),

@@ -146,7 +146,8 @@ def pictures():
 
 def test_every_paper_has_its_picture(pictures):
     assert set(pictures.PICTURES) == set(PAPERS)
-    assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} == set(PAPERS)
+    drawn_elsewhere = {"refocus_cifar10"}
+    assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} - drawn_elsewhere == set(PAPERS)
     for page, text in PAPERS.items():
         assert f"(images/{page}.png)" in text
 

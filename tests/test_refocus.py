@@ -276,13 +276,14 @@ def test_weights_that_paddleclas_has(config, baseline, tmp_path, monkeypatch):
     prefix = baseline[: -len(".pdparams")]
     monkeypatch.setattr(save_load, "get_weights_path_from_url", lambda url: prefix)
     for overrides in ([], [f"Arch.pretrained={prefix}"]):
-        file = refocus._save_pretrained(read_config(config, overrides), tmp_path / "pretrained.pdparams")
+        file = tmp_path / "baseline.pdparams"
+        refocus._save_pretrained(read_config(config, overrides), file)
         state, expected = checkpoints.load(file), checkpoints.load(baseline)
         assert state.keys() == expected.keys()
         assert all(np.array_equal(state[name], expected[name]) for name in state)
         file.unlink()
     with pytest.raises(CheckpointError, match=r"do not fit: 1 entries stay random, the first is fc.weight \[256, 3\]"):
-        refocus._save_pretrained(read_config(config, ["Arch.class_num=3"]), tmp_path / "pretrained.pdparams")
+        refocus._save_pretrained(read_config(config, ["Arch.class_num=3"]), tmp_path / "baseline.pdparams")
     assert not list(tmp_path.iterdir())
 
 
@@ -291,7 +292,7 @@ def test_from_weights_that_paddleclas_has(place, command, baseline):
     arguments = ["--weights", "pretrained", "-o", f"Arch.pretrained={prefix}", "-o", "Arch.layer.init=zero"]
     assert command("pretrained", *arguments, "--variant", "trained-base", "-o", "Global.epochs=1") == 0
     run = Run(place.root / "pretrained")
-    assert run.result["weights"]["baseline"]["name"] == str(run.folder / "pretrained.pdparams")
+    assert run.result["weights"]["baseline"]["name"] == str(run.folder / "baseline.pdparams")
     assert run.second["Arch"]["backbone"] == {"name": PLAIN["name"], "pretrained": False}
     assert set(run.result["curves"]) == {"trained-base"}
 

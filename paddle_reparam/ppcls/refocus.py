@@ -129,8 +129,9 @@ def refocus(
 
     `config` is what `command.read_config` returns. Its `Arch` may also have the options `layer` and `where` of
     `ReparamModel`, for the second stage. `weights` is a weight file of the plain network, its address, or "pretrained".
-    The folder gets both trainings, `stage_two.yaml` (a config for the other commands), `plain.pdparams` for the stock
-    network, `shipped`, a release of the fused network, and last of all `result.json`, the report with `source` in it.
+    The folder gets both trainings, `baseline.pdparams` (unless it was a file), `stage_two.yaml` (a config for the other
+    commands), `shipped` (a release of the fused network), `plain.pdparams` for the stock network, and last of all
+    `result.json`, the report with `source` in it.
 
     A folder in which the same call was interrupted is gone on with: a finished training is not repeated. Raises
     `UnknownName` for an unknown variant, `ConfigError` for a config that cannot work, `OutputExists` for a folder with
@@ -145,11 +146,13 @@ def refocus(
     file = None if weights in (None, PRETRAINED) else _fitting_file(baseline, weights)
     _claim(folder, config, variant, digest(file)["sha256"] if file else weights)
     curves = {}
-    if weights is None:
-        file = _train(baseline, folder / "baseline")
-        curves["baseline"] = read_curve(folder / "baseline")
-    elif weights == PRETRAINED:
-        file = _save_pretrained(baseline, folder / "pretrained.pdparams")
+    if file is None:
+        file = folder / "baseline.pdparams"
+        if weights == PRETRAINED:
+            _save_pretrained(baseline, file)
+        else:
+            _copy_file(_train(baseline, folder / "baseline"), file)
+            curves["baseline"] = read_curve(folder / "baseline")
     second = stage_two(config, chosen, str(file))
     second["Global"]["output_dir"] = str(folder / "stage_two")
     text = yaml.safe_dump(_plain(second), sort_keys=False)
@@ -286,7 +289,7 @@ def _fitting_file(baseline: dict[str, Any], weights: str) -> Path:
     return file
 
 
-def _save_pretrained(baseline: dict[str, Any], file: Path) -> Path:
+def _save_pretrained(baseline: dict[str, Any], file: Path) -> None:
     """Write the weights that `Arch.pretrained` of a config gives: those of PaddleClas unless it names a file.
 
     PaddleClas leaves what does not fit at random, without a word: then two networks are not the same.
@@ -306,7 +309,10 @@ def _save_pretrained(baseline: dict[str, Any], file: Path) -> Path:
             f"first is {random[0]} {list(states[0][random[0]].shape)}; train the baseline from them, without --weights"
         )
     checkpoints.save(states[0], file)
-    return file
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    checkpoints.atomic_write(target, lambda path: shutil.copyfile(source, path))
 
 
 def _write_plain(baseline: dict[str, Any], second: dict[str, Any], trained: Path, plain: Path) -> None:
@@ -324,7 +330,7 @@ def _write_plain(baseline: dict[str, Any], second: dict[str, Any], trained: Path
     why_none = done.manifest["plain_weights"]["why_none"]
     if why_none:
         raise ReparamError(f"{shipped}: there are no weights for the plain network: {why_none}")
-    checkpoints.atomic_write(plain, lambda path: shutil.copyfile(shipped / PLAIN_WEIGHTS, path))
+    _copy_file(shipped / PLAIN_WEIGHTS, plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
