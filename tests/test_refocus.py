@@ -152,7 +152,7 @@ def test_every_schedule_is_scaled():
         {"Momentum": {"scope": "backbone", "lr": {"name": "Piecewise", "values": [0.1, 0.01], "decay_epochs": [3]}}},
         {"SGD": {"scope": "head", "lr": {"learning_rate": 0.5, "eta_min": 0.1, "warmup_epoch": 5}}},
     ]
-    refocus._scale_rates(rates, 0.1)
+    assert refocus._scale_rates(rates, 0.1) == 3
     assert rates[0]["Momentum"]["lr"] == {"name": "Piecewise", "values": [0.1 * 0.1, 0.1 * 0.01], "decay_epochs": [3]}
     assert rates[1]["SGD"]["lr"] == {"learning_rate": 0.05, "eta_min": 0.1 * 0.1, "warmup_epoch": 5}
 
@@ -312,6 +312,7 @@ def test_from_weights_that_paddleclas_has(place, command, baseline):
         (["-o", "Arch.layer=zero"], "give options of RefConv2D"),
         (["-o", "Arch.layer.name=SPConv2D"], "Arch.layer.name=SPConv2D is not this variant"),
         (["-o", "Arch.layer.base=random", "--variant", "retrain"], "this variant trains the plain network"),
+        (["-o", "Optimizer.lr={'name': 'Noam'}", "--variant", "finetune"], "Optimizer has no learning rate"),
         (["-o", "Arch.name=MobileNetV9"], "did you mean MobileNetV"),
     ],
 )

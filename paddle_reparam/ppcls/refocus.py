@@ -54,7 +54,7 @@ VARIANTS = {
         "RefConv over random kernels, trained as well", {"base": "random", "train_base": True}
     ),
     "retrain": Variant("control: the plain network, the same recipe again"),
-    # The paper says "a small learning rate" and no number.
+    # The factor is chosen here: of the paper's it is known that it is small.
     "finetune": Variant("control: the plain network, a hundredth of the learning rate", rate=0.01),
 }
 
@@ -227,7 +227,8 @@ def stage_two(config: dict[str, Any], variant: Variant, weights: str) -> dict[st
         if layer or where:
             raise ConfigError("Arch.layer and Arch.where are RefConv's; this variant trains the plain network")
         config["Global"]["pretrained_model"] = weights
-        _scale_rates(config["Optimizer"], variant.rate)
+        if _scale_rates(config["Optimizer"], variant.rate) == 0:
+            raise ConfigError("Optimizer has no learning rate that is known here, in none of its schedules")
         return config
     for key, value in (layer or {}).items():
         if variant.layer.get(key, value) != value or (key == "name" and value != "RefConv2D"):
@@ -240,16 +241,20 @@ def stage_two(config: dict[str, Any], variant: Variant, weights: str) -> dict[st
     return config
 
 
-def _scale_rates(part: Any, factor: float) -> None:
-    """Multiply every learning rate of `Optimizer`, whatever its schedule calls it."""
+def _scale_rates(part: Any, factor: float) -> int:
+    """Multiply every learning rate of `Optimizer`, whatever its schedule calls it; return how many there were."""
+    found = 0
     for entry in part if isinstance(part, list) else [part]:
         for key, value in entry.items() if isinstance(entry, dict) else ():
-            if key in ("learning_rate", "warmup_start_lr", "end_lr", "eta_min"):
+            if key.endswith("learning_rate") or key in ("warmup_start_lr", "end_lr", "eta_min"):
                 entry[key] = factor * value
             elif key == "values":
                 entry[key] = [factor * rate for rate in value]
             else:
-                _scale_rates(value, factor)
+                found += _scale_rates(value, factor)
+                continue
+            found += 1
+    return found
 
 
 def _plain(config: Any) -> Any:
