@@ -31,7 +31,6 @@ from paddle_reparam.layers.dcd import (
     resnet_basic_sizes,
     resnet_bottleneck_sizes,
 )
-from paddle_reparam.layers.dcd_fused import DCDConv2DOfOneSize, kernel_is_cheaper
 from paddle_reparam.layers.dcd_matrix import DCDDepthwiseConv2D, DCDMatrixConv2D, latent_dimension_of
 from paddle_reparam.registry import create_model, get_model
 from paddle_reparam.rewrite import replace
@@ -178,10 +177,6 @@ def check_kernels(layer: nn.Layer, kernel_of) -> None:
         fused.absorb_affine(scale, shift)
         expected = expected * scale[:, None, None] + shift[:, None, None]
         assert relative_error(fused(x), expected) < 1e-10
-        if not isinstance(layer, DCDDepthwiseConv2D) and getattr(layer, "blocks", 1) == 1:
-            rows, columns = expected.shape[2:]
-            of_one_size = DCDConv2DOfOneSize(fused, rows, columns)
-            assert relative_error(of_one_size(x), expected) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -251,46 +246,18 @@ def test_parameters_of_the_papers_forms():
     assert DCDDepthwiseConv2D(32, 5).r.shape == [12, 25]
 
 
-# --- The form for one size ----------------------------------------------------------------------------------------
-
-
-def test_a_kernel_for_each_image_where_that_is_cheaper():
-    # 64 -> 256 channels with L = 8: 3136 pixels take 8228864 on features and 147456 for the kernel.
-    assert kernel_is_cheaper(3136, 64, 256, 8, pointwise=True)
-    # 512 -> 2048 with L = 22 at 7x7: 2783396 on features, 24060928 for the kernel.
-    assert not kernel_is_cheaper(49, 512, 2048, 22, pointwise=True)
-    # Beside a 3x3 kernel it would be a convolution more.
-    assert not kernel_is_cheaper(3136, 64, 64, 8, pointwise=False)
-    assert kernel_is_cheaper(3136, 64, 64, 64, pointwise=False)
-
-    fused = ready(DCDConv2D(8, 6, 1, 2)).reparameterize()
-    assert fused.for_size(2, 2) is None
-    fitted = fused.for_size(15, 14)
-    assert str(fitted) == "DCDConv2DOfOneSize(a 1x1 kernel for each image)"
-    before = arrays_of(fused)
-    x = paddle.randn([3, 8, 15, 14], dtype="float64")
-    assert relative_error(fitted(x), fused(x)) < 1e-10
-    contract.randomise(fitted, seed=4)
-    assert all(np.array_equal(value, before[name]) for name, value in arrays_of(fused).items())
-    with pytest.raises(UnsupportedConv, match="made for maps of one size; fold BNs before that"):
-        fitted.absorb_affine(np.ones(6), np.ones(6))
-    wide = ready(DCDConv2D(8, 6, 3, latent_dimension=16)).reparameterize()
-    assert str(wide.for_size(30, 30)) == "DCDConv2DOfOneSize(the centre of a kernel for each image)"
-    assert ready(DCDMatrixConv2D(8, 6, 1, blocks=2)).reparameterize().for_size(30, 30) is None
+# --- Traced -------------------------------------------------------------------------------------------------------
 
 
 def test_what_the_contract_does_not_trace():
-    """An open batch in every form, and an open size but for the form for one: no convolution has a group per image."""
+    """An open batch and size in every form: no convolution has a group per image."""
     blocks = ready(DCDMatrixConv2D(8, 6, 3, 2, blocks=2), "float32")
     residual_only = ready(DCDMatrixConv2D(8, 6, 1, channel_attention=False), "float32")
-    strided = ready(DCDConv2D(8, 6, 1, 2), "float32").reparameterize().for_size(15, 15)
-    wide = ready(DCDConv2D(8, 6, 3, latent_dimension=16), "float32").reparameterize().for_size(15, 15)
-    forms = [(form, None) for form in (blocks, blocks.reparameterize(), residual_only, residual_only.reparameterize())]
-    for form, side in [*forms, (strided, 15), (wide, 15)]:
-        spec = [paddle.static.InputSpec([None, 8, side, side], "float32")]
+    for form in (blocks, blocks.reparameterize(), residual_only, residual_only.reparameterize()):
+        spec = [paddle.static.InputSpec([None, 8, None, None], "float32")]
         traced = paddle.jit.to_static(copy.deepcopy(form), input_spec=spec, full_graph=True)
         for batch in (1, 3):
-            x = paddle.randn([batch, 8, side or 7, side or 8])
+            x = paddle.randn([batch, 8, 7, 8])
             with paddle.no_grad():
                 assert relative_error(traced(x), form(x)) < 1e-5
 

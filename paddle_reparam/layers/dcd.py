@@ -196,7 +196,7 @@ class DCDConv2D(_ReleasedDCD):
         return features + scale.unsqueeze([2, 3]) * self.conv(x)
 
     def fuse(self) -> DCDConv2DFused:
-        """Return the inference form: BNs folded, and of 1x1 convolutions the static one and q as one."""
+        """Return the inference form, with both BNs folded."""
         static = Affine(to_float64(self.conv.weight), to_float64(self.conv.bias))
         parts = self._fold(ConvGeometry.of(self.conv), static, to_float64(self.q.weight), to_float64(self.p.weight))
         return DCDConv2DFused(*parts)
