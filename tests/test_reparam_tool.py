@@ -127,7 +127,7 @@ def test_a_fused_form_that_is_no_stock_network_has_no_plain_weights(tmp_path):
     checkpoints.save(build().state_dict(), tmp_path / "w.pdparams")
     report = run((build, tmp_path / "w.pdparams"), tmp_path / "out")
     assert not (tmp_path / "out" / release.PLAIN_WEIGHTS).exists()
-    assert "body.gate_scale" in report.manifest["plain_weights"]["why_none"]
+    assert "body.difference.weight" in report.manifest["plain_weights"]["why_none"]
     assert report.fusing.left_over == {"inference forms": 1}
     assert is_whole(tmp_path / "out")
 
