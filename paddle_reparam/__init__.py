@@ -17,11 +17,13 @@ from .checkpoints import convert_state, load, load_into, save
 from .errors import ReparamError
 from .registry import create_model, list_layers, list_models
 from .release import release
+from .released import check_release
 from .rewrite import reparameterize, replace
 from .verify import verify
 
 __all__ = [
     "ReparamError",
+    "check_release",
     "convert_state",
     "create_model",
     "layers",

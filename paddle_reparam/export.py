@@ -6,10 +6,10 @@ import contextlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import numpy as np
 import paddle
@@ -29,6 +29,9 @@ FILE_NAME = "inference"
 #: Which of them is the program depends on Paddle's version and its FLAGS_enable_pir_api.
 PROGRAM_SUFFIXES = (".json", ".pdmodel")
 WEIGHTS_SUFFIX = ".pdiparams"
+
+#: How `--format` names them.
+FORMATS = ("json", "pdmodel")
 
 #: The smallest probability whose logarithm is compared: Paddle's own softmax stops at e^-64, oneDNN's does not.
 _SMALLEST_PROBABILITY = 1e-25
@@ -55,17 +58,61 @@ class OutputSpec:
 AS_THE_NETWORK = OutputSpec()
 
 
-class ExportedNetwork(nn.Layer):
-    """A network with the output that its export is to have."""
+@dataclass(frozen=True)
+class Normalization:
+    """What makes a network's input of the pixels 0..255 of an RGB image: `(pixels * scale - mean) / std` by channel.
 
-    def __init__(self, network: nn.Layer, output: OutputSpec) -> None:
+    `dtype` is that of the pixels that an export with it takes, uint8 or float32.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float
+    dtype: str = "uint8"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("uint8", "float32"):
+            raise ReparamError(f"pixels are exported as uint8 or float32: {self.dtype}")
+        if len(self.mean) != len(self.std) or not all(np.isfinite([*self.mean, *self.std, self.scale])):
+            raise ReparamError(f"a mean and a std for each channel, all finite, are needed: {self.mean}, {self.std}")
+        if not all(self.std):
+            raise ReparamError(f"a std of 0 cannot be divided by: {self.std}")
+
+    @staticmethod
+    def from_dict(entries: dict[str, Any] | None) -> Normalization | None:
+        """Return what a manifest holds, or None for None."""
+        if entries is None:
+            return None
+        return Normalization(tuple(entries["mean"]), tuple(entries["std"]), entries["scale"], entries["dtype"])
+
+    def affine(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return (factor, shift) by channel, float64: the input is `pixels * factor + shift`."""
+        mean, std = np.float64(self.mean), np.float64(self.std)
+        return self.scale / std, -mean / std
+
+
+class ExportedNetwork(nn.Layer):
+    """A network with the input and the output that its export is to have.
+
+    The normalisation is an affine in front of the network. In the first convolution it would be another function where
+    that one pads: zeros are padded behind the normalisation, not before.
+    """
+
+    def __init__(self, network: nn.Layer, output: OutputSpec, normalization: Normalization | None = None) -> None:
         super().__init__()
         self.network = network
         self.keys = output.keys
         self.activation = output.activation
         self.training = network.training
+        self.takes_pixels = normalization is not None
+        if normalization is not None:
+            factor, shift = (v.astype("float32").reshape(1, -1, 1, 1) for v in normalization.affine())
+            self.register_buffer("factor", paddle.to_tensor(factor))
+            self.register_buffer("shift", paddle.to_tensor(shift))
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        if self.takes_pixels:
+            x = x.astype("float32") * self.factor + self.shift
         outputs = self.network(x)
         if isinstance(outputs, (list, tuple)):
             outputs = outputs[0]
@@ -79,13 +126,53 @@ class ExportedNetwork(nn.Layer):
         return outputs
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """How an export is written: `file_format` json (Paddle 3), pdmodel, or None for what the running Paddle writes;
+    `normalization` goes into it, so that it takes pixels; with `dynamic_size` it takes images of every size.
+    """
+
+    file_format: str | None = None
+    normalization: Normalization | None = None
+    dynamic_size: bool = False
+
+    def __post_init__(self) -> None:
+        if self.file_format not in (None, *FORMATS):
+            raise ReparamError(f"the format of an export is {' or '.join(FORMATS)}: {self.file_format}")
+        if self.file_format == "json" and _old_programs is None:
+            raise ReparamError(f"Paddle {paddle.__version__} cannot write .json programs, Paddle 3 can; use pdmodel")
+
+    def input_dtype(self, model: nn.Layer) -> str:
+        """Return the dtype of the export's input: that of the pixels, or of the model's parameters."""
+        if self.normalization is not None:
+            return self.normalization.dtype
+        return next((str(p.dtype).rsplit(".", 1)[-1] for p in model.parameters()), "float32")
+
+
+#: Makes Paddle 3 write and read .pdmodel; Paddle 2 does nothing else.
+_old_programs = getattr(paddle.pir_utils, "DygraphOldIrGuard", None) if hasattr(paddle, "pir_utils") else None
+
+DEFAULT_OPTIONS = ExportOptions()
+
+
+def _programs_of(file_format: str | None) -> contextlib.AbstractContextManager[None]:
+    if file_format == "pdmodel" and _old_programs is not None:
+        return _old_programs()
+    return contextlib.nullcontext()
+
+
 def export_inference(
-    model: nn.Layer, folder: Folder, input_spec: InputSpec, output: OutputSpec = AS_THE_NETWORK
+    model: nn.Layer,
+    folder: Folder,
+    input_spec: InputSpec,
+    output: OutputSpec = AS_THE_NETWORK,
+    options: ExportOptions = DEFAULT_OPTIONS,
 ) -> list[Path]:
     """Write a network in eval mode for Paddle Inference, with a dynamic batch, and return the files written.
 
     `input_spec` holds one shape with None for the batch, e.g. `[[None, 3, 224, 224]]`; the input has the dtype of the
-    parameters. The files are called `inference` with the suffixes of the running Paddle. The model stays as it is.
+    parameters, or of the pixels where `options` has a normalisation. The files are called `inference` with the suffixes
+    of the format. The model stays as it is.
     Raises `ReparamError` for a model in training mode and where the network cannot be exported.
     """
     if model.training:
@@ -95,16 +182,19 @@ def export_inference(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shape = list(getattr(input_spec[0], "shape", input_spec[0]))
-    dtype = next((str(p.dtype).rsplit(".", 1)[-1] for p in model.parameters()), "float32")
+    if options.dynamic_size:
+        shape[2:] = [None] * len(shape[2:])
     # Paddle's tracing puts rewritten forward methods on the layers, so it gets a copy.
-    network = ExportedNetwork(copy_model(model), output)
-    spec = paddle.static.InputSpec(shape=shape, dtype=dtype, name="x")
+    network = ExportedNetwork(copy_model(model), output, options.normalization)
+    spec = paddle.static.InputSpec(shape=shape, dtype=options.input_dtype(model), name="x")
     with one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[spec])
+        with _programs_of(options.file_format):
+            paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[spec])
     program = program_file(folder)
     if program.suffix == ".pdmodel":
-        _add_biases_by_axis(program)
+        with _programs_of("pdmodel"):
+            _add_biases_by_axis(program)
     return sorted(path for path in folder.iterdir() if path.name.startswith(f"{FILE_NAME}."))
 
 
@@ -214,29 +304,54 @@ class InferenceModel:
 
 def load_program(folder: Folder) -> nn.Layer:
     """Return an export as `paddle.jit.load` reads it, in eval mode; raises `ReparamError` where it cannot."""
-    path = program_file(folder).with_suffix("")
-    with one_sentence(f"{folder}: paddle.jit.load cannot load it"):
-        layer = paddle.jit.load(str(path))
+    path = program_file(folder)
+    with one_sentence(f"{folder}: paddle.jit.load cannot load it"), _programs_of(path.suffix[1:]):
+        layer = paddle.jit.load(str(path.with_suffix("")))
         layer.eval()
         return layer
 
 
-class _Comparable(nn.Layer):
-    """A function's outputs, and behind probabilities their logarithms: the logits but for a constant a sample.
+def comparable(outputs: Sequence[np.ndarray], output: OutputSpec) -> list[np.ndarray]:
+    """Return a network's outputs, and behind probabilities their logarithms: the logits but for a constant a sample.
 
     A fault in the logits of unlikely classes hardly shows in the probabilities.
     """
+    logarithms = [np.log(np.maximum(p, _SMALLEST_PROBABILITY)) for p in outputs if output.activation == "softmax"]
+    return [*outputs, *logarithms]
 
-    def __init__(self, function: nn.Layer | InferenceModel, output: OutputSpec) -> None:
+
+class _Comparable(nn.Layer):
+    """A function's `comparable` outputs for random inputs, which become pixels where it takes those."""
+
+    def __init__(
+        self, function: Callable[..., Any], output: OutputSpec, normalization: Normalization | None, dtype: str
+    ) -> None:
         super().__init__()
         self.function = function
         self.output = output
+        self.takes_pixels = normalization is not None
+        self.dtype = dtype
 
-    def forward(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
-        outputs = flatten_outputs(self.function(*inputs))
-        if self.output.activation == "softmax":
-            outputs += [paddle.log(paddle.clip(p, min=_SMALLEST_PROBABILITY)) for p in outputs]
-        return outputs
+    def forward(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        if self.takes_pixels:
+            x = paddle.clip(paddle.round(127.5 + 64.0 * x), 0.0, 255.0).astype(self.dtype)
+        outputs = [tensor.numpy() for tensor in flatten_outputs(self.function(x))]
+        return [paddle.to_tensor(array) for array in comparable(outputs, self.output)]
+
+
+class _OfPixels(nn.Layer):
+    """A network behind a normalisation of its own, computed as PaddleClas does."""
+
+    def __init__(self, network: nn.Layer, normalization: Normalization) -> None:
+        super().__init__()
+        self.network = network
+        self.scale = normalization.scale
+        self.mean, self.std = (
+            paddle.to_tensor(np.float32(v).reshape(1, -1, 1, 1)) for v in (normalization.mean, normalization.std)
+        )
+
+    def forward(self, x: paddle.Tensor) -> Any:
+        return self.network((x * self.scale - self.mean) / self.std)
 
 
 def check_export(
@@ -247,15 +362,20 @@ def check_export(
     batch_sizes: Sequence[int] = (1, 3),
     tolerance: float = NETWORK_TOLERANCE,
     must_depend: bool = True,
+    normalization: Normalization | None = None,
 ) -> dict[str, VerifyReport]:
     """Compare what an export's folder holds with the model in eval mode that it was made of, for each batch size.
 
-    Loaded with `paddle.jit.load`, and in the Predictor with and without oneDNN; returns the report of each. Raises
+    Loaded with `paddle.jit.load`, and in the Predictor with and without oneDNN; returns the report of each. An export
+    with a normalisation gets pixels, and the model what PaddleClas makes of them. Raises
     `ReparamError` where it cannot be loaded or run, and `NothingProven` where the outputs hardly depend on the input,
     unless `must_depend` is False.
     """
-    reference = _Comparable(ExportedNetwork(model, output), output)
+    behind = model if normalization is None else _OfPixels(model, normalization)
+    behind.eval()
+    reference = _Comparable(ExportedNetwork(behind, output), output, normalization, "float32")
     reference.eval()
+    taken = "" if normalization is None else normalization.dtype
     loaded = {
         "paddle.jit.load": load_program(folder),
         "Predictor, oneDNN": InferenceModel(folder, onednn=True),
@@ -263,7 +383,13 @@ def check_export(
     }
     return {
         f"{name}, batch {size}": verify(
-            reference, lambda *x, f=function: _Comparable(f, output)(*x), input_spec, 2, size, tolerance, must_depend
+            reference,
+            lambda x, f=function: _Comparable(f, output, normalization, taken)(x),
+            input_spec,
+            2,
+            size,
+            tolerance,
+            must_depend,
         )
         for name, function in loaded.items()
         for size in batch_sizes

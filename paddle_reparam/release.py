@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import errno
 import hashlib
-import json
 import os
 import platform
 import secrets
@@ -28,16 +27,29 @@ from paddle import nn
 
 from . import __version__, checkpoints
 from .errors import NothingProven, ReparamError
-from .export import AS_THE_NETWORK, Folder, OutputSpec, check_export, export_inference, one_sentence
+from .export import (
+    AS_THE_NETWORK,
+    DEFAULT_OPTIONS,
+    FILE_NAME,
+    PROGRAM_SUFFIXES,
+    WEIGHTS_SUFFIX,
+    ExportOptions,
+    Folder,
+    OutputSpec,
+    check_export,
+    export_inference,
+    one_sentence,
+)
 from .flops import ModelSize, measure
 from .geometry import BATCH_NORMS
+from .released import MANIFEST, PLAIN_WEIGHTS, PROBE, digest, probe_input, probe_output, write_manifest, write_probe
 from .report import Report, format_table
 from .rewrite import RewriteReport, reparameterize
 from .tracing import InputSpec, walk
 from .verify import NETWORK_TOLERANCE, VerifyReport, verify
 
-MANIFEST = "manifest.json"
-PLAIN_WEIGHTS = "plain.pdparams"
+#: The files that Paddle Inference needs.
+_EXPORTED = {f"{FILE_NAME}{suffix}" for suffix in (*PROGRAM_SUFFIXES, WEIGHTS_SUFFIX)}
 
 _NO_STOCK_NETWORK = "no stock network was given that the fused weights could belong to"
 
@@ -62,7 +74,7 @@ class ReleaseReport(Report):
     def table(self) -> str:
         """Return train form and fused form side by side."""
         sizes = {name: entry["bytes"] for name, entry in self.manifest.get("files", {}).items()}
-        exported = sum(size for name, size in sizes.items() if name.startswith("inference."))
+        exported = sum(size for name, size in sizes.items() if name in _EXPORTED)
         rows = [
             ["trainable parameters", self.train.trainable_parameters, self.fused.trainable_parameters],
             ["frozen parameters", self.train.frozen_parameters, self.fused.frozen_parameters],
@@ -111,6 +123,7 @@ def release(
     output: OutputSpec = AS_THE_NETWORK,
     stock: nn.Layer | None = None,
     why_no_stock: str = _NO_STOCK_NETWORK,
+    options: ExportOptions = DEFAULT_OPTIONS,
     facts: Mapping[str, Any] | None = None,
     force: bool = False,
     dry_run: bool = False,
@@ -124,8 +137,9 @@ def release(
     must fit the model strictly. The train form is compared with the fused network layer by layer, with `stock` loaded
     from `plain.pdparams`, and with what was exported: by `paddle.jit.load` and by the Predictor, with and without
     oneDNN, at batch sizes 1 and 3. `input_spec` holds one shape with None for the batch; the export takes images of
-    that size, and layers take the form that is fastest for it. `facts` goes into the manifest beside what is measured
-    here; `progress` gets one line for each step done.
+    that size, and layers take the form that is fastest for it, unless `options` ask for a dynamic size: then all is
+    compared at a second, larger size too. `facts` goes into the manifest beside what is measured
+    here; `progress` gets one line for each step done. `check_release` checks the folder later.
 
     With `dry_run` nothing is written. A folder that stands there is kept, with `OutputExists`, unless `force`: then
     the old one, which must be a release too, stays whole until the new one takes its place. Raises `ReparamError`
@@ -144,7 +158,7 @@ def release(
             raise ReparamError(f"{weights}: it changed while it was read; wait until it is written and run again")
         model.eval()
     with step("fuse"):
-        fused, fusing = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=True)
+        fused, fusing = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=not options.dynamic_size)
     checks: dict[str, VerifyReport] = {}
 
     def check(name: str, report: VerifyReport) -> None:
@@ -153,6 +167,10 @@ def release(
 
     with step("compare with the train form, layer by layer"):
         check("fused network", verify(model, fused, input_spec, tolerance=tolerance))
+    second = _larger(input_spec) if options.dynamic_size else None
+    if second is not None:
+        with step(f"compare at a second size, {_size(second)}"):
+            check(f"fused network, {_size(second)}", verify(model, fused, second, tolerance=tolerance))
     with step("count parameters and multiply-adds"):
         train_size, fused_size = measure(model, input_spec), measure(fused, input_spec)
     plain, why_no_plain = None, why_no_stock
@@ -168,7 +186,9 @@ def release(
         "source": {"weights": {"name": str(weights), **source}},
         "input": {
             "shape": [list(getattr(spec, "shape", spec)) for spec in input_spec],
-            "dtype": next((str(p.dtype).rsplit(".", 1)[-1] for p in model.parameters()), "float32"),
+            "dtype": options.input_dtype(model),
+            "size": "dynamic" if options.dynamic_size else "fixed",
+            "normalization": None if options.normalization is None else asdict(options.normalization),
         },
         "output": {"activation": output.activation, "keys": list(output.keys)},
         "batch_norm_epsilons": _epsilons(model),
@@ -184,7 +204,7 @@ def release(
 
     with new_folder(target, folder, force) as temporary:
         with step("export for Paddle Inference"):
-            export_inference(fused, temporary, input_spec, output)
+            export_inference(fused, temporary, input_spec, output, options)
         if plain is not None:
             checkpoints.save(plain, temporary / PLAIN_WEIGHTS)
         written = {path.name: digest(path) for path in sorted(temporary.iterdir())}
@@ -193,36 +213,70 @@ def release(
                 checkpoints.load_into(stock, temporary / PLAIN_WEIGHTS)
                 check("stock network, plain weights", verify(model, stock, input_spec, tolerance=tolerance))
         with step("compare with what was exported, loaded in three ways"):
-            for name, report in _check_export(temporary, model, fused, input_spec, output, tolerance).items():
+            for name, report in _check_export(temporary, model, fused, input_spec, output, options, tolerance).items():
                 check(name, report)
+            if second is not None:
+                loose = {"must_depend": False, "normalization": options.normalization}
+                for name, report in check_export(temporary, model, second, output, (2,), tolerance, **loose).items():
+                    check(f"{name}, {_size(second)}", report)
+        scale = 1.0 if options.normalization else checks[_LAST_CHECK].input_scale
+        probe = probe_input(manifest["input"], scale)
+        write_probe(temporary, probe_output(model, probe, output, options.normalization))
+        written[PROBE] = digest(temporary / PROBE)
+        manifest["probe"] = {
+            "scale": scale,
+            "input_sha256": hashlib.sha256(probe.tobytes()).hexdigest(),
+            "tolerance": max(report.tolerance for report in checks.values()),
+        }
         manifest["files"] = written
         manifest["checks"] = {name: report.to_dict() for name, report in checks.items()}
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        write_manifest(temporary, manifest)
         if {name: digest(temporary / name) for name in written} != written:
             raise ReparamError(f"{folder}: a file changed after it was written; the disk may be failing, run again")
     progress(f"written: {folder}")
     return result
 
 
+#: Of the checks of an export, the one whose inputs' scale the probe gets.
+_LAST_CHECK = "Predictor, no oneDNN, batch 3"
+
+
+def _larger(input_spec: InputSpec) -> InputSpec:
+    """Return the spec of larger images of another shape, as large as every network's strides divide."""
+    return [[*shape[:2], *(size + 32 * more for more, size in enumerate(shape[2:], 1))]
+            for shape in (list(getattr(spec, "shape", spec)) for spec in input_spec)]  # fmt: skip
+
+
+def _size(input_spec: InputSpec) -> str:
+    return "x".join(map(str, input_spec[0][2:]))
+
+
 def _check_export(
-    folder: Path, model: nn.Layer, fused: nn.Layer, input_spec: InputSpec, output: OutputSpec, tolerance: float
+    folder: Folder,
+    model: nn.Layer,
+    fused: nn.Layer,
+    input_spec: InputSpec,
+    output: OutputSpec,
+    options: ExportOptions,
+    tolerance: float,
 ) -> dict[str, VerifyReport]:
     """Compare an export of the fused network with the model.
 
     The probabilities of an untrained network are often the same for every input. Then a second export, which puts the
     logits out, is compared as well: it differs from the first in nothing else, and is thrown away.
     """
+    common = {"tolerance": tolerance, "normalization": options.normalization}
     try:
-        return check_export(folder, model, input_spec, output, tolerance=tolerance)
+        return check_export(folder, model, input_spec, output, **common)
     except NothingProven:
         if output.activation is None:
             raise
     logits = OutputSpec("identity", output.keys)
     with tempfile.TemporaryDirectory() as second:
-        export_inference(fused, second, input_spec, logits)
-        reports = check_export(second, model, input_spec, logits, tolerance=tolerance)
+        export_inference(fused, second, input_spec, logits, options)
+        reports = check_export(second, model, input_spec, logits, **common)
     reports = {f"{name}, logits": report for name, report in reports.items()}
-    return {**reports, **check_export(folder, model, input_spec, output, tolerance=tolerance, must_depend=False)}
+    return {**reports, **check_export(folder, model, input_spec, output, must_depend=False, **common)}
 
 
 def _steps(progress: Callable[[str], None]) -> Callable[[str], contextlib.AbstractContextManager]:
@@ -234,15 +288,6 @@ def _steps(progress: Callable[[str], None]) -> Callable[[str], contextlib.Abstra
         progress(f"{time.perf_counter() - started:6.1f} s  {name}")
 
     return step
-
-
-def digest(path: Path) -> dict[str, Any]:
-    """Return the size in bytes and the sha256 of a file."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ReparamError(f"{path}: it cannot be read ({error.strerror})") from error
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _epsilons(model: nn.Layer) -> dict[str, int]:

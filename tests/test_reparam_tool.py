@@ -434,7 +434,8 @@ def test_the_command(project, capsys):
     assert manifest["source"]["config"]["name"] == "config.yaml"
     assert manifest["source"]["weights"]["name"] == "trained.pdparams"
     assert manifest["versions"]["paddleclas"]["engine_sha256"]
-    assert manifest["plain_weights"] == {"file": "plain.pdparams", "why_none": None}
+    assert manifest["plain_weights"]["file"] == "plain.pdparams"
+    assert manifest["plain_weights"]["arch"]["name"] == "MobileNetV1_x0_25"
     assert str(project) not in json.dumps(manifest)
 
     stock = ppcls.setup().arch.MobileNetV1_x0_25(class_num=10)
@@ -446,6 +447,45 @@ def test_the_command(project, capsys):
 
     assert call(project, "--output", "released") == 2
     assert capsys.readouterr().err.startswith("error: released exists already and is kept")
+
+    assert check(project, "released") == 0
+    assert "plain.pdparams" in capsys.readouterr().out
+    (project / "released" / "plain.pdparams").write_bytes(b"")
+    assert check(project, "released") == 1
+    assert capsys.readouterr().err.startswith("error: released/plain.pdparams is not as it was written")
+
+
+def check(project, folder):
+    from paddle_reparam.ppcls.reparam import main
+
+    with inside(project):
+        return main(["--check", folder])
+
+
+def test_what_the_export_takes_is_chosen(project, capsys):
+    options = ("--output", "chosen", "--format", "pdmodel", "--size", "dynamic", "--normalize", "float32")
+    assert call(project, *options) == 2
+    assert "--normalize needs one NormalizeImage" in capsys.readouterr().err
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    config["Infer"] = {"transforms": [{"NormalizeImage": {"scale": "1.0/255.0", "std": [0.2, 0.3, 0.4]}}]}
+    (project / "pixels.yaml").write_text(yaml.safe_dump(config))
+    assert call(project, *options, config="pixels.yaml") == 0
+    taken = json.loads((project / "chosen" / "manifest.json").read_text())["input"]
+    assert taken["size"] == "dynamic"
+    assert taken["normalization"] == {
+        "dtype": "float32", "mean": [0.485, 0.456, 0.406], "scale": 1 / 255, "std": [0.2, 0.3, 0.4],
+    }  # fmt: skip
+    assert (project / "chosen" / "inference.pdmodel").is_file()
+    assert check(project, "chosen") == 0
+
+
+def test_check_stands_alone(project, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        call(project, "--check", "released")
+    with pytest.raises(SystemExit, match="2"):
+        call(project)
+    assert check(project, "nowhere") == 1
+    assert "nowhere is no release" in capsys.readouterr().err
 
 
 def test_a_dry_run_of_the_command(project, capsys):

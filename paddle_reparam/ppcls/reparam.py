@@ -15,10 +15,12 @@ import paddle
 from paddle import nn
 
 from ..errors import CheckpointError, ReparamError, UnknownName
-from ..export import OutputSpec, one_sentence
+from ..export import FORMATS, ExportOptions, OutputSpec, one_sentence
 from ..release import OutputExists, release
+from ..released import check_release, read_manifest
 from . import setup
 from .errors import ConfigError
+from .transforms import read_normalization
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,18 +29,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Fuse the trained network of a PaddleClas config, export it for Paddle Inference, and check each "
         "step: an output folder appears only when everything in it is the same function as the trained network."
     )
-    parser.add_argument("-c", "--config", required=True, help="the YAML file of the training")
-    parser.add_argument("--weights", required=True, help="the weight file that training saved, in train form")
-    parser.add_argument("--output", required=True, help="the folder to make")
+    parser.add_argument("-c", "--config", help="the YAML file of the training")
+    parser.add_argument("--weights", help="the weight file that training saved, in train form")
+    parser.add_argument("--output", help="the folder to make")
     parser.add_argument(
         "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
         help="replace a value of the config, as in -o Global.image_shape=[3,224,224]; may be given several times",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace an earlier release in the output folder")
     parser.add_argument("--dry-run", action="store_true", help="fuse and compare, and write nothing")
+    parser.add_argument("--format", choices=FORMATS, help="the program's format; else what this Paddle writes")
+    parser.add_argument("--size", choices=("fixed", "dynamic"), default="fixed", help="of the images; fixed is faster")
+    parser.add_argument(
+        "--normalize", nargs="?", const="uint8", choices=("uint8", "float32"),
+        help="put the config's NormalizeImage into the export, which then takes RGB pixels 0..255 of this type",
+    )  # fmt: skip
+    parser.add_argument("--check", metavar="FOLDER", help="check a folder that was made before; takes no other option")
     given = parser.parse_args(arguments)
+    making = [name for name in ("config", "weights", "output") if getattr(given, name) is not None]
+    if given.check is None and len(making) < 3:
+        parser.error("give -c, --weights and --output, or --check FOLDER")
+    if given.check is not None and vars(given) != {**vars(parser.parse_args([])), "check": given.check}:
+        parser.error("--check takes no other option")
     try:
-        print(_release(given))
+        print(_release(given) if given.check is None else _check(given.check))
     except ReparamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ConfigError, UnknownName, OutputExists)) else 1
@@ -59,7 +73,10 @@ def _release(given: argparse.Namespace) -> Any:
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
     model = build_train_form(config)
-    stock, why_no_stock = build_stock(config)
+    stock_config, why_no_stock = plain_config(config)
+    # Some backbones give their parameters fixed names, which can be given once; in here the names start anew.
+    with paddle.utils.unique_name.guard():
+        stock = None if stock_config is None else _build(stock_config)
     return release(
         model,
         weights,
@@ -68,6 +85,11 @@ def _release(given: argparse.Namespace) -> Any:
         output=read_output(config),
         stock=stock,
         why_no_stock=why_no_stock,
+        options=ExportOptions(
+            given.format,
+            None if given.normalize is None else read_normalization(config, given.normalize),
+            given.size == "dynamic",
+        ),
         facts={
             "source": {
                 "config": {
@@ -77,10 +99,21 @@ def _release(given: argparse.Namespace) -> Any:
                 }
             },
             "versions": {"paddleclas": _version_of(ppcls)},
+            "plain_weights": {"arch": None if stock_config is None else stock_config["Arch"]},
         },
         force=given.force,
         dry_run=given.dry_run,
     )
+
+
+def _check(folder: str) -> Any:
+    paddle.set_device("cpu")
+    arch = read_manifest(folder)["plain_weights"].get("arch")
+    if arch is None:
+        return check_release(folder)
+    setup().utils.logger.init_logger(log_level="WARNING")
+    with paddle.utils.unique_name.guard():
+        return check_release(folder, _build({"Arch": arch}))
 
 
 def build_train_form(config: dict[str, Any]) -> nn.Layer:
@@ -95,8 +128,8 @@ def build_train_form(config: dict[str, Any]) -> nn.Layer:
     return _build(config)
 
 
-def build_stock(config: dict[str, Any]) -> tuple[nn.Layer | None, str]:
-    """Return the network of a config with the plain backbone in the place of `ReparamModel`, or None and why."""
+def plain_config(config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """Return a config with the plain backbone in the place of `ReparamModel`, or None and why there is none."""
     from .engine import networks
 
     config = copy.deepcopy(config)
@@ -110,9 +143,7 @@ def build_stock(config: dict[str, Any]) -> tuple[nn.Layer | None, str]:
             backbone.setdefault("class_num", network["class_num"])
         network.clear()
         network.update(backbone)
-    # Some backbones give their parameters fixed names, which can be given once; in here the names start anew.
-    with paddle.utils.unique_name.guard():
-        return _build(config), ""
+    return config, ""
 
 
 def _build(config: dict[str, Any]) -> nn.Layer:

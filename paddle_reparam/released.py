@@ -1,0 +1,203 @@
+"""A released folder, read again later and elsewhere: its manifest, its files, and what its network computes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from . import checkpoints
+from .errors import ReparamError
+from .export import (
+    ExportedNetwork,
+    Folder,
+    InferenceModel,
+    Normalization,
+    OutputSpec,
+    comparable,
+    load_program,
+    one_sentence,
+    program_file,
+)
+from .report import Report, format_table
+from .tracing import flatten_outputs
+from .verify import compare_outputs
+
+MANIFEST = "manifest.json"
+PLAIN_WEIGHTS = "plain.pdparams"
+PROBE = "probe.npz"
+
+_BATCH = 2
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Return the size in bytes and the sha256 of a file; raises `ReparamError` where it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ReparamError(f"{path}: it cannot be read ({error.strerror})") from error
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The manifest, which seals itself
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write what describes a release, with the sha256 of all of it but that entry as `seal`."""
+    seal = hashlib.sha256(_text(manifest).encode()).hexdigest()
+    (folder / MANIFEST).write_text(_text({**manifest, "seal": seal}), encoding="utf-8")
+
+
+def read_manifest(folder: Folder) -> dict[str, Any]:
+    """Return what a release says of itself; raises `ReparamError` for another folder and a manifest that was changed.
+
+    A changed byte anywhere in it is noticed: it is read and written again, and its seal must fit.
+    """
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise ReparamError(f"{folder} is no release: it holds no {MANIFEST}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        same = text == _text(manifest)
+        seal = manifest.pop("seal")
+        same = same and seal == hashlib.sha256(_text(manifest).encode()).hexdigest()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        same = False
+    if not same:
+        raise ReparamError(f"{path} is not as it was written, or of an older version of this library; release again")
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The probe: a small input that can be made again everywhere, and the output that the trained network gave for it
+
+
+def _probe_pixels(shape: Sequence[int]) -> np.ndarray:
+    """Return `shape` as scattered integers 0..255 (splitmix64 of their places): the same on each machine for ever."""
+    z = (np.arange(np.prod(shape), dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) & np.uint64(255)).astype(np.uint8).reshape(shape)
+
+
+def probe_input(description: Mapping[str, Any], scale: float) -> np.ndarray:
+    """Return the probe for a manifest's `input`: pixels, or numbers of the standard deviation `scale`."""
+    [shape] = description["shape"]
+    pixels = _probe_pixels([_BATCH, *shape[1:]])
+    if description["normalization"] is None:
+        pixels = (pixels.astype(np.float64) - 127.5) / 73.9 * scale
+    return pixels.astype(description["dtype"])
+
+
+def probe_output(model: nn.Layer, probe: np.ndarray, output: OutputSpec, normalization: Normalization | None) -> Any:
+    """Return the list of arrays that a network in eval mode gives for the probe."""
+    network = ExportedNetwork(model, output, normalization)
+    with paddle.no_grad():
+        return [tensor.numpy() for tensor in flatten_outputs(network(paddle.to_tensor(probe)))]
+
+
+def write_probe(folder: Path, outputs: Sequence[np.ndarray]) -> None:
+    """Write what `probe_output` gave into a folder."""
+    np.savez(folder / PROBE, *outputs)
+
+
+def _read_probe(path: Path) -> list[np.ndarray]:
+    with one_sentence(f"{path}: it cannot be read"), np.load(path, allow_pickle=False) as arrays:
+        return [arrays[f"arr_{i}"] for i in range(len(arrays.files))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking all of it
+
+
+@dataclass
+class CheckReport(Report):
+    """What a check of a released folder found: name of the file -> how many bytes, and way of running it -> how far
+    its output for the probe is from that of the trained network, relative. `not_run` says what was not, and why.
+    """
+
+    files: dict[str, int]
+    tolerance: float
+    errors: dict[str, float]
+    not_run: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        rows = [[name, f"{error:.1e}", f"{self.tolerance:.0e}"] for name, error in self.errors.items()]
+        rows += [[name, f"not run: {why}", "-"] for name, why in self.not_run.items()]
+        table = format_table(["the trained network's output for the probe, by", "relative error", "tolerance"], rows)
+        return f"{len(self.files)} files, {sum(self.files.values()):,} bytes: all as they were written\n{table}"
+
+
+def check_files(folder: Folder, manifest: Mapping[str, Any]) -> dict[str, int]:
+    """Return file -> bytes where a folder holds the files of its manifest, unchanged, and no other.
+
+    Raises `ReparamError` with the name of the first file that is missing, changed or foreign.
+    """
+    folder, files = Path(folder), manifest["files"]
+    for name in sorted(files):
+        path = folder / name
+        if not path.is_file():
+            raise ReparamError(f"{path} is missing; copy the folder again")
+        if digest(path) != files[name]:
+            raise ReparamError(f"{path} is not as it was written ({MANIFEST} has another hash); copy the folder again")
+    for path in sorted(folder.iterdir()):
+        if path.name not in files and path.name != MANIFEST:
+            raise ReparamError(f"{path} does not belong to the release; {MANIFEST} does not name it")
+    return {name: entry["bytes"] for name, entry in files.items()}
+
+
+def check_release(folder: Folder, stock: nn.Layer | None = None) -> CheckReport:
+    """Check a released folder: its files, and that each form in it gives the trained network's output for the probe.
+
+    `stock` is the freshly built network that `plain.pdparams` belongs to; without it that file's hash is checked and
+    its network not run. Raises `ReparamError` with the name of the file that is missing, foreign, changed, or computes
+    something else.
+    """
+    manifest = read_manifest(folder)
+    files = check_files(folder, manifest)
+    folder = Path(folder)
+    probe, output = manifest["probe"], OutputSpec(manifest["output"]["activation"], tuple(manifest["output"]["keys"]))
+    x, expected = probe_input(manifest["input"], probe["scale"]), _read_probe(folder / PROBE)
+    if hashlib.sha256(x.tobytes()).hexdigest() != probe["input_sha256"]:
+        raise ReparamError(f"{folder}: the probe's input is not what it was when {MANIFEST} was written")
+    report = CheckReport(files, probe["tolerance"], {})
+
+    def compare(way: str, file: str, outputs: Sequence[np.ndarray]) -> None:
+        error, _ = compare_outputs(comparable(expected, output), comparable(outputs, output), report.tolerance)
+        report.errors[way] = error
+        if not error <= report.tolerance:
+            raise ReparamError(
+                f"{folder / file} computes something else than the network that was released: {way} gives the probe "
+                f"with a relative error of {error:.1e} (tolerance {report.tolerance:.0e})"
+            )
+
+    program = program_file(folder).name
+    with paddle.no_grad(), one_sentence(f"{folder / program}: it cannot be run"):
+        loaded = flatten_outputs(load_program(folder)(paddle.to_tensor(x)))
+    compare("paddle.jit.load", program, [tensor.numpy() for tensor in loaded])
+    for way, onednn in (("Predictor, oneDNN", True), ("Predictor, no oneDNN", False)):
+        compare(way, program, InferenceModel(folder, onednn=onednn).run(x))
+    if PLAIN_WEIGHTS in files:
+        if stock is None:
+            report.not_run[PLAIN_WEIGHTS] = "the stock network was not given"
+            checkpoints.load(folder / PLAIN_WEIGHTS)
+        else:
+            stock.eval()
+            with one_sentence(f"{folder / PLAIN_WEIGHTS}: the stock network cannot load it"):
+                checkpoints.load_into(stock, folder / PLAIN_WEIGHTS)
+            normalization = Normalization.from_dict(manifest["input"]["normalization"])
+            compare(PLAIN_WEIGHTS, PLAIN_WEIGHTS, probe_output(stock, x, output, normalization))
+    return report
