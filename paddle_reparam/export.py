@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -129,12 +129,14 @@ class ExportedNetwork(nn.Layer):
 @dataclass(frozen=True)
 class ExportOptions:
     """How an export is written: `file_format` json (Paddle 3), pdmodel, or None for what the running Paddle writes;
-    `normalization` goes into it, so that it takes pixels; with `dynamic_size` it takes images of every size.
+    `normalization` goes into it, so that it takes pixels; with `dynamic_size` it takes images of every size;
+    with `onnx` a release has an ONNX file too.
     """
 
     file_format: str | None = None
     normalization: Normalization | None = None
     dynamic_size: bool = False
+    onnx: bool = False
 
     def __post_init__(self) -> None:
         if self.file_format not in (None, *FORMATS):
@@ -363,11 +365,13 @@ def check_export(
     tolerance: float = NETWORK_TOLERANCE,
     must_depend: bool = True,
     normalization: Normalization | None = None,
+    more: Mapping[str, Callable[..., Any]] | None = None,
 ) -> dict[str, VerifyReport]:
     """Compare what an export's folder holds with the model in eval mode that it was made of, for each batch size.
 
     Loaded with `paddle.jit.load`, and in the Predictor with and without oneDNN; returns the report of each. An export
-    with a normalisation gets pixels, and the model what PaddleClas makes of them. Raises
+    with a normalisation gets pixels, and the model what PaddleClas makes of them. `more` are other functions to compare
+    in the same way, such as an `OnnxModel`. Raises
     `ReparamError` where it cannot be loaded or run, and `NothingProven` where the outputs hardly depend on the input,
     unless `must_depend` is False.
     """
@@ -380,6 +384,7 @@ def check_export(
         "paddle.jit.load": load_program(folder),
         "Predictor, oneDNN": InferenceModel(folder, onednn=True),
         "Predictor, no oneDNN": InferenceModel(folder, onednn=False),
+        **(more or {}),
     }
     return {
         f"{name}, batch {size}": verify(

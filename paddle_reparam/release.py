@@ -42,6 +42,7 @@ from .export import (
 )
 from .flops import ModelSize, measure
 from .geometry import BATCH_NORMS
+from .onnx_export import ONNX_FILE, OnnxModel, export_onnx
 from .released import MANIFEST, PLAIN_WEIGHTS, PROBE, digest, probe_input, probe_output, write_manifest, write_probe
 from .report import Report, format_table
 from .rewrite import RewriteReport, reparameterize
@@ -125,6 +126,7 @@ def release(
     why_no_stock: str = _NO_STOCK_NETWORK,
     options: ExportOptions = DEFAULT_OPTIONS,
     facts: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
     force: bool = False,
     dry_run: bool = False,
     tolerance: float = NETWORK_TOLERANCE,
@@ -139,7 +141,8 @@ def release(
     oneDNN, at batch sizes 1 and 3. `input_spec` holds one shape with None for the batch; the export takes images of
     that size, and layers take the form that is fastest for it, unless `options` ask for a dynamic size: then all is
     compared at a second, larger size too. `facts` goes into the manifest beside what is measured
-    here; `progress` gets one line for each step done. `check_release` checks the folder later.
+    here, and `texts` (name -> content) are more files; `progress` gets one line for each step done.
+    `check_release` checks the folder later.
 
     With `dry_run` nothing is written. A folder that stands there is kept, with `OutputExists`, unless `force`: then
     the old one, which must be a release too, stays whole until the new one takes its place. Raises `ReparamError`
@@ -205,8 +208,13 @@ def release(
     with new_folder(target, folder, force) as temporary:
         with step("export for Paddle Inference"):
             export_inference(fused, temporary, input_spec, output, options)
+        if options.onnx:
+            with step("convert to ONNX"):
+                export_onnx(temporary)
         if plain is not None:
             checkpoints.save(plain, temporary / PLAIN_WEIGHTS)
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         written = {path.name: digest(path) for path in sorted(temporary.iterdir())}
         if plain is not None:
             with step("compare with the stock network that loads the plain weight file"):
@@ -216,7 +224,7 @@ def release(
             for name, report in _check_export(temporary, model, fused, input_spec, output, options, tolerance).items():
                 check(name, report)
             if second is not None:
-                loose = {"must_depend": False, "normalization": options.normalization}
+                loose = {"must_depend": False, **_ways(temporary, options)}
                 for name, report in check_export(temporary, model, second, output, (2,), tolerance, **loose).items():
                     check(f"{name}, {_size(second)}", report)
         scale = 1.0 if options.normalization else checks[_LAST_CHECK].input_scale
@@ -251,6 +259,12 @@ def _size(input_spec: InputSpec) -> str:
     return "x".join(map(str, input_spec[0][2:]))
 
 
+def _ways(folder: Folder, options: ExportOptions) -> dict[str, Any]:
+    """Return what `check_export` is told of how an export was written."""
+    more = {"onnxruntime": OnnxModel(Path(folder) / ONNX_FILE)} if options.onnx else None
+    return {"normalization": options.normalization, "more": more}
+
+
 def _check_export(
     folder: Folder,
     model: nn.Layer,
@@ -265,7 +279,7 @@ def _check_export(
     The probabilities of an untrained network are often the same for every input. Then a second export, which puts the
     logits out, is compared as well: it differs from the first in nothing else, and is thrown away.
     """
-    common = {"tolerance": tolerance, "normalization": options.normalization}
+    common = {"tolerance": tolerance, **_ways(folder, options)}
     try:
         return check_export(folder, model, input_spec, output, **common)
     except NothingProven:
@@ -274,7 +288,10 @@ def _check_export(
     logits = OutputSpec("identity", output.keys)
     with tempfile.TemporaryDirectory() as second:
         export_inference(fused, second, input_spec, logits, options)
-        reports = check_export(second, model, input_spec, logits, **common)
+        if options.onnx:
+            export_onnx(second)
+        of_logits = {"tolerance": tolerance, **_ways(second, options)}
+        reports = check_export(second, model, input_spec, logits, **of_logits)
     reports = {f"{name}, logits": report for name, report in reports.items()}
     return {**reports, **check_export(folder, model, input_spec, output, must_depend=False, **common)}
 

@@ -26,6 +26,7 @@ from .export import (
     one_sentence,
     program_file,
 )
+from .onnx_export import ONNX_FILE, OnnxModel, need
 from .report import Report, format_table
 from .tracing import flatten_outputs
 from .verify import compare_outputs
@@ -190,6 +191,13 @@ def check_release(folder: Folder, stock: nn.Layer | None = None) -> CheckReport:
     compare("paddle.jit.load", program, [tensor.numpy() for tensor in loaded])
     for way, onednn in (("Predictor, oneDNN", True), ("Predictor, no oneDNN", False)):
         compare(way, program, InferenceModel(folder, onednn=onednn).run(x))
+    if ONNX_FILE in files:
+        try:
+            need("onnxruntime")
+        except ReparamError as missing:
+            report.not_run[ONNX_FILE] = str(missing)
+        else:
+            compare("onnxruntime", ONNX_FILE, OnnxModel(folder / ONNX_FILE).run(x))
     if PLAIN_WEIGHTS in files:
         if stock is None:
             report.not_run[PLAIN_WEIGHTS] = "the stock network was not given"

@@ -20,7 +20,7 @@ from ..release import OutputExists, release
 from ..released import check_release, read_manifest
 from . import setup
 from .errors import ConfigError
-from .transforms import read_normalization
+from .transforms import files_for_paddleclas, read_labels, read_normalization, release_steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,6 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--normalize", nargs="?", const="uint8", choices=("uint8", "float32"),
         help="put the config's NormalizeImage into the export, which then takes RGB pixels 0..255 of this type",
     )  # fmt: skip
+    parser.add_argument("--onnx", action="store_true", help="put an ONNX file beside the export, compared as well")
     parser.add_argument("--check", metavar="FOLDER", help="check a folder that was made before; takes no other option")
     given = parser.parse_args(arguments)
     making = [name for name in ("config", "weights", "output") if getattr(given, name) is not None]
@@ -77,6 +78,8 @@ def _release(given: argparse.Namespace) -> Any:
     # Some backbones give their parameters fixed names, which can be given once; in here the names start anew.
     with paddle.utils.unique_name.guard():
         stock = None if stock_config is None else _build(stock_config)
+    normalization = None if given.normalize is None else read_normalization(config, given.normalize)
+    steps, labels = release_steps(config, normalization), read_labels(config, Path(ppcls.__file__).parents[1])
     return release(
         model,
         weights,
@@ -85,11 +88,8 @@ def _release(given: argparse.Namespace) -> Any:
         output=read_output(config),
         stock=stock,
         why_no_stock=why_no_stock,
-        options=ExportOptions(
-            given.format,
-            None if given.normalize is None else read_normalization(config, given.normalize),
-            given.size == "dynamic",
-        ),
+        options=ExportOptions(given.format, normalization, given.size == "dynamic", given.onnx),
+        texts=files_for_paddleclas(steps, labels),
         facts={
             "source": {
                 "config": {
@@ -98,6 +98,8 @@ def _release(given: argparse.Namespace) -> Any:
                     "overrides": given.override,
                 }
             },
+            "input": {"preprocessing": steps},
+            "labels": labels,
             "versions": {"paddleclas": _version_of(ppcls)},
             "plain_weights": {"arch": None if stock_config is None else stock_config["Arch"]},
         },

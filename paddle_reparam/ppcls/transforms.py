@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..export import Normalization
+from ..predict import STEPS
 from .errors import ConfigError
 
 
@@ -58,3 +62,69 @@ def read_normalization(config: Mapping[str, Any], dtype: str) -> Normalization:
             f"--normalize is for images of {len(found[0]['mean'])} channels, the network takes {channels}"
         )
     return Normalization(tuple(found[0]["mean"]), tuple(found[0]["std"]), found[0]["scale"], dtype)
+
+
+def read_labels(config: Mapping[str, Any], root: Path) -> list[str | None] | None:
+    """Return the label of each class from the file that a config's `Infer.PostProcess` names, None without one.
+
+    The file has lines like "3 cat"; it is looked for from here, and from the folder `root` of PaddleClas.
+    """
+    name = ((config.get("Infer") or {}).get("PostProcess") or {}).get("class_id_map_file")
+    path = next((path for path in (Path(name), root / name) if path.is_file()), None) if name else None
+    if path is None:
+        return None
+    labels: dict[int, str] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        index, _, label = line.partition(" ")
+        if not index.isdigit():
+            raise ConfigError(f"{path}, line {number}: {line[:40]!r} is no class number and label, as in '3 cat'")
+        labels[int(index)] = label
+    return [labels.get(i) for i in range(max(labels, default=-1) + 1)]
+
+
+def release_steps(config: Mapping[str, Any], normalization: Normalization | None) -> list[dict[str, Any]] | None:
+    """Return what makes an export's input of an RGB image, or None where `predict` does not know such a step."""
+    steps = [step for step in read_steps(config) if "DecodeImage" not in step]
+    decoding = [step["DecodeImage"] for step in read_steps(config) if "DecodeImage" in step]
+    as_here = all(options.get("to_rgb", True) and not options.get("channel_first") for options in decoding)
+    if not steps or not as_here or any(name not in STEPS for step in steps for name in step):
+        return None
+    if any(step.get("NormalizeImage", {}).get("channel_num", 3) != 3 for step in steps):
+        return None
+    if normalization is not None:
+        # The export does it; what is left makes floats of pixels where it takes those.
+        left = {"mean": [0.0] * 3, "std": [1.0] * 3, "scale": 1.0}
+        floats = normalization.dtype == "float32"
+        steps = [
+            {"NormalizeImage": {**step["NormalizeImage"], **left}} if "NormalizeImage" in step else step
+            for step in steps
+            if floats or "NormalizeImage" not in step
+        ]
+        if not floats and not any("ToCHWImage" in step for step in steps):
+            steps.append({"ToCHWImage": {}})
+    return steps
+
+
+def files_for_paddleclas(
+    steps: Sequence[Mapping[str, Any]] | None, labels: Sequence[str | None] | None
+) -> dict[str, str]:
+    """Return name -> text of the files with which PaddleClas' own `deploy/python/predict_cls.py` runs a release."""
+    files = {}
+    if labels is not None:
+        files["labels.txt"] = "".join(f"{i} {i if label is None else label}\n" for i, label in enumerate(labels))
+    if steps is not None:
+        files["inference.yml"] = yaml.safe_dump(
+            {
+                "Global": {
+                    "infer_imgs": ".", "inference_model_dir": ".", "batch_size": 1, "use_gpu": False,
+                    "enable_mkldnn": True, "cpu_num_threads": 1, "enable_benchmark": False, "use_fp16": False,
+                    "ir_optim": True, "use_tensorrt": False, "gpu_mem": 8000, "enable_profile": False,
+                },
+                "PreProcess": {"transform_ops": list(steps)},
+                "PostProcess": {
+                    "main_indicator": "Topk",
+                    "Topk": {"topk": 5, "class_id_map_file": None if labels is None else "labels.txt"},
+                },
+            }
+        )  # fmt: skip
+    return files

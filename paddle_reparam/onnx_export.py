@@ -1,0 +1,97 @@
+"""An ONNX file made of an export, and run by onnxruntime; needs the packages of the extra `onnx`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import paddle
+
+from .errors import ReparamError
+from .export import FILE_NAME, WEIGHTS_SUFFIX, Folder, one_sentence, program_file
+
+ONNX_FILE = f"{FILE_NAME}.onnx"
+#: The opset that is written: LayerNorm is one operator from 17 on.
+OPSET = 17
+
+
+def need(package: str) -> ModuleType:
+    """Import a package of the extra `onnx`; raises `ReparamError` where it is missing or does not fit this Paddle."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ReparamError(
+            f"ONNX needs the package {package} ({error}); pip install 'paddle-reparam[onnx]', on Paddle 3"
+        ) from error
+
+
+def export_onnx(folder: Folder) -> Path:
+    """Write `inference.onnx` beside an export and return its path; raises `ReparamError` where it cannot be converted.
+
+    The file has passed `onnx.checker`; `OnnxModel` runs it.
+    """
+    need("paddle2onnx")
+    onnx = need("onnx")
+    path = Path(folder) / ONNX_FILE
+    # In a process of its own: where paddle2onnx cannot convert something, it may abort the process.
+    converting = subprocess.run(
+        [sys.executable, "-m", __name__, str(program_file(folder)), str(path)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
+    )  # fmt: skip
+    if converting.returncode != 0:
+        lines = [line.strip() for line in (converting.stdout + converting.stderr).splitlines()]
+        reasons = [line for line in lines if "[ERROR]" in line or "Failed to convert" in line or "Error: " in line]
+        reason = " ".join(reasons[:1]) or f"the process ended with {converting.returncode}"
+        raise ReparamError(f"{folder}: it cannot be converted to ONNX: {reason}")
+    with one_sentence(f"{path}: it is no ONNX file that holds"):
+        model = onnx.load(str(path))
+        read = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
+        unread = [tensor for tensor in model.graph.initializer if tensor.name not in read]
+        for tensor in unread:
+            model.graph.initializer.remove(tensor)
+        onnx.checker.check_model(model, full_check=True)
+        onnx.save(model, str(path))
+    return path
+
+
+class OnnxModel:
+    """An ONNX file on the CPU, run by onnxruntime; called and run as an `InferenceModel` is."""
+
+    def __init__(self, path: Folder, threads: int = 1) -> None:
+        """Load a file; raises `ReparamError` where onnxruntime is missing or cannot load it."""
+        onnxruntime = need("onnxruntime")
+        self.name = str(path)
+        with one_sentence(f"{path}: onnxruntime cannot load it"):
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.log_severity_level = 3
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for the inputs, in the order in which the network takes them."""
+        names = [node.name for node in self._session.get_inputs()]
+        if len(names) != len(inputs):
+            raise ReparamError(f"{self.name}: it takes {len(names)} inputs ({names}), not {len(inputs)}")
+        with one_sentence(f"{self.name}: onnxruntime cannot run it"):
+            return self._session.run(None, dict(zip(names, inputs)))
+
+    def __call__(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
+        return [paddle.to_tensor(array) for array in self.run(*(x.numpy() for x in inputs))]
+
+
+def _convert(program: str, path: str) -> None:
+    # Its optimizers are other packages, which it would install by itself.
+    os.environ["POLYGRAPHY_AUTOINSTALL_DEPS"] = "0"
+    weights = str(Path(program).with_suffix(WEIGHTS_SUFFIX))
+    need("paddle2onnx").export(program, weights, path, opset_version=OPSET, optimize_tool="None")
+    # Here, as onnxruntime may abort the process too where it plans what a file says.
+    OnnxModel(path)
+
+
+if __name__ == "__main__":
+    _convert(*sys.argv[1:])

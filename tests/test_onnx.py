@@ -1,0 +1,126 @@
+"""ONNX files beside a release: the same function in onnxruntime, for each family of networks."""
+
+import os
+import sys
+
+import numpy as np
+import paddle
+import pytest
+from helpers import draw_by_fan_in, relative_error
+from test_released import PIXELS, Net, released
+
+from paddle_reparam import check_release, create_model, onnx_export, reparameterize, verify
+from paddle_reparam.errors import ReparamError
+from paddle_reparam.export import ExportOptions, export_inference, program_file
+from paddle_reparam.onnx_export import ONNX_FILE, OnnxModel, export_onnx
+from paddle_reparam.released import read_manifest
+
+PACKAGES = ("paddle2onnx", "onnx", "onnxruntime")
+
+
+def missing():
+    for package in PACKAGES:
+        try:
+            onnx_export.need(package)
+        except ReparamError as error:
+            return str(error)
+    return ""
+
+
+needs_onnx = pytest.mark.skipif(bool(missing()), reason=missing() or "all there")
+
+
+@needs_onnx
+def test_a_release_with_onnx_is_compared_and_checked(tmp_path):
+    net = released(tmp_path / "out", options=ExportOptions(onnx=True))
+    checks = read_manifest(tmp_path / "out")["checks"]
+    assert {"onnxruntime, batch 1", "onnxruntime, batch 3"} <= set(checks)
+    assert checks["onnxruntime, batch 3"]["relative_error"] < 1e-5
+    x = paddle.randn([4, 3, 16, 16])
+    (actual,) = OnnxModel(tmp_path / "out" / ONNX_FILE).run(x.numpy())
+    assert relative_error(actual, paddle.nn.functional.softmax(net(x))) < 1e-5
+    assert check_release(tmp_path / "out", Net()).errors["onnxruntime"] < 1e-5
+    onnx = onnx_export.need("onnx")
+    assert onnx.load(str(tmp_path / "out" / ONNX_FILE)).opset_import[0].version >= 11
+
+
+@needs_onnx
+def test_pixels_hold_in_onnx_too_and_what_does_not_convert_is_one_sentence(tmp_path):
+    released(tmp_path / "out", options=ExportOptions(normalization=PIXELS, onnx=True))
+    pixels = np.zeros([1, 3, 16, 16], np.uint8)
+    assert OnnxModel(tmp_path / "out" / ONNX_FILE).run(pixels)[0].shape == (1, 5)
+    with pytest.raises(ReparamError, match="cannot be converted to ONNX: .*Adaptive only support static") as error:
+        released(tmp_path / "never", options=ExportOptions(dynamic_size=True, onnx=True))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "never").exists()
+
+
+@needs_onnx
+def test_a_conversion_that_is_wrong_leaves_nothing(tmp_path, monkeypatch):
+    onnx = onnx_export.need("onnx")
+    save = onnx.save
+
+    def spoiled(model, path):
+        values = [
+            attribute.t for node in model.graph.node if node.op_type == "Constant" for attribute in node.attribute
+        ]
+        for tensor in [*model.graph.initializer, *values]:
+            if len(tensor.dims) == 4:
+                array = onnx.numpy_helper.to_array(tensor) * np.float32(1.01)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+        save(model, path)
+
+    monkeypatch.setattr(onnx, "save", spoiled)
+    with pytest.raises(ReparamError, match="onnxruntime, batch 1 is not the same function"):
+        released(tmp_path / "out", options=ExportOptions(onnx=True))
+    assert not (tmp_path / "out").exists()
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("ResNet20_SPConv", {}, 32),
+        ("RepMLPNet_micro", {}, 32),
+        ("RepMLP_CIFAR", {}, 32),
+        ("SLaK_micro", {}, 32),
+        ("ResNet10_DCD", {}, 32),
+        ("ShuffleNetV1_x0_5_g3", {}, 32),
+        ("HBONet_x0_25", {}, 64),
+    ],
+)
+def test_a_network_of_each_family_converts_or_is_refused(tmp_path, name, options, size):
+    model = create_model(name, **options)
+    draw_by_fan_in(model)
+    model.eval()
+    spec = [[None, 3, size, size]]
+    fused, _ = reparameterize(model, fold_bn=True, input_spec=spec, fixed_size=True)
+    export_inference(fused, tmp_path, spec)
+    if name == "ResNet10_DCD":
+        # onnxruntime 1.23 divides by zero while it plans this file, and takes the process with it.
+        with pytest.raises(ReparamError, match="cannot be converted to ONNX"):
+            export_onnx(tmp_path)
+        return
+    converted = OnnxModel(export_onnx(tmp_path))
+    for size in (1, 3):
+        verify(model, converted, spec, batch_size=size).raise_if_failed(name)
+
+
+def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ReparamError, match=r"needs the package onnxruntime .*paddle-reparam\[onnx\]") as error:
+        OnnxModel(tmp_path / ONNX_FILE)
+    assert "\n" not in str(error.value)
+
+
+@needs_onnx
+def test_nothing_is_installed_on_the_way(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYGRAPHY_AUTOINSTALL_DEPS", "1")
+    paddle2onnx = onnx_export.need("paddle2onnx")
+    export, given = paddle2onnx.export, {}
+    monkeypatch.setattr(paddle2onnx, "export", lambda *a, **k: given.update(k) or export(*a, **k))
+    model = Net()
+    export_inference(model, tmp_path, [[None, 3, 16, 16]])
+    onnx_export._convert(str(program_file(tmp_path)), str(tmp_path / ONNX_FILE))
+    assert given["optimize_tool"] == "None"
+    assert os.environ["POLYGRAPHY_AUTOINSTALL_DEPS"] == "0"
