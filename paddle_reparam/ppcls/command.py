@@ -21,7 +21,7 @@ from .errors import ConfigError
 # The parts of a PaddleClas config that an override may add.
 _SECTIONS = {
     "Global", "Arch", "AMP", "EMA", "Loss", "UnLabelLoss", "Optimizer", "DataLoader", "Metric", "Infer", "Slim",
-    "MLDecoder", "Sparsity",
+    "MLDecoder", "Sparsity", "Monitor",
 }  # fmt: skip
 
 

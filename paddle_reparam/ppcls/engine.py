@@ -11,7 +11,7 @@ import numpy as np
 import paddle
 from ppcls.engine import engine as engine_module
 
-from . import saving, sparse
+from . import monitoring, saving, sparse
 from .arch import get_builder
 from .errors import ConfigError
 from .guards import ImageFailures, check_loss, check_samples, check_states
@@ -43,6 +43,7 @@ class Engine(PaddleClasEngine):
         check_run(config, mode)
         check_config(config, mode)
         self.sparsity_settings = sparse.read_section(config) if mode == "train" else None
+        self.monitor_settings = monitoring.read_section(config) if mode == "train" else None
         self.best: dict[str, Any] | None = None
         with strict_loading(config, mode):
             super().__init__(config, mode)
@@ -62,6 +63,7 @@ class Engine(PaddleClasEngine):
         with (
             strict_loading(self.config, self.mode, self._resume),
             saving.whole_checkpoints(engine_module, self._states),
+            monitoring.progress(self),
         ):
             super().train()
 
@@ -89,12 +91,20 @@ class Engine(PaddleClasEngine):
             engine.__dict__.pop("train_dataloader_iter", None)
         if not hasattr(engine, "sparse_training"):
             engine.sparse_training = sparse.start(engine, engine.sparsity_settings)
+        if engine.monitor_settings and not hasattr(engine, "monitor"):
+            engine.monitor = monitoring.start(engine, engine.monitor_settings)
+        monitor = getattr(engine, "monitor", None)
         original = engine.train_loss_func
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             losses = original(*args, **kwargs)
             engine.failures.raise_first()
             check_loss(losses, epoch, engine.global_step)
+            # PaddleClas counts a step before its forward pass: the weights are those of the step before.
+            done = engine.global_step - 1
+            if monitor and done % engine.monitor_settings["interval"] == 0:
+                monitor.write(done)
+            monitoring.advance(engine, epoch)
             return losses
 
         # The losses may have weights of their own: what is a layer must stay one everywhere but here.
@@ -103,6 +113,8 @@ class Engine(PaddleClasEngine):
             engine._plain_train_epoch(engine, epoch, print_batch_step)
         finally:
             engine.train_loss_func = original
+        if monitor and epoch == engine.config["Global"]["epochs"]:
+            monitor.write(engine.global_step, pictures=True)
 
     def _states(self, prefix: str, metric_info: dict[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the weights and the optimizer's state.
