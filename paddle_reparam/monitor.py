@@ -67,7 +67,7 @@ def scale_of(norm: nn.Layer) -> float:
 
 
 def as_picture(values: np.ndarray, side: int = SIDE) -> np.ndarray:
-    """Return a grey picture `[H, W, 3]` of a matrix, uint8, the largest value white; enlarged to about `side` pixels."""
+    """Return a grey picture `[H, W, 3]` of a matrix, uint8, the largest white; enlarged to about `side` pixels."""
     grey = (255 * values / max(float(values.max()), 1e-30)).astype(np.uint8)
     return enlarged(np.repeat(grey[:, :, None], 3, axis=2), side)
 
@@ -175,7 +175,7 @@ class Monitor:
         self.writer.add_hparams(dict(settings), metrics)
 
     def write(self, step: int, pictures: bool = False) -> None:
-        """Write everything that belongs to a step; histograms and pictures one time in `PICTURES_EVERY`, or if asked."""
+        """Write all that belongs to a step; histograms and pictures one time in `PICTURES_EVERY`, or if asked."""
         pictures = pictures or self._count % PICTURES_EVERY == 0
         self._count += 1
         with undisturbed(self.model):

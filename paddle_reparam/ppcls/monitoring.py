@@ -1,4 +1,4 @@
-"""The `Monitor` section of a config: what the layers do, in the VisualDL log that PaddleClas keeps; and a progress bar."""
+"""The `Monitor` section of a config: what the layers do, in PaddleClas' VisualDL log; and a progress bar."""
 
 from __future__ import annotations
 
