@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from .analysis import dcd, refconv, repmlp, slak, spconv
 from .errors import ReparamError
 from .geometry import BATCH_NORMS
 from .layers.base import ReparamLayer
-from .sparsity import SparseTraining, masked_places
+from .sparsity import SIXTEEN_BITS, SparseTraining, masked_places
 from .tensors import to_float64
 
 #: Histograms and pictures cost more than numbers: they are written once in so many times.
@@ -101,22 +101,21 @@ def captioned(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Layer) -> Iterator[None]:
-    """Put a model in eval mode, without gradients; afterwards each layer's mode and all random states are as before.
+    """Put a model in eval mode, without gradients and mixed precision; afterwards all modes and random states are back.
 
     Fusing makes new layers, and what they are first filled with is drawn.
     """
     modes = [(layer, layer.training) for layer in model.sublayers(include_self=True)]
-    states = random.getstate(), np.random.get_state(), paddle.get_rng_state(), paddle.get_rng_state("cpu")
+    states = random.getstate(), np.random.get_state(), paddle.get_rng_state()
     model.eval()
     try:
-        with paddle.no_grad(), paddle.utils.unique_name.guard():
+        with paddle.no_grad(), paddle.amp.auto_cast(enable=False), paddle.utils.unique_name.guard():
             yield
     finally:
         for layer, mode in modes:
             layer.training = mode
         random.setstate(states[0])
         np.random.set_state(states[1])
-        paddle.set_rng_state(states[3], "cpu")
         paddle.set_rng_state(states[2])
 
 
@@ -133,8 +132,8 @@ class MaskHistory:
         self.churn: dict[str, float] = {}
         self._plain_update, training.update_masks = training.update_masks, self._update
 
-    def _update(self) -> None:
-        self._plain_update()
+    def _update(self, dense: Sequence[np.ndarray] | None = None) -> None:
+        self._plain_update(dense)
         for place in self.training.places:
             before, after = self.masks[place.path], place.read_mask()
             self.churn[place.path] = churn(before, after)
@@ -149,7 +148,8 @@ class MaskHistory:
 class Monitor:
     """Writes what the layers of a model do, over fixed images `[N, C, H, W]` with labels `[N]`.
 
-    Raises `ReparamError` where there is nothing to show: no layer of this library in train form, and no masks.
+    Raises `ReparamError` where there is nothing to show: no layer of this library in train form, and no masks; and for
+    weights of 16 bits.
     """
 
     def __init__(
@@ -167,6 +167,10 @@ class Monitor:
             raise ReparamError(
                 f"Monitor has nothing to show: this {type(model).__name__} has no layer of this library and no masks; "
                 "leave the section Monitor out"
+            )
+        if any(parameter.dtype in SIXTEEN_BITS for parameter in model.parameters()):
+            raise ReparamError(
+                "Monitor takes no weights of 16 bits: make them float32 (AMP.level: O1), or leave the section out"
             )
         self._count = 0
 

@@ -1,17 +1,25 @@
 """What the monitor writes, that it changes no training, and what a config may say of it."""
 
-import glob
+import io
 import random
+import re
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
-from test_train_tools import PLAIN, REFCONV, Place, train_as_a_process_of_its_own
+import yaml
+from helpers import as_array
+from pages import ROOT
+from test_train_tools import PLAIN, REFCONV, Place, config_of, train_as_a_process_of_its_own
 from visualdl import LogReader
 
-from paddle_reparam import checkpoints, monitor
+from paddle_reparam import analysis, checkpoints, create_model, monitor, sparsity
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.layers.refconv import RefConv2D
+from paddle_reparam.ppcls import monitoring
+from paddle_reparam.verify import settle_batch_norms
 
 SPARSITY = {"density": 0.6, "distribution": "erk", "update_frequency": 2, "prune_rate": 0.5}
 ZERO = {**REFCONV, "layer": {"name": "RefConv2D", "base": "random"}}
@@ -65,7 +73,7 @@ class Training:
     def __init__(self):
         self.step, self.places = 10, [self.At()]
 
-    def update_masks(self):
+    def update_masks(self, dense=None):
         self.places[0].mask = np.array([True, False, True, False])
 
 
@@ -81,10 +89,24 @@ def test_ages_are_steps_since_a_weight_became_active():
     assert history.churn == {"weight": 0.5}
 
 
-def test_a_model_without_our_layers_is_refused():
+def test_models_that_cannot_be_watched_are_refused():
     model = paddle.nn.Sequential(paddle.nn.Conv2D(3, 4, 3))
     with pytest.raises(ReparamError, match="nothing to show"):
         monitor.Monitor(model, Log(), np.zeros([1, 3, 8, 8], "float32"), np.zeros(1))
+    with pytest.raises(ReparamError, match=r"make them float32 \(AMP.level: O1\)"):
+        monitor.Monitor(small_refconv().to(dtype="float16"), Log(), np.zeros([1, 4, 8, 8], "float32"), np.zeros(1))
+
+
+def test_a_strip_of_images_with_captions():
+    images = np.zeros([2, 3, 4, 4], "float32")
+    images[1] = 1.0
+    strip = monitor.captioned(images, ["a", "b"])
+    assert strip.dtype == np.uint8
+    assert strip[:64, :64].max() == 0
+    cell = strip.shape[1] // 2
+    assert strip[:64, cell : cell + 64].min() == 255
+    # What is written stands below each image.
+    assert max(strip[64:, :cell].min(), strip[64:, cell:].min()) < 64
 
 
 def small_refconv():
@@ -118,6 +140,51 @@ def test_numbers_and_pictures_of_refconv_and_nothing_else_changes():
     assert log.images["predictions"][0].dtype == np.uint8
 
 
+NETWORKS = ["dcd/ResNet10_DCD", "repmlp/RepMLPNet_micro", "repmlp/RepMLP_CIFAR", "slak/SLaK_micro",
+            "spconv/ResNet20_SPConv"]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", NETWORKS)
+def test_what_is_written_of_the_digits_networks_is_what_the_weights_say(config, monkeypatch):
+    settings = yaml.safe_load((ROOT / "ppcls_configs" / "digits" / f"{config}.yaml").read_text(encoding="utf-8"))
+    paper, shape = config.split("/")[0], settings["Global"]["image_shape"]
+    model, log = create_model(**settings["Arch"]), Log()
+    settle_batch_norms(model, [[None, *shape]], batch=8)
+    if "Sparsity" in settings:
+        sparsity.add_masks(model, 0.6)
+    images = np.random.default_rng(0).normal(size=[6, *shape]).astype("float32")
+    captions = []
+    plain = monitor.captioned
+    monkeypatch.setattr(monitor, "captioned", lambda pixels, texts: captions.extend(texts) or plain(pixels, texts))
+    monitor.Monitor(model, log, images, np.arange(6)).write(4)
+    # The rows' analysis raises for what is not finite.
+    rows = analysis.analyze(model, images)[paper]
+    for name in monitor.CURVES[paper][1]:
+        expected = {f"{paper}_{name}/{row.path}": getattr(row, name) for row in rows}
+        found = {tag: steps for tag, steps in log.scalars.items() if tag.startswith(f"{paper}_{name}/")}
+        assert found == {tag: {4: value} for tag, value in expected.items() if value is not None} != {}
+    for row in rows:
+        layer = dict(model.named_sublayers())[row.path]
+        norms = [f"{row.path}.{name}" for name, each in layer.named_sublayers() if hasattr(each, "_variance")]
+        written = [tag.split("/")[1] for tag in log.scalars if tag.startswith(f"branch_scale/{row.path}.")]
+        assert written == (norms if len(norms) > 1 else [])
+        for tag in norms if len(norms) > 1 else []:
+            norm = dict(model.named_sublayers())[tag]
+            scale = as_array(norm.weight) / np.sqrt(as_array(norm._variance) + norm._epsilon)
+            rms = np.sqrt(np.square(scale).mean())
+            assert log.scalars[f"branch_scale/{tag}"][4] == pytest.approx(rms, rel=1e-6)
+        fused = {name: as_array(each) for name, each in layer.reparameterize().named_parameters() if each.ndim > 1}
+        assert fused
+        for name, weight in fused.items():
+            np.testing.assert_array_equal(log.histograms[f"fused/{row.path}.{name}"][4], weight.reshape(-1))
+    masks = {f"mask_density/{each.path}": {4: each.read_mask().mean()} for each in sparsity.masked_places(model)}
+    assert {tag: steps for tag, steps in log.scalars.items() if tag.startswith("mask_")} == masks
+    assert bool(masks) == ("Sparsity" in settings)
+    said = model(paddle.to_tensor(images)).argmax(axis=-1).tolist()
+    assert [text.split(" (")[0] for text in captions] == [f"is {i}\nsays {answer}" for i, answer in enumerate(said)]
+    assert log.images["predictions"].keys() == {4}
+
+
 def test_drawing_afterwards_is_as_if_nothing_had_been_drawn():
     def draws(disturb):
         paddle.seed(3)
@@ -133,6 +200,14 @@ def test_drawing_afterwards_is_as_if_nothing_had_been_drawn():
     assert draws(True) == plain
 
 
+def test_mixed_precision_is_off_while_it_looks(monkeypatch):
+    # A CPU casts nothing, whatever is asked for: only the call can be seen.
+    asked, plain = [], paddle.amp.auto_cast
+    monkeypatch.setattr(paddle.amp, "auto_cast", lambda **given: asked.append(given) or plain(**given))
+    with monitor.undisturbed(small_refconv()):
+        assert asked == [{"enable": False}]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # In PaddleClas' Engine
 
@@ -145,11 +220,55 @@ def place(tmp_path_factory):
 def log_of(place, run):
     """Return tag -> steps, over all logs of a run."""
     found = {}
-    for file in sorted(glob.glob(str(place.root / run / "vdl" / "*.log"))):
-        reader = LogReader(file_path=file)
+    # Newer Engines write beside their checkpoints, those of 2.4 into a folder of its own.
+    for file in sorted((place.root / run).rglob("vdlrecords*.log")):
+        reader = LogReader(file_path=str(file))
         for tag in reader.get_tags().get("scalar", []):
             found.setdefault(tag, []).extend(each.id for each in reader.get_data("scalar", tag))
     return found
+
+
+class Batches:
+    """As much of a loader as a bar looks at: three batches of four images."""
+
+    batch_sampler = SimpleNamespace(batch_size=4)
+
+    def __len__(self):
+        return 3
+
+
+def bar_of(monkeypatch, terminal, steps):
+    """Return what an Engine of two epochs, with 0.5 s a step, leaves on stderr that is a terminal or none."""
+    stream = io.StringIO()
+    stream.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    engine = SimpleNamespace(
+        config={"Global": {"epochs": 2}}, train_dataloader=Batches(),
+        output_info={"loss": SimpleNamespace(avg=0.25), "top1": SimpleNamespace(avg=0.5)},
+        time_info={"batch_cost": SimpleNamespace(avg=0.5)},
+    )  # fmt: skip
+    with monitoring.progress(engine):
+        for engine.global_step in steps:
+            monitoring.advance(engine, 1 + (engine.global_step - 1) // 3)
+    return stream.getvalue()
+
+
+def test_a_bar_where_there_is_a_terminal(monkeypatch):
+    assert bar_of(monkeypatch, False, range(1, 7)) == ""
+    last = bar_of(monkeypatch, True, range(1, 7)).rstrip().split("\r")[-1]
+    assert last.startswith("epoch 2/2: 100%")
+    assert "6/6 [" in last
+    assert last.endswith("loss=0.2500, top1=0.5000, images/s=8]")
+
+
+def test_the_bar_of_a_resumed_run_goes_on(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
+    printed = bar_of(monkeypatch, True, range(4, 7))
+    assert "epoch 2/2:  67%" in printed
+    assert "6/6 [" in printed
+    # A step takes several ticks of this clock; the steps before count for nothing.
+    assert max(float(rate) for rate in re.findall(r"([\d.]+)step/s", printed)) <= 1.0
 
 
 def test_a_training_is_the_same_bit_for_bit_and_its_steps_go_on(place):
@@ -171,6 +290,24 @@ def test_a_training_is_the_same_bit_for_bit_and_its_steps_go_on(place):
     assert any(tag.startswith("mask_churn/") for tag in tags)
     change = next(steps for tag, steps in tags.items() if tag.startswith("refconv_relative_change/"))
     assert sorted(set(change)) == list(range(7))
+
+
+def test_mixed_precision_is_watched(place):
+    mixed = ["AMP.level=O1", "AMP.scale_loss=128.0", "AMP.use_dynamic_loss_scaling=True", "Monitor.interval=1"]
+    assert train_as_a_process_of_its_own(place.arguments(place.config(ZERO), "mixed", *mixed)) == 0
+    tags = log_of(place, "mixed")
+    assert {tuple(steps) for tag, steps in tags.items() if tag.startswith("refconv_")} == {(0, 1, 2)}
+
+
+def test_hyperparameters_are_those_that_describe_a_run(place):
+    config = {**config_of(place.data, REFCONV), "Sparsity": SPARSITY}
+    assert monitoring.hyperparameters(config) == {
+        "Global.epochs": 1, "Global.seed": 0, "batch_size": 4, "Arch.name": "ReparamModel", "Arch.class_num": 2,
+        "Arch.backbone.name": "MobileNetV1_x0_25", "Arch.layer.name": "RefConv2D", "Optimizer.name": "Momentum",
+        "Optimizer.momentum": 0.9, "Optimizer.lr.name": "Constant", "Optimizer.lr.learning_rate": 0.01,
+        "Optimizer.regularizer.name": "L2", "Optimizer.regularizer.coeff": 1e-4,
+        **{f"Sparsity.{key}": value for key, value in SPARSITY.items()},
+    }  # fmt: skip
 
 
 def test_sections_that_mean_nothing_are_refused(place, capsys):

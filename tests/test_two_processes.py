@@ -13,6 +13,7 @@ import commands
 import numpy as np
 import pytest
 from test_train_tools import PLAIN, REFCONV, TOOLS, Place, train_as_a_process_of_its_own
+from visualdl import LogReader
 
 from paddle_reparam import checkpoints, sparsity
 from paddle_reparam.ppcls import saving
@@ -50,10 +51,12 @@ def baseline(place):
 
 
 def commands_of(place, baseline, kind, batch_size):
-    """Return what trains every network, and evaluates the baseline."""
+    """Return what trains every network, watched where there are two processes, and evaluates the baseline."""
     found = []
     for name, (arch, sections) in NETWORKS.items():
         overrides = [f"DataLoader.Train.sampler.batch_size={batch_size}"]
+        if kind == "two":
+            overrides.append("Monitor.interval=1")
         if name in ("refconv", "backbone"):
             overrides.append(f"Global.pretrained_model={baseline}")
         found.append(("train", place.arguments(place.config(arch, **sections), f"{kind}_{name}", *overrides)))
@@ -136,6 +139,15 @@ def test_two_processes_evaluate_and_save_once(place, alone, together):
         assert one.keys() == two.keys() >= {"loss", "top1"}
         # A log has five digits.
         np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5, atol=1e-5)
+
+
+def test_the_first_process_alone_writes_what_the_layers_do(place, together):
+    for name, tag in (("refconv", "refconv_relative_change"), ("spconv", "spconv_gate"), ("slak", "mask_churn")):
+        [file] = (place.root / f"two_{name}").rglob("vdlrecords*.log")
+        reader = LogReader(file_path=str(file))
+        curves = [reader.get_data("scalar", each) for each in reader.get_tags()["scalar"] if each.startswith(tag)]
+        steps = [1, 2] if name == "slak" else [0, 1, 2]
+        assert [[each.id for each in curve] for curve in curves] == [steps] * len(curves) != []
 
 
 def first_average(log):

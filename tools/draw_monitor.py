@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,7 +20,7 @@ from visualdl import LogReader
 from paddle_reparam.checkpoints import atomic_write
 from paddle_reparam.errors import ReparamError
 
-COLUMNS = 3
+COLUMNS, COLORS = 3, 64
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, help="the PNG file to write")
     parser.add_argument(
         "--panel", required=True, nargs="+", action="append", metavar=("CURVE", "RUN=FOLDER"),
-        help="a curve's name without its layer, such as refconv_relative_change, and the folders of logs to read",
+        help="a curve's name without its layer, such as refconv_relative_change, and the output folders of runs",
     )  # fmt: skip
     given = parser.parse_args(arguments)
     for curve, *runs in given.panel:
@@ -35,12 +37,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--panel {curve}: name the runs to draw as RUN=FOLDER")
     try:
         figure = draw([(curve, [run.split("=", 1) for run in runs]) for curve, *runs in given.panel])
-        atomic_write(given.output, lambda path: figure.savefig(path, dpi=90, format="png"))
+        atomic_write(given.output, lambda path: save(figure, path))
     except ReparamError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"written: {given.output}")
     return 0
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG of few colours, which are all that lines need."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=90, format="png")
+    Image.open(drawn).convert("RGB").quantize(COLORS).save(path, format="png", optimize=True)
 
 
 def draw(panels: Sequence[tuple[str, Sequence[Sequence[str]]]]) -> Figure:
@@ -65,13 +74,13 @@ def curves_of(folder: Path, curve: str) -> list[tuple[np.ndarray, np.ndarray]]:
     Raises `ReparamError` where there is none.
     """
     points: dict[str, dict[int, float]] = {}
-    for file in sorted(folder.glob("*vdlrecords*.log")):
+    for file in sorted(folder.rglob("*vdlrecords*.log")):
         reader = LogReader(file_path=str(file))
         for tag in reader.get_tags().get("scalar", []):
             if tag.split("/")[0] == curve:
                 points.setdefault(tag, {}).update({each.id: each.value for each in reader.get_data("scalar", tag)})
     if not points:
-        raise ReparamError(f"no log in {folder} has a curve {curve}; is it the folder vdl of a run with Monitor?")
+        raise ReparamError(f"no log in {folder} has a curve {curve}; is it the output of a run with Monitor?")
     return [tuple(map(np.array, zip(*sorted(of_tag.items())))) for of_tag in points.values()]
 
 

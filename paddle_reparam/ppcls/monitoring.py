@@ -85,7 +85,8 @@ def progress(engine: Any) -> Iterator[None]:
     if paddle.distributed.get_rank() or not sys.stderr.isatty():
         yield
         return
-    total = engine.config["Global"]["epochs"] * len(engine.train_dataloader)
+    # Newer Engines may have epochs of another length than the data.
+    total = engine.config["Global"]["epochs"] * getattr(engine, "iter_per_epoch", len(engine.train_dataloader))
     with logging_redirect_tqdm([logger._logger]), tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
         engine.progress = bar
         yield
