@@ -24,7 +24,7 @@ def need(package: str) -> ModuleType:
     """Import a package of the extra `onnx`; raises `ReparamError` where it is missing or does not fit this Paddle."""
     try:
         return importlib.import_module(package)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # paddle2onnx raises the latter on Paddle 2
         raise ReparamError(
             f"ONNX needs the package {package} ({error}); pip install 'paddle-reparam[onnx]', on Paddle 3"
         ) from error
@@ -71,14 +71,14 @@ class OnnxModel:
             options.intra_op_num_threads = threads
             options.log_severity_level = 3
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.inputs = [node.name for node in self._session.get_inputs()]
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """Return the outputs for the inputs, in the order in which the network takes them."""
-        names = [node.name for node in self._session.get_inputs()]
-        if len(names) != len(inputs):
-            raise ReparamError(f"{self.name}: it takes {len(names)} inputs ({names}), not {len(inputs)}")
+        if len(self.inputs) != len(inputs):
+            raise ReparamError(f"{self.name}: it takes {len(self.inputs)} inputs ({self.inputs}), not {len(inputs)}")
         with one_sentence(f"{self.name}: onnxruntime cannot run it"):
-            return self._session.run(None, dict(zip(names, inputs)))
+            return self._session.run(None, dict(zip(self.inputs, inputs)))
 
     def __call__(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
         return [paddle.to_tensor(array) for array in self.run(*(x.numpy() for x in inputs))]

@@ -43,6 +43,7 @@ from .export import (
 from .flops import ModelSize, measure
 from .geometry import BATCH_NORMS
 from .onnx_export import ONNX_FILE, OnnxModel, export_onnx
+from .quantization import quantization_report
 from .released import MANIFEST, PLAIN_WEIGHTS, PROBE, digest, probe_input, probe_output, write_manifest, write_probe
 from .report import Report, format_table
 from .rewrite import RewriteReport, reparameterize
@@ -197,6 +198,7 @@ def release(
         "batch_norm_epsilons": _epsilons(model),
         "size": {"train_form": asdict(train_size), "fused": asdict(fused_size)},
         "fusing": fusing.to_dict(),
+        "quantization": quantization_report(fused).to_dict(),
         "plain_weights": {"file": PLAIN_WEIGHTS if plain else None, "why_none": None if plain else why_no_plain},
     }  # fmt: skip
     _merge(manifest, facts or {})

@@ -35,7 +35,7 @@ def main(mode: str, arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("-p", "--profiler_options", help="profiler settings: key1=value1;key2=value2")
     given = parser.parse_args(arguments)
-    with _exit_code() as result:
+    with exit_code() as result:
         setup()
         from .engine import Engine
 
@@ -53,7 +53,7 @@ def launch(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("script", help="such as PaddleClas/tools/train.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
     given = parser.parse_args(arguments)
-    with _exit_code() as result:
+    with exit_code() as result:
         script = Path(given.script).resolve()
         if not script.is_file():
             raise ConfigError(f"there is no script {given.script}")
@@ -66,7 +66,8 @@ def launch(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _exit_code() -> Iterator[list[int]]:
+def exit_code() -> Iterator[list[int]]:
+    """Print a `ReparamError` of the `with` block; the list given holds the exit code: 0, 1, or 2 for wrong usage."""
     result = [0]
     try:
         yield result

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,35 @@ def read_validation_images(config: dict[str, Any], most: int | None = None) -> I
     `setup` must have run. Raises `ConfigError` where the config names no such images or files that are not there, and
     `ReparamError` where they cannot be read.
     """
+    dataset = _validation_dataset(config)
+    count = len(dataset) if most is None else min(most, len(dataset))
+    return _read(dataset, np.linspace(0, len(dataset) - 1, count).round().astype(int))
+
+
+def validation_batches(config: dict[str, Any], size: int = 64) -> Iterator[Images]:
+    """Yield all images of `DataLoader.Eval`, so many at a time; errors are those of `read_validation_images`."""
+    dataset = _validation_dataset(config)
+    for start in range(0, len(dataset), size):
+        yield _read(dataset, range(start, min(start + size, len(dataset))))
+
+
+def read_training_images(config: dict[str, Any], most: int) -> Images:
+    """Return `most` images of `DataLoader.Train`, evenly from the whole list, transformed as those of Eval are.
+
+    Errors are those of `read_validation_images`.
+    """
+    from .engine import check_dataset
+
+    for part in ("Train", "Eval"):
+        check_dataset(config, part)
+    config = copy.deepcopy(config)
+    sections = config["DataLoader"]
+    transforms = sections["Eval"]["dataset"].get("transform_ops")
+    sections["Eval"]["dataset"] = {**sections["Train"]["dataset"], "transform_ops": transforms}
+    return read_validation_images(config, most)
+
+
+def _validation_dataset(config: dict[str, Any]) -> Any:
     from ppcls.data import build_dataloader
 
     from .engine import check_dataset
@@ -33,8 +64,10 @@ def read_validation_images(config: dict[str, Any], most: int | None = None) -> I
     check_dataset(config, "Eval")
     config["DataLoader"]["class_num"] = config["Arch"].get("class_num")
     with one_sentence("DataLoader.Eval cannot be read"):
-        dataset = build_dataloader(config["DataLoader"], "Eval", paddle.set_device("cpu")).dataset
-        count = len(dataset) if most is None else min(most, len(dataset))
-        chosen = np.linspace(0, len(dataset) - 1, count).round().astype(int)
-        pixels, labels = zip(*(dataset[int(i)][:2] for i in chosen))
-        return Images([dataset.images[i] for i in chosen], np.asarray(labels).reshape(-1), np.stack(pixels))
+        return build_dataloader(config["DataLoader"], "Eval", paddle.set_device("cpu")).dataset
+
+
+def _read(dataset: Any, indices: Iterable[int]) -> Images:
+    with one_sentence("DataLoader.Eval cannot be read"):
+        pixels, labels = zip(*(dataset[int(i)][:2] for i in indices))
+        return Images([dataset.images[i] for i in indices], np.asarray(labels).reshape(-1), np.stack(pixels))

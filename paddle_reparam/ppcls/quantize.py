@@ -1,0 +1,67 @@
+"""Quantise the released network of a PaddleClas config, and measure on its images what that costs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..onnx_export import ONNX_FILE
+from ..quantization import KernelRange, QuantizationReport, export_int8
+from ..released import read_manifest
+from . import setup
+from .command import exit_code, read_config
+from .errors import ConfigError
+
+#: Kernels that are printed.
+_WORST = 5
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command `tools/quantize.py`; return its exit code: 2 for wrong usage, 1 where too much is lost."""
+    parser = argparse.ArgumentParser(
+        description="Write the ONNX file of a release in int8, calibrated on training images of the config, unless it "
+        "is right about too few of the validation images."
+    )
+    parser.add_argument("-c", "--config", required=True, help="the YAML file of the training")
+    parser.add_argument("--release", required=True, help="the folder that tools/reparam.py --onnx made")
+    parser.add_argument("--output", required=True, help="the ONNX file to make")
+    parser.add_argument("--images", type=int, default=256, help="training images to calibrate on (256)")
+    parser.add_argument(
+        "--largest-drop", type=float, default=1.0, metavar="POINTS",
+        help="what may be lost of the validation images' top-1, in percentage points (1.0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
+        help="replace a value of the config; may be given several times",
+    )  # fmt: skip
+    given = parser.parse_args(arguments)
+    if given.images < 1:
+        parser.error(f"--images takes a number above zero, not {given.images}")
+    with exit_code() as result:
+        _quantize(given)
+    return result[0]
+
+
+def _quantize(given: argparse.Namespace) -> None:
+    setup().utils.logger.init_logger(log_level="WARNING")
+    from .images import read_training_images, validation_batches
+
+    source = Path(given.release) / ONNX_FILE
+    if not source.is_file():
+        raise ConfigError(f"{source} is missing; make the release with tools/reparam.py --onnx")
+    if os.path.lexists(given.output):
+        raise ConfigError(f"{given.output} exists already and is kept; name another file")
+    config = read_config(given.config, given.override)
+    manifest = read_manifest(given.release)
+    if manifest["input"]["normalization"] is not None:
+        raise ConfigError(
+            f"{given.release} takes pixels, which the config's images are not; release without --normalize"
+        )
+    kernels = manifest["quantization"]["kernels"]
+    print(QuantizationReport([KernelRange(**kernel) for kernel in kernels]).worst(_WORST))
+    calibration = read_training_images(config, given.images)
+    batches = ((images.pixels, images.labels) for images in validation_batches(config))
+    print(f"\n{export_int8(source, given.output, calibration.pixels, batches, given.largest_drop)}")
+    print(f"written: {given.output}")
