@@ -85,6 +85,7 @@ def test_a_conversion_that_is_wrong_leaves_nothing(tmp_path, monkeypatch):
         ("RepMLP_CIFAR", {}, 32),
         ("SLaK_micro", {}, 32),
         ("ResNet10_DCD", {}, 32),
+        ("ResNet10_DCD", {}, 64),
         ("ShuffleNetV1_x0_5_g3", {}, 32),
         ("HBONet_x0_25", {}, 64),
     ],
@@ -96,8 +97,9 @@ def test_a_network_of_each_family_converts_or_is_refused(tmp_path, name, options
     spec = [[None, 3, size, size]]
     fused, _ = reparameterize(model, fold_bn=True, input_spec=spec, fixed_size=True)
     export_inference(fused, tmp_path, spec)
-    if name == "ResNet10_DCD":
-        # onnxruntime 1.23 divides by zero while it plans this file, and takes the process with it.
+    if (name, size) == ("ResNet10_DCD", 32):
+        # Its last map, of one pixel, is averaged to 2x2, which paddle2onnx writes with a stride of 0: some versions of
+        # onnxruntime refuse that, others divide by it and take the process with them.
         with pytest.raises(ReparamError, match="cannot be converted to ONNX"):
             export_onnx(tmp_path)
         return
