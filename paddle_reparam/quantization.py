@@ -119,7 +119,7 @@ def quantize_onnx(source: Folder, target: Folder, images: np.ndarray, batch: int
     """
     if not len(images):
         raise ReparamError("the ranges of the activations are measured on images, and none was given")
-    tool = need("onnxruntime.quantization")
+    runtime, tool = need("onnxruntime"), need("onnxruntime.quantization")
     [name] = OnnxModel(source).inputs
 
     class Reader(tool.CalibrationDataReader):
@@ -130,6 +130,7 @@ def quantize_onnx(source: Folder, target: Folder, images: np.ndarray, batch: int
 
     with tempfile.TemporaryDirectory() as folder, one_sentence(f"{source}: onnxruntime cannot quantise it"):
         prepared = Path(folder) / "prepared.onnx"
+        runtime.set_default_logger_severity(3)  # errors; it would warn of each constant that nothing reads
         # It folds constants into initialisers, which alone can be quantised.
         tool.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         tool.quantize_static(
