@@ -218,3 +218,34 @@ def test_what_is_wrong_is_one_sentence(project, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["-c", "config.yaml", "--release", "released", "--output", "new.onnx", "--images", "0"])
     assert exit.value.code == 2
+
+
+def test_images_to_calibrate_on_are_those_of_training_without_its_augmentation(project):
+    from PIL import Image
+
+    from paddle_reparam import ppcls
+
+    ppcls.setup()
+    from paddle_reparam.ppcls.images import read_training_images, validation_batches
+
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    scale = {"NormalizeImage": {"scale": 1.0, "mean": [0.0] * 3, "std": [1.0] * 3, "order": ""}}
+    for part, first, more in (("Train", 100, [{"RandCropImage": {"size": 4}}]), ("Eval", 200, [])):
+        (project / part).mkdir()
+        for i in range(5):
+            Image.new("RGB", (8, 8), (first + i,) * 3).save(project / part / f"{i}.png")
+        (project / f"{part}.txt").write_text("".join(f"{i}.png {i}\n" for i in range(5)))
+        config["DataLoader"][part] = {
+            "dataset": {
+                "name": "ImageNetDataset", "image_root": part, "cls_label_path": f"{part}.txt",
+                "transform_ops": [{"DecodeImage": {"to_rgb": True, "channel_first": False}}, *more, scale],
+            },
+            "sampler": {"name": "DistributedBatchSampler", "batch_size": 2, "drop_last": False, "shuffle": False},
+            "loader": {"num_workers": 0, "use_shared_memory": False},
+        }  # fmt: skip
+    found = read_training_images(config, 3)
+    assert found.labels.tolist() == [0, 2, 4]
+    assert found.pixels.shape == (3, 3, 8, 8)
+    assert found.pixels[:, 0, 0, 0].tolist() == [100, 102, 104]
+    batches = list(validation_batches(config, 2))
+    assert [images.pixels[:, 0, 0, 0].tolist() for images in batches] == [[200, 201], [202, 203], [204]]
