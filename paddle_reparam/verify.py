@@ -290,7 +290,7 @@ def first_difference(
 # Untrained networks
 
 
-def settle_batch_norms(model: nn.Layer, input_spec: InputSpec, batch: int = 4) -> None:
+def settle_batch_norms(model: nn.Layer, input_spec: InputSpec, batch: int = 8) -> None:
     """Give every BN the statistics of one batch of noise, and leave the model in eval mode.
 
     With those that an untrained network starts with, the features of a deep one may vanish, or grow beyond all numbers

@@ -56,7 +56,7 @@ def check_one_step_changes_every_parameter(model: nn.Layer, shape: Shape, batch:
 def randomise_and_settle(model: nn.Layer, shape: Shape) -> None:
     """Give every batch norm weights of its own and the statistics of one batch; leave the model in eval mode."""
     randomise_batch_norms(model)
-    settle_batch_norms(model, [shape], batch=8)
+    settle_batch_norms(model, [shape])
 
 
 def check_fused_is_the_same_function(model: nn.Layer, shape: Shape, *other_shapes: Shape) -> nn.Layer:

@@ -1,0 +1,207 @@
+"""How fast exported networks are: every form of every network in one run, in turns, with what else it costs."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from .errors import ReparamError
+from .export import Folder, InferenceModel, export_inference, program_file
+from .flops import ModelSize, measure
+from .report import Report, format_table
+from .rewrite import reparameterize
+from .timing import Timing, alternate, machine_facts
+from .tracing import sample_inputs
+from .verify import NETWORK_TOLERANCE, relative_error, settle_batch_norms
+
+#: name -> what loads an exported folder for so many threads.
+RUNTIMES: dict[str, Callable[[Folder, int], InferenceModel]] = {
+    "onednn": lambda folder, threads: InferenceModel(folder, onednn=True, threads=threads),
+    "plain": lambda folder, threads: InferenceModel(folder, onednn=False, threads=threads),
+}
+
+
+@dataclass
+class Contender:
+    """An exported network: its name, which form of it, the folder, the shape of its images (channels, height, width),
+    and its sizes and error where they are known.
+
+    `difference` is the relative error of its output from the train form's, measured on what is timed.
+    """
+
+    name: str
+    form: str
+    folder: Path
+    shape: tuple[int, int, int]
+    size: ModelSize | None = None
+    difference: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the program and its weights."""
+        return sum(path.stat().st_size for path in program_file(self.folder).parent.glob("inference.*"))
+
+
+@dataclass
+class Result:
+    """What one contender took: milliseconds a batch, and the ratio of the medians to the first contender's."""
+
+    name: str
+    form: str
+    runtime: str
+    batch: int
+    median: float
+    low: float
+    high: float
+    ratio: float
+
+
+@dataclass
+class InferenceReport(Report):
+    """A run of the benchmark: the machine, the settings, a result for each contender, runtime and batch size."""
+
+    machine: dict[str, Any]
+    settings: dict[str, Any]
+    contenders: list[dict[str, Any]] = field(default_factory=list)
+    results: list[Result] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        sizes = format_table(
+            ["network", "form", "parameters", "multiply-adds", "file, MiB", "peak memory, MiB", "difference"],
+            [[c["name"], c["form"], _count(c["parameters"]), _count(c["macs"]), f"{c['bytes'] / 2**20:.1f}",
+              "-" if c["peak_mib"] is None else f"{c['peak_mib']:.0f}",
+              "-" if c["difference"] is None else f"{c['difference']:.0e}"] for c in self.contenders],
+        )  # fmt: skip
+        times = format_table(
+            ["network", "form", "runtime", "batch", "ms", "quartiles", "ratio"],
+            [[r.name, r.form, r.runtime, r.batch, f"{r.median:.2f}", f"{r.low:.2f} to {r.high:.2f}", f"{r.ratio:.3f}"]
+             for r in self.results],
+        )  # fmt: skip
+        return f"{sizes}\n\n{times}"
+
+
+def _count(number: int | None) -> str:
+    return "-" if number is None else f"{number:,}"
+
+
+def prepare(
+    name: str, model: nn.Layer, folder: Path, shape: tuple[int, int, int], forms: Sequence[str] = ("fused",)
+) -> Iterator[Contender]:
+    """Export a network in `forms` ("train form", "fused") under a folder and yield a contender for each.
+
+    Its weights count for nothing: its BNs get the statistics of one batch of noise, since with others the features of
+    an untrained network may vanish or overflow, and such numbers take their own time. Raises `ReparamError` where an
+    export is not the same function.
+    """
+    input_spec = [[None, *shape]]
+    settle_batch_norms(model, input_spec)
+    inputs = sample_inputs(input_spec, 2, seed=1, like=model)
+    with paddle.no_grad():
+        expected = model(*inputs).numpy()
+    for form in forms:
+        network = model
+        if form == "fused":
+            network, _ = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=True)
+        target = folder / f"{name}-{form}".replace(" ", "_").replace("/", "_")
+        export_inference(network, target, input_spec)
+        [output, *_] = InferenceModel(target).run(*(x.numpy() for x in inputs))
+        difference = relative_error(expected, output)
+        if not difference <= 100 * NETWORK_TOLERANCE:
+            raise ReparamError(f"{name}, {form}: its export is not the same function, relative error {difference:.1e}")
+        yield Contender(name, form, target, shape, measure(network, input_spec), difference)
+
+
+def run(
+    contenders: Sequence[Contender],
+    batch_sizes: Sequence[int] = (1,),
+    runtimes: Sequence[str] = ("onednn",),
+    threads: int = 1,
+    rounds: int = 30,
+    seconds: float = 60.0,
+    progress: Callable[[str], None] = print,
+) -> InferenceReport:
+    """Time exported networks, all of them in turns.
+
+    Each batch size and runtime is a run of its own, of `rounds` rounds, fewer where they would take more than
+    `seconds`, but never fewer than five; ratios are to the first contender. `threads` are those of each runtime.
+    """
+    report = InferenceReport(
+        machine_facts(),
+        {"threads": threads, "rounds": rounds, "seconds": seconds},
+        [
+            {
+                "name": each.name,
+                "form": each.form,
+                "shape": list(each.shape),
+                "bytes": each.bytes,
+                "parameters": None if each.size is None else each.size.parameters,
+                "macs": None if each.size is None else each.size.macs_per_image,
+                "difference": each.difference,
+                "peak_mib": peak_memory(each.folder, [1, *each.shape], threads) / 2**20,
+            }
+            for each in contenders
+        ],
+    )
+    for runtime in runtimes:
+        models = [RUNTIMES[runtime](each.folder, threads) for each in contenders]
+        for batch in batch_sizes:
+            progress(f"{runtime}, batch {batch}: {len(models)} networks in turns")
+            draw = np.random.default_rng(0).standard_normal
+            inputs = [draw([batch, *each.shape]).astype("float32") for each in contenders]
+            calls = {str(i): lambda m=m, x=x: m.run(x) for i, (m, x) in enumerate(zip(models, inputs))}
+            timings = alternate(calls, rounds=rounds, seconds=seconds)
+            report.results += [
+                _result(each, runtime, batch, timings[str(i)], timings["0"]) for i, each in enumerate(contenders)
+            ]
+    return report
+
+
+def _result(contender: Contender, runtime: str, batch: int, timing: Timing, first: Timing) -> Result:
+    return Result(
+        contender.name, contender.form, runtime, batch, 1000 * timing.median, 1000 * timing.low, 1000 * timing.high,
+        timing.median / first.median,
+    )  # fmt: skip
+
+
+def peak_memory(folder: Folder, shape: Sequence[int], threads: int = 1) -> int:
+    """Return the most bytes that a new process holds while it loads an export and runs it twice, Paddle included."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_peak, args=(sender, str(folder), list(shape), threads))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise ReparamError(f"{folder}: the process that was to measure its memory ended before it did") from None
+    finally:
+        process.join()
+
+
+def _report_peak(sender: Any, folder: str, shape: list[int], threads: int) -> None:
+    model = InferenceModel(folder, threads=threads)
+    for _ in range(2):
+        model.run(np.zeros(shape, "float32"))
+    sender.send(_own_peak())
+
+
+def _own_peak() -> int:
+    """Return the most bytes that this process has held.
+
+    Linux' `ru_maxrss` would not do: it starts at what the parent held.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        [kibibytes] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return 1024 * int(kibibytes)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
