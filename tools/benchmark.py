@@ -29,6 +29,7 @@ from paddle_reparam.ppcls import setup
 from paddle_reparam.ppcls.errors import ConfigError
 from paddle_reparam.release import MANIFEST
 
+from benchmark_step import add_step, positive, run_step  # isort: skip
 from style import BLUE, GREY, ORANGE, plain_axes  # isort: skip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,35 +72,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     infer.add_argument(
         "--form", nargs="+", choices=("train form", "fused"), default=["fused"], help="of names and configs"
     )
-    infer.add_argument("--size", type=_positive, default=224, help="side of the images, for names")
-    infer.add_argument("--batch", type=_positive, nargs="+", default=[1])
+    infer.add_argument("--size", type=positive, default=224, help="side of the images, for names")
+    infer.add_argument("--batch", type=positive, nargs="+", default=[1])
     infer.add_argument("--runtime", nargs="+", choices=sorted(benchmark.RUNTIMES), default=["onednn"])
     sweep = commands.add_parser("sweep", help="one network as its work grows")
     sweep.add_argument("target", help="a network's name")
     sweep.add_argument("--of", choices=("size", "batch", "kernel_size"), required=True, help="what grows")
-    sweep.add_argument("--values", type=_positive, nargs="+", required=True)
-    sweep.add_argument("--size", type=_positive, default=224, help="side of the images, where it does not grow")
+    sweep.add_argument("--values", type=positive, nargs="+", required=True)
+    sweep.add_argument("--size", type=positive, default=224, help="side of the images, where it does not grow")
     table = commands.add_parser("table", help="the networks of docs/benchmarks.md, which it writes")
     for command in (infer, sweep, table):
-        command.add_argument("--threads", type=_positive, default=2)
-        command.add_argument("--rounds", type=_positive, default=30)
+        command.add_argument("--threads", type=positive, default=2)
+        command.add_argument("--rounds", type=positive, default=30)
     for command in (infer, sweep):
         command.add_argument("--output", help="a JSON file to write")
         command.add_argument("--chart", help="a PNG file to draw")
+    add_step(commands)
     given = parser.parse_args(arguments)
-    setup().utils.logger.init_logger(log_level="WARNING")
     try:
+        if given.command == "step":
+            return run_step(given)
+        setup().utils.logger.init_logger(log_level="WARNING")
         return {"infer": run_infer, "sweep": run_sweep, "table": run_table}[given.command](given)
     except (ReparamError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, (ConfigError, UnknownName)) else 1
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
 
 
 def contenders_of(

@@ -44,23 +44,22 @@ def add_step(commands: Any) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a network of this library, or of paddle.vision.models")
     what.add_argument("--pages", action="store_true", help="only write the tables of docs/ anew from docs/measured/")
-    parser.add_argument("--size", type=_positive, default=224, help="side of the images (default 224)")
-    parser.add_argument("--batch", type=_positive, default=2, help="images in a step (default 2)")
-    parser.add_argument("--threads", type=_positive, default=1, help="threads of Paddle's kernels (default 1)")
-    parser.add_argument("--rounds", type=_positive, default=5, help="timed rounds, 5 or more, after one that is not")
+    parser.add_argument("--size", type=positive, default=224, help="side of the images (default 224)")
+    parser.add_argument("--batch", type=positive, default=2, help="images in a step (default 2)")
+    parser.add_argument("--threads", type=positive, default=1, help="threads of Paddle's kernels (default 1)")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed rounds, 5 or more, after one that is not")
     parser.add_argument(
         "--variants", nargs="+", choices=VARIANTS, default=["native", "plain"],
         help="what to compare with the first one; " + "; ".join(f"{name}: {what}" for name, what in VARIANTS.items()),
     )  # fmt: skip
     parser.add_argument("--layer", help="the layer of the variant `replaced`")
     parser.add_argument("--density", type=float, default=0.6, help="share of the weights of `sparse` that are not zero")
-    parser.add_argument(
-        "--update-frequency", type=_positive, default=100, help="steps of `sparse` for each mask update"
-    )
+    parser.add_argument("--update-frequency", type=positive, default=100, help="steps of `sparse` for each mask update")
     parser.add_argument("--output", help="the JSON file to write")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Return what an option says that takes 1 or more; raises `ValueError`."""
     number = int(text)
     if number < 1:
         raise ValueError(text)
