@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -36,6 +35,7 @@ from paddle_reparam.flops import measure
 from paddle_reparam.ppcls.images import Images, read_validation_images
 from paddle_reparam.report import format_table
 from paddle_reparam.rewrite import reparameterize
+from paddle_reparam.timing import alternate
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE_CONFIG = "ppcls_configs/digits/refconv/PPLCNet_x0_25.yaml"
@@ -290,13 +290,12 @@ def compare(
     probabilities = {name: predict(network, images.pixels) for name, network in networks.items()}
     probabilities["exported"] = in_batches(lambda x: predictors["exported"].run(x)[0], images.pixels)
     require_same_classes(probabilities["refconv"], probabilities["exported"], images.names)
-    milliseconds = time_per_image(
-        {name: lambda x, p=predictor: p.run(x) for name, predictor in predictors.items()}, images.pixels[:1]
-    )
+    image = images.pixels[:1]
+    timings = alternate({name: lambda p=predictor: p.run(image) for name, predictor in predictors.items()}, rounds=300)
     difference = float(np.abs(probabilities["exported"] - probabilities["refconv"]).max())
     rows = [
         Row(title, float((probabilities[name].argmax(1) == images.labels).mean()), sizes[name],
-            sum(path.stat().st_size for path in exports[name].glob("inference.*")), milliseconds[name], apart)
+            sum(path.stat().st_size for path in exports[name].glob("inference.*")), 1000 * timings[name].median, apart)
         for name, title, apart in (
             ("baseline", "baseline", None),
             ("refconv", "RefConv, as trained", None),
@@ -327,19 +326,6 @@ def require_same_classes(trained: np.ndarray, exported: np.ndarray, names: Seque
             f"the exported network and the trained one differ on {len(different)} of {len(names)} images, first on "
             f"{names[first]}: exported {ours[first]}, trained {theirs[first]}"
         )
-
-
-def time_per_image(
-    functions: dict[str, Callable[[np.ndarray], Any]], image: np.ndarray, rounds: int = 300
-) -> dict[str, float]:
-    """Return the median milliseconds of each function, called in turns so that all see the same machine."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function(image)
-            seconds[name].append(time.perf_counter() - started)
-    return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
 
 
 def format_results(rows: Sequence[Row]) -> str:
