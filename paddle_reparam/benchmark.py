@@ -15,8 +15,9 @@ import paddle
 from paddle import nn
 
 from .errors import ReparamError
-from .export import Folder, InferenceModel, export_inference, program_file
+from .export import WEIGHTS_SUFFIX, Folder, InferenceModel, export_inference, program_file
 from .flops import ModelSize, measure
+from .onnx_export import ONNX_FILE, OnnxModel, export_onnx
 from .report import Report, format_table
 from .rewrite import reparameterize
 from .timing import Timing, alternate, machine_facts
@@ -24,9 +25,10 @@ from .tracing import sample_inputs
 from .verify import NETWORK_TOLERANCE, relative_error, settle_batch_norms
 
 #: name -> what loads an exported folder for so many threads.
-RUNTIMES: dict[str, Callable[[Folder, int], InferenceModel]] = {
+RUNTIMES: dict[str, Callable[[Folder, int], Any]] = {
     "onednn": lambda folder, threads: InferenceModel(folder, onednn=True, threads=threads),
     "plain": lambda folder, threads: InferenceModel(folder, onednn=False, threads=threads),
+    "onnxruntime": lambda folder, threads: OnnxModel(Path(folder) / ONNX_FILE, threads),
 }
 
 
@@ -48,7 +50,8 @@ class Contender:
     @property
     def bytes(self) -> int:
         """Size of the program and its weights."""
-        return sum(path.stat().st_size for path in program_file(self.folder).parent.glob("inference.*"))
+        program = program_file(self.folder)
+        return sum(path.stat().st_size for path in (program, program.with_suffix(WEIGHTS_SUFFIX)))
 
 
 @dataclass
@@ -94,9 +97,15 @@ def _count(number: int | None) -> str:
 
 
 def prepare(
-    name: str, model: nn.Layer, folder: Path, shape: tuple[int, int, int], forms: Sequence[str] = ("fused",)
+    name: str,
+    model: nn.Layer,
+    folder: Path,
+    shape: tuple[int, int, int],
+    forms: Sequence[str] = ("fused",),
+    onnx: bool = False,
 ) -> Iterator[Contender]:
-    """Export a network in `forms` ("train form", "fused") under a folder and yield a contender for each.
+    """Export a network in `forms` ("train form", "fused") under a folder, with `onnx` as an ONNX file as well, and
+    yield a contender for each.
 
     Its weights count for nothing: its BNs get the statistics of one batch of noise, since with others the features of
     an untrained network may vanish or overflow, and such numbers take their own time. Raises `ReparamError` where an
@@ -113,6 +122,8 @@ def prepare(
             network, _ = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=True)
         target = folder / f"{name}-{form}".replace(" ", "_").replace("/", "_")
         export_inference(network, target, input_spec)
+        if onnx:
+            export_onnx(target)
         [output, *_] = InferenceModel(target).run(*(x.numpy() for x in inputs))
         difference = relative_error(expected, output)
         if not difference <= 100 * NETWORK_TOLERANCE:

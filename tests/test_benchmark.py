@@ -10,6 +10,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from test_onnx import needs_onnx
 
 from paddle_reparam import benchmark
 from paddle_reparam.errors import ReparamError
@@ -55,6 +56,14 @@ def test_both_forms_and_an_exported_folder_are_timed_in_one_run(tmp_path, capsys
     assert written["machine"]["paddle"] == paddle.__version__
     assert chart.read_bytes().startswith(b"\x89PNG")
     assert "MobileNetV1_x0_25  fused" in capsys.readouterr().out
+
+
+@needs_onnx
+def test_onnxruntime_is_timed_beside_it(tmp_path):
+    output = tmp_path / "times.json"
+    arguments = ["infer", "MobileNetV1_x0_25", "--runtime", "onednn", "onnxruntime", *SMALL, "--output", str(output)]
+    assert tool.main(arguments) == 0
+    assert [r["runtime"] for r in json.loads(output.read_text())["results"]] == ["onednn", "onnxruntime"]
 
 
 @pytest.mark.parametrize(("of", "values"), [("size", ["32", "64"]), ("batch", ["1", "2"])])

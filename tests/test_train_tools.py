@@ -251,7 +251,9 @@ def test_the_export_is_fused_and_the_same_function(place, arch, request):
         if hasattr(layer, "re_parameterize"):
             layer.re_parameterize()
     fused = sum(int(np.prod(value.shape)) for value in model.state_dict().values())
-    assert held == fused < in_train_form
+    assert held == fused
+    # SPConv's inference form holds the weights of the uncertain channels twice: additions in convolutions are faster.
+    assert (fused < in_train_form) == (arch is REFCONV)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

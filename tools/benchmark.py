@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def contenders_of(
-    target: str, folder: Path, size: int, forms: Sequence[str] = ("fused",), **options: Any
+    target: str, folder: Path, size: int, forms: Sequence[str] = ("fused",), onnx: bool = False, **options: Any
 ) -> Iterator[Contender]:
     """Yield what is to be timed of a target: an exported folder as it is, or the forms of a network, exported."""
     from paddle_reparam.ppcls.arch import get_builder
@@ -119,13 +119,14 @@ def contenders_of(
             name, model = path.stem, build_train_form(read_config(target))
         else:
             name, model = target, get_builder(target)(**options)
-    yield from benchmark.prepare(name, model, folder, shape, forms)
+    yield from benchmark.prepare(name, model, folder, shape, forms, onnx)
 
 
 def run_infer(given: argparse.Namespace) -> int:
     """Time the targets, each in its forms."""
     with tempfile.TemporaryDirectory() as folder:
-        contenders = [c for t in given.target for c in contenders_of(t, Path(folder), given.size, given.form)]
+        onnx = "onnxruntime" in given.runtime
+        contenders = [c for t in given.target for c in contenders_of(t, Path(folder), given.size, given.form, onnx)]
         report = benchmark.run(contenders, given.batch, given.runtime, given.threads, given.rounds)
     return _finish(report, given, draw_bars)
 
@@ -155,7 +156,7 @@ def run_table(given: argparse.Namespace) -> int:
             contenders += contenders_of(name if "/" not in name else str(ROOT / name), Path(folder), 224)
         report = benchmark.run(contenders, (1, 8), ["onednn"], given.threads, given.rounds, seconds=600.0)
     atomic_write(MEASURED, lambda path: path.write_text(report.to_json() + "\n", encoding="utf-8"))
-    measured = report.to_dict()
+    measured = json.loads(report.to_json())
     atomic_write(TABLE, lambda path: path.write_text(page_of(measured), encoding="utf-8"))
     missed = [row.network for row in rows_of(measured) if row.ratio > row.most]
     print(report, f"written: {TABLE.relative_to(ROOT)}", *(f"missed: {name}" for name in missed), sep="\n")
