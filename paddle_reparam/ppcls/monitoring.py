@@ -15,6 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import ReparamError
 from ..monitor import MaskHistory, Monitor, undisturbed
+from . import sections
 from .errors import ConfigError
 
 #: What the section may hold, and what holds where it does not say: steps between two writes, images to look at.
@@ -23,15 +24,9 @@ DEFAULTS: dict[str, Any] = {"interval": 100, "images": 32}
 
 def read_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the `Monitor` section with its defaults, or None; raises `ConfigError` for what it cannot mean."""
-    section = config.get("Monitor")
-    if section in (None, "null"):
+    settings = sections.read(config, "Monitor", DEFAULTS, "{interval: 100}")
+    if settings is None:
         return None
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"Monitor is {section!r}; give it as {{interval: 100}}, or null for none")
-    unknown = sorted(set(section) - set(DEFAULTS))
-    if unknown:
-        raise ConfigError(f"Monitor has no {', '.join(unknown)}; it takes {', '.join(DEFAULTS)}")
-    settings = {**DEFAULTS, **section}
     for key, value in settings.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"Monitor.{key} is {value!r}; give a whole number such as {DEFAULTS[key]}")

@@ -13,6 +13,7 @@ from ppcls.utils import logger
 
 from .. import sparsity
 from ..sparsity import SparseTraining
+from . import sections
 from .errors import ConfigError
 
 #: What the section may hold, and what holds where it does not say.
@@ -28,16 +29,9 @@ DEFAULTS: dict[str, Any] = {
 
 def read_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the `Sparsity` section with its defaults, or None; raises `ConfigError` for what it cannot mean."""
-    section = config.get("Sparsity")
-    if section in (None, "null"):
-        # "null" is what an override on the command line makes of YAML's null.
+    settings = sections.read(config, "Sparsity", DEFAULTS, "{density: 0.6, ...}")
+    if settings is None:
         return None
-    if not isinstance(section, Mapping):
-        raise ConfigError(f"Sparsity is {section!r}; give it as {{density: 0.6, ...}}, or null for none")
-    unknown = sorted(set(section) - set(DEFAULTS))
-    if unknown:
-        raise ConfigError(f"Sparsity has no {', '.join(unknown)}; it takes {', '.join(DEFAULTS)}")
-    settings = {**DEFAULTS, **section}
     if isinstance(settings["where"], str):
         settings["where"] = [settings["where"]]
     density, rate, frequency = settings["density"], settings["prune_rate"], settings["update_frequency"]
