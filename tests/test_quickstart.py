@@ -167,7 +167,11 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path, number):
         f"__import__('pathlib').Path({str(tmp_path / 'log')!r}))\n"
         "sys.exit(quickstart.main([]))\n"
     )
-    process = subprocess.Popen(python(driver), stderr=subprocess.PIPE, text=True)
+    # A shell that starts the tests in the background lets them, and what they start, ignore interrupts.
+    process = subprocess.Popen(
+        python(driver), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     try:
         deadline = time.monotonic() + 60
         while not ((tmp_path / "pids").exists() and (tmp_path / "pids").read_text()):
