@@ -21,7 +21,7 @@ test: lint
 	@failed=$$(mktemp); ls -S tests/test_*.py | OMP_NUM_THREADS=1 xargs -P $(JOBS) -I FILE sh -c ' \
 		output=$$($(BIN)/python -m pytest -q --no-header -W ignore FILE 2>&1); code=$$?; \
 		printf "%s\n%s\n" FILE "$$output"; test $$code -eq 0 || { echo FILE >> '$$failed'; exit 1; }' \
-		|| { echo "failed:" $$(cat $$failed); exit 1; }
+		|| { echo "failed:" $$(cat $$failed); rm $$failed; exit 1; }; rm $$failed
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from style import BLUE, GREY, ORANGE, image_axes, plain_axes, spread_over
 
 from paddle_reparam import analysis, checkpoints
-from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName
+from paddle_reparam.errors import CheckpointError
 from paddle_reparam.ppcls import setup
+from paddle_reparam.ppcls.command import exit_code, read_config
 from paddle_reparam.ppcls.errors import ConfigError
 from paddle_reparam.release import OutputExists, new_folder
 
@@ -42,12 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.images < 1:
         parser.error("--images must be 1 or more")
-    try:
+    with exit_code() as result:
         run(given)
-    except ReparamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ConfigError, UnknownName, OutputExists)) else 1
-    return 0
+    return result[0]
 
 
 def run(given: argparse.Namespace) -> None:
@@ -56,7 +54,6 @@ def run(given: argparse.Namespace) -> None:
     if os.path.lexists(target):
         raise OutputExists(f"{given.output} exists already and is kept; name another folder")
     setup().utils.logger.init_logger(log_level="WARNING")
-    from paddle_reparam.ppcls.command import read_config
     from paddle_reparam.ppcls.images import read_validation_images
     from paddle_reparam.ppcls.loading import weight_file
     from paddle_reparam.ppcls.reparam import build_train_form

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import ReparamError, UnknownName
+from ..release import OutputExists
 from . import locate, setup
 from .errors import ConfigError
 
@@ -73,7 +74,7 @@ def exit_code() -> Iterator[list[int]]:
         yield result
     except ReparamError as error:
         print(f"error: {error}", file=sys.stderr)
-        result[0] = 2 if isinstance(error, (ConfigError, UnknownName)) else 1
+        result[0] = 2 if isinstance(error, (ConfigError, UnknownName, OutputExists)) else 1
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

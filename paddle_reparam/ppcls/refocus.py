@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +19,13 @@ import yaml
 from paddle import nn
 
 from .. import checkpoints
-from ..errors import CheckpointError, ReparamError, UnknownName
+from ..errors import CheckpointError, ReparamError
 from ..export import one_sentence
 from ..registry import Registry
 from ..release import PLAIN_WEIGHTS, OutputExists, digest, release
 from ..report import Report, format_table
 from . import setup
+from .command import exit_code, read_config
 from .errors import ConfigError
 from .reparam import build_train_form, image_shape, read_output
 
@@ -104,18 +104,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="replace a value of the config; Arch.layer.init, .map_k and Arch.where are those of the second stage",
     )  # fmt: skip
     given = parser.parse_args(arguments)
-    try:
+    with exit_code() as result:
         setup()
-        from .command import read_config
-
         config = read_config(given.config, given.override)
         source = {"config": {"name": given.config, **digest(Path(given.config)), "overrides": given.override}}
         print(refocus(config, given.output, given.weights, given.variant, source))
         print(f"written: {Path(given.output) / PLAIN_WEIGHTS}, {RESULT}")
-    except ReparamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ConfigError, UnknownName, OutputExists)) else 1
-    return 0
+    return result[0]
 
 
 def refocus(

@@ -6,7 +6,6 @@ import argparse
 import copy
 import hashlib
 import importlib.metadata
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,12 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from ..errors import CheckpointError, ReparamError, UnknownName
+from ..errors import CheckpointError
 from ..export import FORMATS, ExportOptions, OutputSpec, one_sentence
-from ..release import OutputExists, release
+from ..release import release
 from ..released import check_release, read_manifest
 from . import setup
+from .command import exit_code, read_config
 from .errors import ConfigError
 from .transforms import files_for_paddleclas, read_labels, read_normalization, release_steps
 
@@ -52,17 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give -c, --weights and --output, or --check FOLDER")
     if given.check is not None and vars(given) != {**vars(parser.parse_args([])), "check": given.check}:
         parser.error("--check takes no other option")
-    try:
+    with exit_code() as result:
         print(_release(given) if given.check is None else _check(given.check))
-    except ReparamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ConfigError, UnknownName, OutputExists)) else 1
-    return 0
+    return result[0]
 
 
 def _release(given: argparse.Namespace) -> Any:
     ppcls = setup()
-    from .command import read_config
     from .loading import weight_file
 
     # Fused, exported and compared where the Predictor runs; a GPU's shorter floats would blur the comparison.
