@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import resource
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +18,7 @@ from .flops import ModelSize, measure
 from .onnx_export import ONNX_FILE, OnnxModel, export_onnx
 from .report import Report, format_table
 from .rewrite import reparameterize
-from .timing import Timing, alternate, machine_facts
+from .timing import Timing, alternate, machine_facts, own_peak
 from .tracing import sample_inputs
 from .verify import NETWORK_TOLERANCE, relative_error, settle_batch_norms
 
@@ -202,17 +200,4 @@ def _report_peak(sender: Any, folder: str, shape: list[int], threads: int) -> No
     model = InferenceModel(folder, threads=threads)
     for _ in range(2):
         model.run(np.zeros(shape, "float32"))
-    sender.send(_own_peak())
-
-
-def _own_peak() -> int:
-    """Return the most bytes that this process has held.
-
-    Linux' `ru_maxrss` would not do: it starts at what the parent held.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        [kibibytes] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return 1024 * int(kibibytes)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    sender.send(own_peak())

@@ -6,7 +6,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
@@ -173,7 +172,7 @@ def memory_of_two_steps(given: argparse.Namespace, variant: str) -> float:
     step = make_step(given, variant)
     for _ in range(2):
         step.run()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return timing.own_peak() / 1e9
 
 
 # ---------------------------------------------------------------------------------------------------------------------
