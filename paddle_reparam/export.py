@@ -18,6 +18,7 @@ from paddle import nn
 from paddle.inference import Config, create_predictor
 
 from .errors import ReparamError
+from .old_programs import HAS_NEW_PROGRAMS, old_programs
 from .rewrite import copy_model
 from .tracing import InputSpec, flatten_outputs
 from .verify import NETWORK_TOLERANCE, VerifyReport, verify
@@ -141,7 +142,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.file_format not in (None, *FORMATS):
             raise ReparamError(f"the format of an export is {' or '.join(FORMATS)}: {self.file_format}")
-        if self.file_format == "json" and _old_programs is None:
+        if self.file_format == "json" and not HAS_NEW_PROGRAMS:
             raise ReparamError(f"Paddle {paddle.__version__} cannot write .json programs, Paddle 3 can; use pdmodel")
 
     def input_dtype(self, model: nn.Layer) -> str:
@@ -151,16 +152,11 @@ class ExportOptions:
         return next((str(p.dtype).rsplit(".", 1)[-1] for p in model.parameters()), "float32")
 
 
-#: Makes Paddle 3 write and read .pdmodel; Paddle 2 does nothing else.
-_old_programs = getattr(paddle.pir_utils, "DygraphOldIrGuard", None) if hasattr(paddle, "pir_utils") else None
-
 DEFAULT_OPTIONS = ExportOptions()
 
 
 def _programs_of(file_format: str | None) -> contextlib.AbstractContextManager[None]:
-    if file_format == "pdmodel" and _old_programs is not None:
-        return _old_programs()
-    return contextlib.nullcontext()
+    return old_programs() if file_format == "pdmodel" else contextlib.nullcontext()
 
 
 def export_inference(
