@@ -21,7 +21,7 @@ from style import BLUE, GREY, ORANGE, image_axes, plain_axes, spread_over
 from paddle_reparam import analysis, checkpoints
 from paddle_reparam.errors import CheckpointError
 from paddle_reparam.ppcls import setup
-from paddle_reparam.ppcls.command import exit_code, read_config
+from paddle_reparam.ppcls.command import add_override, exit_code, read_config
 from paddle_reparam.ppcls.errors import ConfigError
 from paddle_reparam.release import OutputExists, new_folder
 
@@ -36,10 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", required=True, help="the weight file that training saved, in train form")
     parser.add_argument("--output", required=True, help="the folder to make")
     parser.add_argument("--images", type=int, default=256, help="validation images at most, evenly from the list")
-    parser.add_argument(
-        "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="replace a value of the config; may be given several times",
-    )  # fmt: skip
+    add_override(parser)
     given = parser.parse_args(arguments)
     if given.images < 1:
         parser.error("--images must be 1 or more")

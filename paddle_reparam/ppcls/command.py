@@ -30,10 +30,7 @@ def main(mode: str, arguments: Sequence[str] | None = None) -> int:
     """Run PaddleClas' Engine in a mode (train, eval, infer, export) with its own flags; return the exit code."""
     parser = argparse.ArgumentParser(description=f"PaddleClas' {mode}, with the layers and models of paddle_reparam.")
     parser.add_argument("-c", "--config", required=True, help="YAML file")
-    parser.add_argument(
-        "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="replace a value of the config, as in -o Global.epochs=3; may be given several times",
-    )  # fmt: skip
+    add_override(parser)
     parser.add_argument("-p", "--profiler_options", help="profiler settings: key1=value1;key2=value2")
     given = parser.parse_args(arguments)
     with exit_code() as result:
@@ -44,6 +41,14 @@ def main(mode: str, arguments: Sequence[str] | None = None) -> int:
         config["profiler_options"] = given.profiler_options
         getattr(Engine(config, mode=mode), mode)()
     return result[0]
+
+
+def add_override(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """Add PaddleClas' option -o to a parser; `note` is put behind its help."""
+    parser.add_argument(
+        "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
+        help=f"replace a value of the config, as in -o Global.epochs=3; may be given several times{note}",
+    )  # fmt: skip
 
 
 def launch(arguments: Sequence[str] | None = None) -> int:

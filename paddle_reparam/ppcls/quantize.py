@@ -11,7 +11,7 @@ from ..onnx_export import ONNX_FILE
 from ..quantization import KernelRange, QuantizationReport, export_int8
 from ..released import read_manifest
 from . import setup
-from .command import exit_code, read_config
+from .command import add_override, exit_code, read_config
 from .errors import ConfigError
 
 #: Kernels that are printed.
@@ -32,10 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--largest-drop", type=float, default=1.0, metavar="POINTS",
         help="what may be lost of the validation images' top-1, in percentage points (1.0)",
     )  # fmt: skip
-    parser.add_argument(
-        "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="replace a value of the config; may be given several times",
-    )  # fmt: skip
+    add_override(parser)
     given = parser.parse_args(arguments)
     if given.images < 1:
         parser.error(f"--images takes a number above zero, not {given.images}")

@@ -25,7 +25,7 @@ from ..registry import Registry
 from ..release import PLAIN_WEIGHTS, OutputExists, digest, release
 from ..report import Report, format_table
 from . import setup
-from .command import exit_code, read_config
+from .command import add_override, exit_code, read_config
 from .errors import ConfigError
 from .reparam import build_train_form, image_shape, read_output
 
@@ -99,10 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--variant", default="refocus", metavar="NAME",
         help="; ".join(f"{name}: {variant.what}" for name, variant in VARIANTS.items()),
     )  # fmt: skip
-    parser.add_argument(
-        "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="replace a value of the config; Arch.layer.init, .map_k and Arch.where are those of the second stage",
-    )  # fmt: skip
+    add_override(parser, "; Arch.layer.init, .map_k and Arch.where are those of the second stage")
     given = parser.parse_args(arguments)
     with exit_code() as result:
         setup()

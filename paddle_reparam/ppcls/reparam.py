@@ -18,7 +18,7 @@ from ..export import FORMATS, ExportOptions, OutputSpec, one_sentence
 from ..release import release
 from ..released import check_release, read_manifest
 from . import setup
-from .command import exit_code, read_config
+from .command import add_override, exit_code, read_config
 from .errors import ConfigError
 from .transforms import files_for_paddleclas, read_labels, read_normalization, release_steps
 
@@ -32,10 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-c", "--config", help="the YAML file of the training")
     parser.add_argument("--weights", help="the weight file that training saved, in train form")
     parser.add_argument("--output", help="the folder to make")
-    parser.add_argument(
-        "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
-        help="replace a value of the config, as in -o Global.image_shape=[3,224,224]; may be given several times",
-    )  # fmt: skip
+    add_override(parser)
     parser.add_argument("--force", action="store_true", help="replace an earlier release in the output folder")
     parser.add_argument("--dry-run", action="store_true", help="fuse and compare, and write nothing")
     parser.add_argument("--format", choices=FORMATS, help="the program's format; else what this Paddle writes")
