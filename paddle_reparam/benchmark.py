@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,13 @@ import paddle
 from paddle import nn
 
 from .errors import ReparamError
-from .export import WEIGHTS_SUFFIX, Folder, InferenceModel, export_inference, program_file
+from .export import WEIGHTS_SUFFIX, Folder, InferenceModel, export_inference, one_sentence, program_file, require_gpu
 from .flops import ModelSize, measure
-from .onnx_export import ONNX_FILE, OnnxModel, export_onnx
+from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, need
+from .profiling import ProfileReport, profile
 from .report import Report, format_table
 from .rewrite import reparameterize
-from .timing import Timing, alternate, machine_facts, own_peak
+from .timing import Timing, alternate, in_new_process, machine_facts, memory_rate, own_peak
 from .tracing import sample_inputs
 from .verify import NETWORK_TOLERANCE, relative_error, settle_batch_norms
 
@@ -26,14 +26,28 @@ from .verify import NETWORK_TOLERANCE, relative_error, settle_batch_norms
 RUNTIMES: dict[str, Callable[[Folder, int], Any]] = {
     "onednn": lambda folder, threads: InferenceModel(folder, onednn=True, threads=threads),
     "plain": lambda folder, threads: InferenceModel(folder, onednn=False, threads=threads),
+    "gpu": lambda folder, threads: InferenceModel(folder, threads=threads, gpu=True),
     "onnxruntime": lambda folder, threads: OnnxModel(Path(folder) / ONNX_FILE, threads),
 }
+
+
+class WrongImages(ReparamError):
+    """Images of a shape that a network does not take."""
+
+
+def check_runtime(name: str) -> None:
+    """Raise `ReparamError` where this machine cannot run a network in a runtime of `RUNTIMES`."""
+    if name == "gpu":
+        require_gpu()
+    if name == "onnxruntime":
+        for package in ("paddle2onnx", "onnx", "onnxruntime"):
+            need(package)
 
 
 @dataclass
 class Contender:
     """An exported network: its name, which form of it, the folder, the shape of its images (channels, height, width),
-    and its sizes and error where they are known.
+    their dtype, and its sizes and error where they are known.
 
     `difference` is the relative error of its output from the train form's, measured on what is timed.
     """
@@ -42,8 +56,14 @@ class Contender:
     form: str
     folder: Path
     shape: tuple[int, int, int]
+    dtype: str = "float32"
     size: ModelSize | None = None
     difference: float | None = None
+
+    def images(self, batch: int) -> np.ndarray:
+        """Return a batch of noise."""
+        noise = np.random.default_rng(0).standard_normal([batch, *self.shape])
+        return np.clip(128 + 64 * noise, 0, 255).astype(self.dtype) if self.dtype == "uint8" else np.float32(noise)
 
     @property
     def bytes(self) -> int:
@@ -106,14 +126,17 @@ def prepare(
     yield a contender for each.
 
     Its weights count for nothing: its BNs get the statistics of one batch of noise, since with others the features of
-    an untrained network may vanish or overflow, and such numbers take their own time. Raises `ReparamError` where an
-    export is not the same function.
+    an untrained network may vanish or overflow, and such numbers take their own time. Raises `WrongImages` where the
+    network cannot be run on these, and `ReparamError` where an export is not the same function.
     """
     input_spec = [[None, *shape]]
-    settle_batch_norms(model, input_spec)
     inputs = sample_inputs(input_spec, 2, seed=1, like=model)
-    with paddle.no_grad():
-        expected = model(*inputs).numpy()
+    try:
+        with one_sentence("it stopped"), paddle.no_grad():
+            settle_batch_norms(model, input_spec)
+            expected = model(*inputs).numpy()
+    except ReparamError as error:
+        raise WrongImages(f"{name} cannot be run on images of {'x'.join(map(str, shape))}: {error}") from error
     for form in forms:
         network = model
         if form == "fused":
@@ -126,7 +149,7 @@ def prepare(
         difference = relative_error(expected, output)
         if not difference <= 100 * NETWORK_TOLERANCE:
             raise ReparamError(f"{name}, {form}: its export is not the same function, relative error {difference:.1e}")
-        yield Contender(name, form, target, shape, measure(network, input_spec), difference)
+        yield Contender(name, form, target, shape, size=measure(network, input_spec), difference=difference)
 
 
 def run(
@@ -155,7 +178,7 @@ def run(
                 "parameters": None if each.size is None else each.size.parameters,
                 "macs": None if each.size is None else each.size.macs_per_image,
                 "difference": each.difference,
-                "peak_mib": peak_memory(each.folder, [1, *each.shape], threads) / 2**20,
+                "peak_mib": peak_memory(each.folder, each.images(1), threads) / 2**20,
             }
             for each in contenders
         ],
@@ -164,8 +187,7 @@ def run(
         models = [RUNTIMES[runtime](each.folder, threads) for each in contenders]
         for batch in batch_sizes:
             progress(f"{runtime}, batch {batch}: {len(models)} networks in turns")
-            draw = np.random.default_rng(0).standard_normal
-            inputs = [draw([batch, *each.shape]).astype("float32") for each in contenders]
+            inputs = [each.images(batch) for each in contenders]
             calls = {str(i): lambda m=m, x=x: m.run(x) for i, (m, x) in enumerate(zip(models, inputs))}
             timings = alternate(calls, rounds=rounds, seconds=seconds)
             report.results += [
@@ -181,23 +203,30 @@ def _result(contender: Contender, runtime: str, batch: int, timing: Timing, firs
     )  # fmt: skip
 
 
-def peak_memory(folder: Folder, shape: Sequence[int], threads: int = 1) -> int:
+def profile_all(
+    contenders: Sequence[Contender],
+    batch: int = 1,
+    threads: int = 1,
+    rounds: int = 30,
+    progress: Callable[[str], None] = print,
+) -> ProfileReport:
+    """Return where the time of exported networks goes, the first of them a plain one, and what this machine allows."""
+    profiles = []
+    for each in contenders:
+        progress(f"profile of {each.name}, batch {batch}")
+        macs = None if each.size is None else each.size.macs_per_image
+        profiles.append(profile(each.folder, each.images(batch), threads, rounds, each.name, macs))
+    settings = {"threads": threads, "rounds": rounds, "batch": batch}
+    return ProfileReport(machine_facts(), settings, memory_rate(threads), profiles)
+
+
+def peak_memory(folder: Folder, images: np.ndarray, threads: int = 1) -> int:
     """Return the most bytes that a new process holds while it loads an export and runs it twice, Paddle included."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report_peak, args=(sender, str(folder), list(shape), threads))
-    process.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        raise ReparamError(f"{folder}: the process that was to measure its memory ended before it did") from None
-    finally:
-        process.join()
+    return in_new_process(_own_peak_after_running, str(folder), images, threads)
 
 
-def _report_peak(sender: Any, folder: str, shape: list[int], threads: int) -> None:
+def _own_peak_after_running(folder: str, images: np.ndarray, threads: int) -> int:
     model = InferenceModel(folder, threads=threads)
     for _ in range(2):
-        model.run(np.zeros(shape, "float32"))
-    sender.send(own_peak())
+        model.run(images)
+    return own_peak()

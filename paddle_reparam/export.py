@@ -34,6 +34,9 @@ WEIGHTS_SUFFIX = ".pdiparams"
 #: How `--format` names them.
 FORMATS = ("json", "pdmodel")
 
+#: MiB of a GPU's memory that Paddle takes at first; it takes more when it needs more.
+_GPU_MEMORY = 256
+
 #: The smallest probability whose logarithm is compared: Paddle's own softmax stops at e^-64, oneDNN's does not.
 _SMALLEST_PROBABILITY = 1e-25
 
@@ -257,22 +260,33 @@ def one_sentence(what: str) -> Iterator[None]:
         raise ReparamError(f"{what}: {reason}") from error
 
 
+def require_gpu() -> None:
+    """Raise `ReparamError` where this Paddle finds no GPU."""
+    if not paddle.is_compiled_with_cuda() or paddle.device.cuda.device_count() == 0:
+        raise ReparamError("Paddle finds no GPU here; one needs a GPU of NVIDIA, its driver, and paddlepaddle-gpu")
+
+
 class InferenceModel:
-    """An exported network on the CPU, run by Paddle Inference's Predictor.
+    """An exported network, run by Paddle Inference's Predictor: on the CPU, or with `gpu` on the first GPU.
 
     Call it with Tensors, as a layer; `run` takes and returns arrays.
     """
 
-    def __init__(self, folder: Folder, onednn: bool = True, threads: int = 1) -> None:
+    def __init__(self, folder: Folder, onednn: bool = True, threads: int = 1, gpu: bool = False) -> None:
         """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded."""
         program = program_file(folder)
+        if gpu:
+            require_gpu()
         self.name = str(folder)
         with one_sentence(f"{folder}: Paddle Inference cannot load it"):
             config = Config(str(program), str(program.with_suffix(WEIGHTS_SUFFIX)))
-            config.disable_gpu()
+            if gpu:
+                config.enable_use_gpu(_GPU_MEMORY, 0)
+            else:
+                config.disable_gpu()
             config.disable_glog_info()
             config.set_cpu_math_library_num_threads(threads)
-            if onednn:
+            if onednn and not gpu:
                 config.enable_mkldnn()
             else:
                 config.disable_mkldnn()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import paddle
@@ -18,6 +21,8 @@ from .errors import ReparamError
 
 #: Rounds below which quartiles say nothing.
 FEWEST_ROUNDS = 5
+
+Returned = TypeVar("Returned")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,30 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def memory_rate(threads: int = 1, size: int = 2**29) -> float:
+    """Return how many bytes a second `threads` threads read from memory together: the median of five readings.
+
+    What is read has `size` bytes, far more than the caches hold.
+    """
+    parts = np.array_split(np.ones(size // 8, np.int64), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        # An or of integers does less for a byte than any other way by which numpy reads an array without copying it.
+        timings = alternate({"read": lambda: list(pool.map(np.bitwise_or.reduce, parts))}, FEWEST_ROUNDS, warm_up=1)
+    return sum(part.nbytes for part in parts) / timings["read"].median
+
+
+def in_new_process(function: Callable[..., Returned], *arguments: Any) -> Returned:
+    """Return what a function returns, or raise what it raises, in a Python started for it.
+
+    Raises `ReparamError` where that Python dies.
+    """
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            return pool.submit(function, *arguments).result()
+    except BrokenProcessPool:
+        raise ReparamError(f"the process that was to run {function.__name__} ended before it did") from None
 
 
 def own_peak() -> int:

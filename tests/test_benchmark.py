@@ -12,14 +12,15 @@ import pytest
 from paddle import nn
 from test_onnx import needs_onnx
 
-from paddle_reparam import benchmark
+from paddle_reparam import benchmark, release, save
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import export_inference, program_file
+from paddle_reparam.export import ExportOptions, Normalization, export_inference, program_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 import benchmark as tool  # noqa: E402
+import benchmark_pages as page  # noqa: E402
 
 SMALL = ["--size", "32", "--rounds", "5", "--threads", "1"]
 
@@ -108,45 +109,153 @@ def test_the_peak_is_that_of_the_new_process(tmp_path):
     network.eval()
     export_inference(network, tmp_path, [[None, 3, 32, 32]])
     held = np.ones(2**27)  # a gibibyte, which the new process does not hold
-    assert benchmark.peak_memory(tmp_path, [1, 3, 32, 32]) < held.nbytes
+    assert benchmark.peak_memory(tmp_path, np.zeros([1, 3, 32, 32], "float32")) < held.nbytes
 
 
-def test_wrong_usage_is_told(capsys):
-    assert tool.main(["infer", "ResNet51"]) == 2
-    assert "there is no Arch named 'ResNet51'; did you mean" in capsys.readouterr().err
-    for arguments in (["infer", "ResNet50", "--batch", "0"], ["sweep", "ResNet50", "--of", "time", "--values", "1"]):
-        with pytest.raises(SystemExit) as stopped:
-            tool.main(arguments)
-        assert stopped.value.code == 2
+def test_a_release_of_pixels_is_timed_with_its_sizes(tmp_path):
+    network = small_network()
+    save(network.state_dict(), tmp_path / "weights.pdparams")
+    options = ExportOptions(normalization=Normalization((0.5,) * 3, (0.25,) * 3, 1 / 255))
+    spec = [[None, 3, 16, 16]]
+    release(network, tmp_path / "weights.pdparams", tmp_path / "shipped", spec, options=options)
+    output = tmp_path / "times.json"
+    assert tool.main(["infer", str(tmp_path / "shipped"), *SMALL, "--output", str(output)]) == 0
+    [written] = json.loads(output.read_text())["contenders"]
+    assert written["shape"] == [3, 16, 16]
+    assert written["parameters"] == 3 * 8 * 9 + 8 + 8 * 4 + 4
+    [contender] = tool.contenders_of(str(tmp_path / "shipped"), tmp_path, 32)
+    images = contender.images(2)
+    assert (images.shape, images.dtype) == ((2, 3, 16, 16), np.uint8)
+    assert images.min() < 16 < 240 < images.max()
+
+
+def test_a_profile_is_printed_and_written(tmp_path, capsys):
+    output = tmp_path / "profile.json"
+    arguments = ["profile", "MobileNetV1_x0_25", "--form", "fused", "train form", "--batch", "2", *SMALL]
+    assert tool.main([*arguments, "--output", str(output)]) == 0
+    written = json.loads(output.read_text())
+    assert [each["batch"] for each in written["profiles"]] == [2, 2]
+    fused = {share["kind"]: share["calls"] for share in written["profiles"][0]["shares"]}
+    assert fused["convolution 3x3, depthwise"] == 13
+    assert "its operations at MobileNetV1_x0_25's rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["infer", "ResNet51"], "there is no Arch named 'ResNet51'; did you mean"),
+        (["infer", "no/such.yaml"], "the config no/such.yaml cannot be read"),
+        (["infer", str(ROOT / "docs")], "docs: it must hold one exported program"),
+        (["infer", "ResNet50", "--output", "no/such/folder.json"], "there is no folder no/such"),
+        (["sweep", "ResNet50", "--of", "size", "--values", "32", "--chart", "no/such/a.png"], "is no folder no/such"),
+        (["profile", "ResNet50", "--output", "no/such/folder.json"], "there is no folder no/such"),
+        (["profile", "ResNet51"], "there is no Arch named 'ResNet51'; did you mean"),
+    ],
+)
+def test_wrong_usage_is_told(capsys, arguments, message):
+    assert tool.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["infer", "ResNet50", "--batch", "0"],
+        ["infer", "ResNet50", "--rounds", "4"],
+        ["infer", "ResNet50", "--runtime", "tpu"],
+        ["sweep", "ResNet50", "--of", "time", "--values", "1"],
+    ],
+)
+def test_arguments_that_no_command_takes(arguments):
+    with pytest.raises(SystemExit) as stopped:
+        tool.main(arguments)
+    assert stopped.value.code == 2
+
+
+@pytest.mark.skipif(paddle.is_compiled_with_cuda(), reason="this Paddle may find a GPU")
+def test_a_gpu_that_is_not_there(capsys, tmp_path):
+    assert tool.main(["infer", "MobileNetV1_x0_25", "--runtime", "onednn", "gpu", *SMALL]) == 2
+    assert "error: --runtime gpu: Paddle finds no GPU here" in capsys.readouterr().err
+    network = small_network()
+    network.eval()
+    export_inference(network, tmp_path, [[None, 3, 32, 32]])
+    with pytest.raises(ReparamError, match="Paddle finds no GPU here"):
+        benchmark.RUNTIMES["gpu"](tmp_path, 1)
+
+
+def test_a_size_that_a_network_does_not_take(capsys, tmp_path):
+    assert tool.main(["infer", "RepMLP_CIFAR", "--size", "40", "--rounds", "5"]) == 2
+    assert "RepMLP_CIFAR cannot be run on images of 3x40x40" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # docs/benchmarks.md
 
 
-def measured(times: dict[str, float]) -> dict:
+def measured(times: dict[str, float], macs: dict[str, int] | None = None) -> dict:
     """Return what a run would have written, with these milliseconds at batch 1 and eight times those at batch 8."""
-    names = dict.fromkeys([*(plain for _, plain, _ in tool.TARGETS), *(Path(t).stem for t, _, _ in tool.TARGETS)])
+    names = dict.fromkeys([*(plain for _, plain, _ in page.TARGETS), *(Path(t).stem for t, _, _ in page.TARGETS)])
+    shares = [{"kind": "matmul", "calls": 3, "milliseconds": 6.0}, {"kind": "reorder", "calls": 2, "milliseconds": 2.0},
+              {"kind": "pooling", "calls": 1, "milliseconds": 0.01}]  # fmt: skip
+    plain_shares = [{"kind": "matmul", "calls": 1, "milliseconds": 4.0}, {"kind": "sum", "calls": 1, "milliseconds": 1}]
+    plain_names = {plain for _, plain, _ in page.TARGETS}
     return {
         "machine": {"processor": "P"},
         "settings": {"threads": 2, "rounds": 30},
-        "contenders": [{"name": name, "macs": 100} for name in names],
+        "contenders": [{"name": name, "macs": (macs or {}).get(name, 100)} for name in names],
         "results": [
             {"name": name, "batch": batch, "median": batch * times.get(name, 10.0), "low": 9.0, "high": 11.0}
             for batch in (1, 8) for name in names
+        ],
+        "memory_rate": 2.0 * 2**30,
+        "profiles": [
+            {"name": name, "batch": 1, "weights_bytes": 100 * 2**20, "whole": 11.0, "without_log": 10.5,
+             "shares": plain_shares if name in plain_names else shares}
+            for name in names
         ],
     }  # fmt: skip
 
 
 def test_rows_are_ratios_to_the_plain_network_beside():
-    rows = {row.network: row for row in tool.rows_of(measured({"SLaK_tiny": 25.0, "MobileNetV2": 5.0}))}
+    rows = {row.network: row for row in page.rows_of(measured({"SLaK_tiny": 25.0, "MobileNetV2": 5.0}))}
     assert (rows["SLaK_tiny"].ratio, rows["SLaK_tiny"].ratio_of_eight) == (2.5, 2.5)
     assert rows["MobileNetV2_x1_0_DCD"].ratio == 2.0
     assert rows["ResNet50_RefConv"].by_operations == 1.0
-    page = tool.page_of(measured({"SLaK_tiny": 25.0}))
-    assert "| SLaK_tiny | ResNet50 | 2.500 | 3.00 | 2.500 | 1.00 | 25.0 (9.0 to 11.0) |" in page
+    text = page.page_of(measured({"SLaK_tiny": 25.0}))
+    assert "| SLaK_tiny | ResNet50 | 2.500 | 3.00 | 2.500 | 1.00 | 25.0 (9.0 to 11.0) |" in text
+
+
+def test_a_missed_target_has_its_limits_and_its_profile():
+    reached = {name: 1.0 for name in (Path(target).stem for target, _, _ in page.TARGETS)}
+    assert "Where a target is missed" not in page.page_of(measured(reached))
+    text = page.page_of(measured({**reached, "SLaK_tiny": 40.0}, {"SLaK_tiny": 250}))
+    missed = text.partition("## Where a target is missed")[2]
+    # 250 multiply-adds at the 10 a millisecond of ResNet50, and 100 MiB at 2 GiB/s.
+    assert "| SLaK_tiny | 40.0 | 30.0 | 25.0 | 100 | 48.8 |" in missed
+    assert "Reading from memory: 2.1 GB/s" in missed
+    table = missed.partition("| SLaK_tiny | calls | ms | calls, ResNet50 | ms, ResNet50 |\n")[2].splitlines()[1:]
+    assert table == [
+        "| matmul | 3 | 6.00 | 1 | 4.00 |",
+        "| reorder | 2 | 2.00 | 0 | 0.00 |",
+        "| sum | 0 | 0.00 | 1 | 1.00 |",
+        "| other primitives | 1 | 0.01 | 0 | 0.00 |",
+        "| all primitives | 6 | 8.01 | 2 | 5.00 |",
+        "| the rest |  | 2.99 |  | 6.00 |",
+        "| the run |  | 11.00 |  | 11.00 |",
+        "| without the log |  | 10.50 |  | 10.50 |",
+    ]
+    assert "MobileNetV2_x1_0_DCD | calls" not in missed
+
+
+def test_a_missed_target_without_a_profile_makes_no_page():
+    without = measured({"SLaK_tiny": 40.0})
+    without["profiles"] = [each for each in without["profiles"] if each["name"] != "SLaK_tiny"]
+    with pytest.raises(KeyError, match="SLaK_tiny"):
+        page.page_of(without)
 
 
 def test_the_page_is_what_was_measured():
-    content = json.loads(tool.MEASURED.read_text(encoding="utf-8"))
-    assert tool.TABLE.read_text(encoding="utf-8") == tool.page_of(content), "run python tools/benchmark.py table"
+    content = json.loads(page.MEASURED.read_text(encoding="utf-8"))
+    assert page.PAGE.read_text(encoding="utf-8") == page.page_of(content), "run python tools/benchmark.py table"

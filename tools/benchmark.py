@@ -1,4 +1,5 @@
-"""Measure how fast networks are: exported and run (`infer`), as work grows (`sweep`), against targets (`table`).
+"""Measure how fast networks are: exported and run (`infer`), as work grows (`sweep`), where time goes (`profile`),
+training steps (`step`), and the networks of docs/benchmarks.md (`table`).
 
 What is compared is timed in one run and in turns, so that every form meets the same machine; ratios are to the first.
 """
@@ -6,11 +7,11 @@ What is compared is timed in one run and in turns, so that every form meets the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,39 +26,21 @@ from paddle_reparam import benchmark
 from paddle_reparam.benchmark import Contender, InferenceReport
 from paddle_reparam.checkpoints import atomic_write
 from paddle_reparam.errors import ReparamError, UnknownName
+from paddle_reparam.export import program_file
+from paddle_reparam.flops import ModelSize
 from paddle_reparam.ppcls import setup
+from paddle_reparam.ppcls.command import exit_code
 from paddle_reparam.ppcls.errors import ConfigError
-from paddle_reparam.release import MANIFEST
+from paddle_reparam.released import MANIFEST, read_manifest
+from paddle_reparam.report import Report
+from paddle_reparam.timing import FEWEST_ROUNDS
 
+from benchmark_pages import MEASURED, PAGE, ROOT, TARGETS, page_of, rows_of  # isort: skip
 from benchmark_step import add_step, positive, run_step  # isort: skip
 from style import BLUE, GREY, ORANGE, plain_axes  # isort: skip
 
-ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ROOT / "docs" / "measured" / "benchmarks.json"
-TABLE = ROOT / "docs" / "benchmarks.md"
-REFCONV = "ppcls_configs/imagenet/refconv"
-#: (network, the plain network beside it, how many times as long it may take at most), exported for images of 224.
-TARGETS = [
-    ("SLaK_tiny", "ResNet50", 3.0),
-    ("RepMLPNet_T224", "ResNet50", 1.0),
-    ("RepMLPResNet50_light_224", "ResNet50", 1.0),
-    ("RepMLPResNet50_bottleneck_224", "ResNet50", 1.3),
-    ("ResNet50_DCD", "ResNet50", 1.25),
-    ("MobileNetV2_x1_0_DCD", "MobileNetV2", 1.6),
-    ("ResNet50_SPConv", "ResNet50", 0.85),
-    (f"{REFCONV}/ResNet50_RefConv.yaml", "ResNet50", 1.02),
-    (f"{REFCONV}/MobileNetV3_large_x1_0_RefConv.yaml", "MobileNetV3_large_x1_0", 1.02),
-]
-INTRODUCTION = """\
-# Benchmarks
-
-Written by `python tools/benchmark.py table`; do not edit. Every network was fused, exported for images of 224 pixels,
-compared with its train form, and run by Paddle Inference with oneDNN; all of them in turns in one process, each beside
-its plain network, whose BNs were folded and which was exported in the same way. A ratio is the median of the network
-over the median of the plain one. "By operations" is the ratio of their multiply-adds: what the network would take if
-its operations ran as fast as the plain network's. Weights are random: speed does not depend on them.
-
-"""
+#: `table` times no more rounds of all networks in turns than fit into these, at batch 1 and at batch 8 each.
+SECONDS = 120.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,38 +48,79 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     infer = commands.add_parser("infer", help="exported networks, in turns")
-    infer.add_argument(
-        "target", nargs="+",
-        help="a network's name, a config (.yaml), or an exported folder; ratios are to the first",
-    )  # fmt: skip
-    infer.add_argument(
-        "--form", nargs="+", choices=("train form", "fused"), default=["fused"], help="of names and configs"
-    )
-    infer.add_argument("--size", type=positive, default=224, help="side of the images, for names")
+    profile = commands.add_parser("profile", help="where the time of exported networks goes, by oneDNN's own log")
+    for command in (infer, profile):
+        command.add_argument(
+            "target", nargs="+",
+            help="a network's name, a config (.yaml), or an exported folder; ratios and rates are to the first",
+        )  # fmt: skip
+        command.add_argument(
+            "--form", nargs="+", choices=("train form", "fused"), default=["fused"], help="of names and configs"
+        )
+        command.add_argument("--size", type=positive, default=224, help="side of the images, for names")
     infer.add_argument("--batch", type=positive, nargs="+", default=[1])
-    infer.add_argument("--runtime", nargs="+", choices=sorted(benchmark.RUNTIMES), default=["onednn"])
+    infer.add_argument(
+        "--runtime", nargs="+", choices=sorted(benchmark.RUNTIMES), default=["onednn"],
+        help="onednn and plain are Paddle Inference on the CPU, with oneDNN and without; gpu has not been tried yet",
+    )  # fmt: skip
+    profile.add_argument("--batch", type=positive, default=1)
     sweep = commands.add_parser("sweep", help="one network as its work grows")
     sweep.add_argument("target", help="a network's name")
     sweep.add_argument("--of", choices=("size", "batch", "kernel_size"), required=True, help="what grows")
     sweep.add_argument("--values", type=positive, nargs="+", required=True)
     sweep.add_argument("--size", type=positive, default=224, help="side of the images, where it does not grow")
     table = commands.add_parser("table", help="the networks of docs/benchmarks.md, which it writes")
-    for command in (infer, sweep, table):
+    for command in (infer, sweep, profile, table):
         command.add_argument("--threads", type=positive, default=2)
-        command.add_argument("--rounds", type=positive, default=30)
-    for command in (infer, sweep):
+        command.add_argument("--rounds", type=enough_rounds, default=30, help=f"{FEWEST_ROUNDS} or more")
+    for command in (infer, sweep, profile):
         command.add_argument("--output", help="a JSON file to write")
+    for command in (infer, sweep):
         command.add_argument("--chart", help="a PNG file to draw")
     add_step(commands)
     given = parser.parse_args(arguments)
     try:
-        if given.command == "step":
-            return run_step(given)
-        setup().utils.logger.init_logger(log_level="WARNING")
-        return {"infer": run_infer, "sweep": run_sweep, "table": run_table}[given.command](given)
-    except (ReparamError, OSError) as error:
+        with exit_code() as result:
+            if given.command != "step":
+                check(given)
+                setup().utils.logger.init_logger(log_level="WARNING")
+            result[0] = {
+                "infer": run_infer, "sweep": run_sweep, "profile": run_profile, "table": run_table, "step": run_step
+            }[given.command](given)  # fmt: skip
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (ConfigError, UnknownName)) else 1
+        return 1
+    return result[0]
+
+
+def enough_rounds(text: str) -> int:
+    """Return what `--rounds` says; raises `ValueError` below the fewest that quartiles can be made of."""
+    number = int(text)
+    if number < FEWEST_ROUNDS:
+        raise ValueError(text)
+    return number
+
+
+def check(given: argparse.Namespace) -> None:
+    """Raise `ConfigError` for what would stop a command only after it has measured."""
+    for option in ("output", "chart"):
+        folder = Path(getattr(given, option, None) or ".").parent
+        if not folder.is_dir():
+            raise ConfigError(f"--{option} {getattr(given, option)}: there is no folder {folder}")
+    for runtime in getattr(given, "runtime", []):
+        with as_wrong_usage(f"--runtime {runtime}"):
+            benchmark.check_runtime(runtime)
+
+
+@contextlib.contextmanager
+def as_wrong_usage(what: str) -> Iterator[None]:
+    """Raise a `ReparamError` of the `with` block as a `ConfigError` that says what of the command line it is about."""
+    try:
+        yield
+    except (ConfigError, UnknownName):
+        raise
+    except ReparamError as error:
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def contenders_of(
@@ -109,17 +133,24 @@ def contenders_of(
 
     path, shape = Path(target), (3, size, size)
     if path.is_dir():
-        manifest = path / MANIFEST
-        if manifest.is_file():
-            [[_, *shape]] = json.loads(manifest.read_text(encoding="utf-8"))["input"]["shape"]
-        yield Contender(path.name, "exported", path, tuple(shape))
+        known: dict[str, Any] = {}
+        with as_wrong_usage(target):
+            program_file(path)
+            if (path / MANIFEST).is_file():
+                manifest = read_manifest(path)
+                [[_, *shape]] = manifest["input"]["shape"]
+                known = {"dtype": manifest["input"]["dtype"], "size": ModelSize(**manifest["size"]["fused"])}
+        yield Contender(path.name, "exported", path, tuple(shape), **known)
         return
     with paddle.utils.unique_name.guard():
         if path.suffix == ".yaml":
             name, model = path.stem, build_train_form(read_config(target))
         else:
             name, model = target, get_builder(target)(**options)
-    yield from benchmark.prepare(name, model, folder, shape, forms, onnx)
+    try:
+        yield from benchmark.prepare(name, model, folder, shape, forms, onnx)
+    except benchmark.WrongImages as error:
+        raise ConfigError(str(error)) from error
 
 
 def run_infer(given: argparse.Namespace) -> int:
@@ -147,85 +178,45 @@ def run_sweep(given: argparse.Namespace) -> int:
     return _finish(report, given, draw_curve)
 
 
+def run_profile(given: argparse.Namespace) -> int:
+    """Show where the time of the targets goes, and how fast they would be at the first one's rate."""
+    with tempfile.TemporaryDirectory() as folder:
+        contenders = [c for t in given.target for c in contenders_of(t, Path(folder), given.size, given.form)]
+        report = benchmark.profile_all(contenders, given.batch, given.threads, given.rounds)
+    return _finish(report, given)
+
+
 def run_table(given: argparse.Namespace) -> int:
-    """Time the networks of docs/benchmarks.md beside their plain ones and write it; 1 where a target is missed."""
+    """Measure everything on docs/benchmarks.md and write it; 1 where a target is missed."""
     names = list(dict.fromkeys([*(plain for _, plain, _ in TARGETS), *(target for target, _, _ in TARGETS)]))
     with tempfile.TemporaryDirectory() as folder:
         contenders = []
         for name in tqdm(names, unit=" networks"):
             contenders += contenders_of(name if "/" not in name else str(ROOT / name), Path(folder), 224)
-        report = benchmark.run(contenders, (1, 8), ["onednn"], given.threads, given.rounds, seconds=600.0)
-    atomic_write(MEASURED, lambda path: path.write_text(report.to_json() + "\n", encoding="utf-8"))
-    measured = json.loads(report.to_json())
-    atomic_write(TABLE, lambda path: path.write_text(page_of(measured), encoding="utf-8"))
-    missed = [row.network for row in rows_of(measured) if row.ratio > row.most]
-    print(report, f"written: {TABLE.relative_to(ROOT)}", *(f"missed: {name}" for name in missed), sep="\n")
+        report = benchmark.run(contenders, (1, 8), ["onednn"], given.threads, given.rounds, seconds=SECONDS)
+        measured = report.to_dict()
+        missed = [row for row in rows_of(measured) if row.missed]
+        to_profile = {name for row in missed for name in (row.plain, row.network)}
+        profiles = benchmark.profile_all(
+            [each for each in contenders if each.name in to_profile], 1, given.threads, given.rounds
+        ).to_dict()
+    measured.update(memory_rate=profiles["memory_rate"], profiles=profiles["profiles"])
+    text = json.dumps(measured, indent=2, sort_keys=True) + "\n"
+    atomic_write(MEASURED, lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_write(PAGE, lambda path: path.write_text(page_of(measured), encoding="utf-8"))
+    print(report, f"written: {PAGE.relative_to(ROOT)}", *(f"missed: {row.network}" for row in missed), sep="\n")
     return int(bool(missed))
 
 
-def _finish(report: InferenceReport, given: argparse.Namespace, draw: Callable[[InferenceReport], Figure]) -> int:
+def _finish(report: Report, given: argparse.Namespace, draw: Callable[[Any], Figure] | None = None) -> int:
     print(report)
     if given.output:
         atomic_write(Path(given.output), lambda path: path.write_text(report.to_json() + "\n", encoding="utf-8"))
         print(f"written: {given.output}")
-    if given.chart:
+    if draw is not None and given.chart:
         atomic_write(Path(given.chart), lambda path: draw(report).savefig(path, dpi=110, format="png"))
         print(f"written: {given.chart}")
     return 0
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# docs/benchmarks.md
-
-
-@dataclass
-class Row:
-    """A network beside its plain one: ratios at batch 1 and 8, what was asked for, and the ratio of multiply-adds."""
-
-    network: str
-    plain: str
-    most: float
-    ratio: float
-    ratio_of_eight: float
-    by_operations: float
-    milliseconds: str
-
-
-def rows_of(measured: Mapping[str, Any]) -> list[Row]:
-    """Return the rows of the table from what a run wrote."""
-    macs = {each["name"]: each["macs"] for each in measured["contenders"]}
-    times = {(each["name"], each["batch"]): each for each in measured["results"]}
-
-    def ratio(name: str, plain: str, batch: int) -> float:
-        return times[name, batch]["median"] / times[plain, batch]["median"]
-
-    rows = []
-    for target, plain, most in TARGETS:
-        name = Path(target).stem
-        one = times[name, 1]
-        rows.append(
-            Row(name, plain, most, ratio(name, plain, 1), ratio(name, plain, 8), macs[name] / macs[plain],
-                f"{one['median']:.1f} ({one['low']:.1f} to {one['high']:.1f})")
-        )  # fmt: skip
-    return rows
-
-
-def page_of(measured: Mapping[str, Any]) -> str:
-    """Return docs/benchmarks.md for what a run wrote."""
-    machine, settings = measured["machine"], measured["settings"]
-    facts = [f"{settings['threads']} threads", f"at most {settings['rounds']} rounds"]
-    facts += [f"{key}: {value}" for key, value in machine.items()]
-    header = ["network", "plain network", "ratio", "asked for", "ratio, batch 8", "by operations", "ms (quartiles)"]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for row in rows_of(measured):
-        lines.append(
-            f"| {row.network} | {row.plain} | {row.ratio:.3f} | {row.most:.2f} | {row.ratio_of_eight:.3f} | "
-            f"{row.by_operations:.2f} | {row.milliseconds} |"
-        )
-    plain = [r for r in measured["results"] if r["batch"] == 1 and r["name"] in {p for _, p, _ in TARGETS}]
-    lines += ["", "The plain networks, batch 1: "]
-    lines[-1] += ", ".join(f"{r['name']} {r['median']:.1f} ms ({r['low']:.1f} to {r['high']:.1f})" for r in plain) + "."
-    return f"{INTRODUCTION}{'; '.join(facts)}.\n\n" + "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -23,6 +21,7 @@ from paddle_reparam.checkpoints import atomic_write
 from paddle_reparam.layers.toeplitz import formulation
 from paddle_reparam.report import format_table
 from paddle_reparam.sparsity import SparseTraining, add_masks
+from paddle_reparam.timing import in_new_process
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 #: A page shows `measured/<name>.json` between these lines.
@@ -83,12 +82,6 @@ def run_step(given: argparse.Namespace) -> int:
         text = json.dumps(result, indent=2) + "\n"
         atomic_write(given.output, lambda path: path.write_text(text, encoding="utf-8"))
     return 0
-
-
-def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a new Python."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def command_of(given: argparse.Namespace) -> str:
