@@ -12,7 +12,16 @@ import paddle
 from paddle import nn
 
 from .errors import ReparamError
-from .export import WEIGHTS_SUFFIX, Folder, InferenceModel, export_inference, one_sentence, program_file, require_gpu
+from .export import (
+    WEIGHTS_SUFFIX,
+    ExportOptions,
+    Folder,
+    InferenceModel,
+    export_inference,
+    one_sentence,
+    program_file,
+    require_gpu,
+)
 from .flops import ModelSize, measure
 from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, need
 from .profiling import ProfileReport, profile
@@ -29,6 +38,10 @@ RUNTIMES: dict[str, Callable[[Folder, int], Any]] = {
     "gpu": lambda folder, threads: InferenceModel(folder, threads=threads, gpu=True),
     "onnxruntime": lambda folder, threads: OnnxModel(Path(folder) / ONNX_FILE, threads),
 }
+
+
+#: In which forms a network is exported: `dynamic size` is fused for images of every size, `fused` for those of one.
+FORMS = ("train form", "fused", "dynamic size")
 
 
 class WrongImages(ReparamError):
@@ -122,8 +135,8 @@ def prepare(
     forms: Sequence[str] = ("fused",),
     onnx: bool = False,
 ) -> Iterator[Contender]:
-    """Export a network in `forms` ("train form", "fused") under a folder, with `onnx` as an ONNX file as well, and
-    yield a contender for each.
+    """Export a network in `forms` (of `FORMS`) under a folder, with `onnx` as an ONNX file as well, and yield a
+    contender for each.
 
     Its weights count for nothing: its BNs get the statistics of one batch of noise, since with others the features of
     an untrained network may vanish or overflow, and such numbers take their own time. Raises `WrongImages` where the
@@ -139,10 +152,10 @@ def prepare(
         raise WrongImages(f"{name} cannot be run on images of {'x'.join(map(str, shape))}: {error}") from error
     for form in forms:
         network = model
-        if form == "fused":
-            network, _ = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=True)
+        if form != "train form":
+            network, _ = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=form == "fused")
         target = folder / f"{name}-{form}".replace(" ", "_").replace("/", "_")
-        export_inference(network, target, input_spec)
+        export_inference(network, target, input_spec, options=ExportOptions(dynamic_size=form == "dynamic size"))
         if onnx:
             export_onnx(target)
         [output, *_] = InferenceModel(target).run(*(x.numpy() for x in inputs))
@@ -159,12 +172,14 @@ def run(
     threads: int = 1,
     rounds: int = 30,
     seconds: float = 60.0,
+    peaks: bool = True,
     progress: Callable[[str], None] = print,
 ) -> InferenceReport:
     """Time exported networks, all of them in turns.
 
     Each batch size and runtime is a run of its own, of `rounds` rounds, fewer where they would take more than
-    `seconds`, but never fewer than five; ratios are to the first contender. `threads` are those of each runtime.
+    `seconds`, but never fewer than five; ratios are to the first contender. `threads` are those of each runtime. With
+    `peaks` the memory that each network needs is measured too, which takes seconds for each.
     """
     report = InferenceReport(
         machine_facts(),
@@ -178,7 +193,7 @@ def run(
                 "parameters": None if each.size is None else each.size.parameters,
                 "macs": None if each.size is None else each.size.macs_per_image,
                 "difference": each.difference,
-                "peak_mib": peak_memory(each.folder, each.images(1), threads) / 2**20,
+                "peak_mib": peak_memory(each.folder, each.images(1), threads) / 2**20 if peaks else None,
             }
             for each in contenders
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import paddle
 import pytest
 from paddle import nn
+from PIL import Image
 from test_onnx import needs_onnx
 
 from paddle_reparam import benchmark, release, save
@@ -79,6 +81,8 @@ def test_a_sweep_has_a_time_for_each_value(tmp_path, of, values):
     assert written["settings"]["values"] == [int(value) for value in values]
     if of == "size":
         assert written["contenders"][1]["macs"] > 3 * written["contenders"][0]["macs"]
+    points = page.points_of(written)["MobileNetV1_x0_25"]
+    assert [point["median"] for point in points] == [each["median"] / each["batch"] for each in written["results"]]
     assert chart.is_file()
 
 
@@ -88,6 +92,20 @@ def test_a_larger_kernel_is_more_work(tmp_path):
     assert tool.main(arguments) == 0
     small, large = json.loads(output.read_text())["contenders"]
     assert small["macs"] < large["macs"]
+
+
+def test_a_dense_and_a_decomposed_kernel_grow_side_by_side(tmp_path):
+    output = tmp_path / "new" / "sweep.json"
+    layers = ["ReparamLargeKernelConv2D", "DecomposedLargeKernelConv2D"]
+    arguments = ["sweep", *layers, "--of", "kernel_size", "--values", "7", "31", "--channels", "4", *SMALL]
+    assert tool.main([*arguments, "--output", str(output)]) == 0
+    written = json.loads(output.read_text())
+    pixels = 4 * 32 * 32
+    assert [each["macs"] for each in written["contenders"]] == [
+        49 * pixels, 31 * 31 * pixels, 2 * 7 * 5 * pixels, 2 * 31 * 5 * pixels,
+    ]  # fmt: skip
+    assert {target: len(points) for target, points in page.points_of(written).items()} == dict.fromkeys(layers, 2)
+    assert all(each["peak_mib"] is None for each in written["contenders"])
 
 
 def test_an_export_that_is_another_function_is_not_timed(tmp_path, monkeypatch):
@@ -146,13 +164,17 @@ def test_a_profile_is_printed_and_written(tmp_path, capsys):
         (["infer", "ResNet51"], "there is no Arch named 'ResNet51'; did you mean"),
         (["infer", "no/such.yaml"], "the config no/such.yaml cannot be read"),
         (["infer", str(ROOT / "docs")], "docs: it must hold one exported program"),
-        (["infer", "ResNet50", "--output", "no/such/folder.json"], "there is no folder no/such"),
-        (["sweep", "ResNet50", "--of", "size", "--values", "32", "--chart", "no/such/a.png"], "is no folder no/such"),
-        (["profile", "ResNet50", "--output", "no/such/folder.json"], "there is no folder no/such"),
+        (["infer", "ResNet50", "--output", "README.md/a.json"], "--output README.md/a.json: its folder cannot be made"),
+        (["sweep", "ResNet50", "--of", "size", "--values", "32", "--chart", "docs"], "--chart docs is a folder"),
+        (["profile", "ResNet50", "--output", "docs"], "--output docs is a folder"),
+        (["sweep", "ResNet50", "--of", "kernel_size", "--values", "7"], "ResNet50: no kernel size can be chosen"),
+        (["sweep", "DecomposedLargeKernelConv2D", "--of", "kernel_size", "--values", "8"], "with a kernel of 8"),
+        (["sweep", "DecomposedLargeKernelConv2D", "--of", "size", "--values", "8"], "there is no Arch named"),
         (["profile", "ResNet51"], "there is no Arch named 'ResNet51'; did you mean"),
     ],
 )
-def test_wrong_usage_is_told(capsys, arguments, message):
+def test_wrong_usage_is_told(capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(ROOT)
     assert tool.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error
@@ -206,7 +228,8 @@ def measured(times: dict[str, float], macs: dict[str, int] | None = None) -> dic
         "settings": {"threads": 2, "rounds": 30},
         "contenders": [{"name": name, "macs": (macs or {}).get(name, 100)} for name in names],
         "results": [
-            {"name": name, "batch": batch, "median": batch * times.get(name, 10.0), "low": 9.0, "high": 11.0}
+            {"name": name, "form": "fused", "batch": batch, "median": batch * times.get(name, 10.0), "low": 9.0,
+             "high": 11.0}
             for batch in (1, 8) for name in names
         ],
         "memory_rate": 2.0 * 2**30,
@@ -223,19 +246,20 @@ def test_rows_are_ratios_to_the_plain_network_beside():
     assert (rows["SLaK_tiny"].ratio, rows["SLaK_tiny"].ratio_of_eight) == (2.5, 2.5)
     assert rows["MobileNetV2_x1_0_DCD"].ratio == 2.0
     assert rows["ResNet50_RefConv"].by_operations == 1.0
-    text = page.page_of(measured({"SLaK_tiny": 25.0}))
+    text = page.page_of(measured({"SLaK_tiny": 25.0}), {})
     assert "| SLaK_tiny | ResNet50 | 2.500 | 3.00 | 2.500 | 1.00 | 25.0 (9.0 to 11.0) |" in text
 
 
 def test_a_missed_target_has_its_limits_and_its_profile():
     reached = {name: 1.0 for name in (Path(target).stem for target, _, _ in page.TARGETS)}
-    assert "Where a target is missed" not in page.page_of(measured(reached))
-    text = page.page_of(measured({**reached, "SLaK_tiny": 40.0}, {"SLaK_tiny": 250}))
+    assert "Where a target is missed" not in page.page_of(measured(reached), {})
+    text = page.page_of(measured({**reached, "SLaK_tiny": 40.0}, {"SLaK_tiny": 250}), {})
     missed = text.partition("## Where a target is missed")[2]
     # 250 multiply-adds at the 10 a millisecond of ResNet50, and 100 MiB at 2 GiB/s.
     assert "| SLaK_tiny | 40.0 | 30.0 | 25.0 | 100 | 48.8 |" in missed
     assert "Reading from memory: 2.1 GB/s" in missed
-    table = missed.partition("| SLaK_tiny | calls | ms | calls, ResNet50 | ms, ResNet50 |\n")[2].splitlines()[1:]
+    header = "| SLaK_tiny | calls | ms | calls, ResNet50 | ms, ResNet50 |\n"
+    table = missed.partition(header)[2].partition("\n\n")[0].splitlines()[1:]
     assert table == [
         "| matmul | 3 | 6.00 | 1 | 4.00 |",
         "| reorder | 2 | 2.00 | 0 | 0.00 |",
@@ -249,13 +273,97 @@ def test_a_missed_target_has_its_limits_and_its_profile():
     assert "MobileNetV2_x1_0_DCD | calls" not in missed
 
 
+def test_what_every_size_costs_is_beside_one_size_and_in_no_other_row():
+    run = measured({"SLaK_tiny": 25.0})
+    rows = page.rows_of(run)
+    assert "every size" not in page.page_of(run, {})
+    run["results"] += [
+        {"name": "SLaK_tiny", "form": "dynamic size", "batch": batch, "median": ms, "low": ms, "high": ms}
+        for batch, ms in ((1, 50.0), (8, 100.0))
+    ]
+    assert "| SLaK_tiny | 2.000 | 0.500 |" in page.page_of(run, {})
+    assert page.rows_of(run) == rows
+
+
 def test_a_missed_target_without_a_profile_makes_no_page():
     without = measured({"SLaK_tiny": 40.0})
     without["profiles"] = [each for each in without["profiles"] if each["name"] != "SLaK_tiny"]
     with pytest.raises(KeyError, match="SLaK_tiny"):
-        page.page_of(without)
+        page.page_of(without, {})
 
 
-def test_the_page_is_what_was_measured():
-    content = json.loads(page.MEASURED.read_text(encoding="utf-8"))
-    assert page.PAGE.read_text(encoding="utf-8") == page.page_of(content), "run python tools/benchmark.py table"
+def sweep(of: str) -> dict:
+    """Return what `sweep` would have written of two networks at two values."""
+    names = [(page.name_of(target, of, value), value if of == "batch" else 1, 4.0 * value * factor)
+             for target, factor in (("a", 1), ("b", 3)) for value in (2, 4)]  # fmt: skip
+    return {
+        "machine": {"processor": "P"},
+        "settings": {"threads": 2, "rounds": 30, "of": of, "targets": ["a", "b"], "values": [2, 4]},
+        "results": [
+            {"name": name, "batch": batch, "median": ms, "low": ms - 1, "high": ms + 1} for name, batch, ms in names
+        ],
+    }
+
+
+def test_a_sweep_is_shown_by_image():
+    text = page.page_of(measured({}), {"sweep_size": sweep("size"), "sweep_batch": sweep("batch")})
+    assert "| side of the images | a | b | ratio, b |" in text
+    assert "| 4 | 16.00 (15.00 to 17.00) | 48.00 (47.00 to 49.00) | 3.000 |" in text
+    assert "| 4 | 4.00 (3.75 to 4.25) | 12.00 (11.75 to 12.25) | 3.000 |" in text
+    assert "`python tools/benchmark.py sweep ResNet50 ResNet50_SPConv --of size" in text
+    figure = page.draw_curves([sweep("size"), sweep("batch")])
+    drawn = [[line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes]
+    assert drawn == [[[8.0, 16.0], [24.0, 48.0]], [[4.0, 4.0], [12.0, 12.0]]]
+
+
+def test_the_page_and_its_picture_are_what_was_measured():
+    networks, sweeps = page.read_measured()
+    assert page.PAGE.read_text(encoding="utf-8") == page.page_of(networks, sweeps), "run tools/benchmark.py table"
+    with Image.open(page.PICTURE) as picture:
+        assert picture.info[page.DIGEST] == page.digest_of(sweeps), "run tools/benchmark.py table --pages"
+        assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+@pytest.mark.parametrize("stem", page.SWEEPS)
+def test_a_sweep_is_of_the_command_that_the_page_names(stem):
+    given = vars(tool.parser_of().parse_args(["sweep", *page.SWEEPS[stem].split()]))
+    settings = page.read_measured()[1][stem]["settings"]
+    assert {key: settings[key] for key in ("of", "values", "size", "channels")} == {
+        key: given[key] for key in ("of", "values", "size", "channels")
+    }
+    assert settings["targets"] == given["target"]
+
+
+@pytest.fixture
+def other_project(tmp_path, monkeypatch):
+    """Everything that `table` reads and writes, in a folder of its own."""
+    monkeypatch.setattr(page, "MEASURED", tmp_path)
+    for module in (tool, page):
+        for name in ("ROOT", "MEASURED"):
+            monkeypatch.setattr(module, name, tmp_path)
+        monkeypatch.setattr(module, "PAGE", tmp_path / "benchmarks.md")
+        monkeypatch.setattr(module, "PICTURE", tmp_path / "benchmarks.png")
+    return tmp_path
+
+
+def test_one_command_measures_and_writes_everything(other_project, monkeypatch, capsys):
+    small = "ResNet20_SPConv"
+    for module in (tool, page):
+        monkeypatch.setattr(module, "FOR_EVERY_SIZE", [small])
+        monkeypatch.setattr(module, "TARGETS", [(small, "MobileNetV1_x0_25", 0.001)])
+        monkeypatch.setattr(module, "SWEEPS", {"sweep_size": "MobileNetV1_x0_25 --of size --values 32 64"})
+    arguments = ["table", "--rounds", "5", "--threads", "1"]
+    assert tool.main(arguments) == 1
+    assert f"missed: {small}" in capsys.readouterr().out
+    text = (other_project / "benchmarks.md").read_text(encoding="utf-8")
+    assert f"| {small} | calls | ms | calls, MobileNetV1_x0_25 |" in text
+    assert "| side of the images | MobileNetV1_x0_25 |" in text
+    assert re.search(rf"\| {small} \| [0-9.]+ \| [0-9.]+ \|", text.partition("## One size, or every size")[2])
+    picture = (other_project / "benchmarks.png").read_bytes()
+    for name in ("benchmarks.md", "benchmarks.png"):
+        (other_project / name).unlink()
+    measured = {path: path.read_bytes() for path in other_project.glob("*.json")}
+    assert tool.main(["table", "--pages"]) == 1
+    assert (other_project / "benchmarks.md").read_text(encoding="utf-8") == text
+    assert (other_project / "benchmarks.png").read_bytes() == picture
+    assert measured == {path: path.read_bytes() for path in other_project.glob("*.json")}

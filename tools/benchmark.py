@@ -18,24 +18,30 @@ from typing import Any
 import numpy as np
 import paddle
 from matplotlib.figure import Figure
+from paddle import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam import benchmark
+from paddle_reparam import benchmark, list_layers, list_models
 from paddle_reparam.benchmark import Contender, InferenceReport
 from paddle_reparam.checkpoints import atomic_write
 from paddle_reparam.errors import ReparamError, UnknownName
 from paddle_reparam.export import program_file
 from paddle_reparam.flops import ModelSize
+from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.ppcls import setup
 from paddle_reparam.ppcls.command import exit_code
 from paddle_reparam.ppcls.errors import ConfigError
+from paddle_reparam.registry import get_layer
 from paddle_reparam.released import MANIFEST, read_manifest
 from paddle_reparam.report import Report
 from paddle_reparam.timing import FEWEST_ROUNDS
 
-from benchmark_pages import MEASURED, PAGE, ROOT, TARGETS, page_of, rows_of  # isort: skip
+from benchmark_pages import (  # isort: skip
+    FOR_EVERY_SIZE, GROWS, MEASURED, NETWORKS, PAGE, PICTURE, ROOT, SWEEPS, TARGETS,
+    draw_curves, name_of, page_of, read_measured, rows_of, save_picture,
+)  # fmt: skip
 from benchmark_step import add_step, positive, run_step  # isort: skip
 from style import BLUE, GREY, ORANGE, plain_axes  # isort: skip
 
@@ -45,40 +51,7 @@ SECONDS = 120.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for wrong usage, 1 where a network fails or a target is missed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    infer = commands.add_parser("infer", help="exported networks, in turns")
-    profile = commands.add_parser("profile", help="where the time of exported networks goes, by oneDNN's own log")
-    for command in (infer, profile):
-        command.add_argument(
-            "target", nargs="+",
-            help="a network's name, a config (.yaml), or an exported folder; ratios and rates are to the first",
-        )  # fmt: skip
-        command.add_argument(
-            "--form", nargs="+", choices=("train form", "fused"), default=["fused"], help="of names and configs"
-        )
-        command.add_argument("--size", type=positive, default=224, help="side of the images, for names")
-    infer.add_argument("--batch", type=positive, nargs="+", default=[1])
-    infer.add_argument(
-        "--runtime", nargs="+", choices=sorted(benchmark.RUNTIMES), default=["onednn"],
-        help="onednn and plain are Paddle Inference on the CPU, with oneDNN and without; gpu has not been tried yet",
-    )  # fmt: skip
-    profile.add_argument("--batch", type=positive, default=1)
-    sweep = commands.add_parser("sweep", help="one network as its work grows")
-    sweep.add_argument("target", help="a network's name")
-    sweep.add_argument("--of", choices=("size", "batch", "kernel_size"), required=True, help="what grows")
-    sweep.add_argument("--values", type=positive, nargs="+", required=True)
-    sweep.add_argument("--size", type=positive, default=224, help="side of the images, where it does not grow")
-    table = commands.add_parser("table", help="the networks of docs/benchmarks.md, which it writes")
-    for command in (infer, sweep, profile, table):
-        command.add_argument("--threads", type=positive, default=2)
-        command.add_argument("--rounds", type=enough_rounds, default=30, help=f"{FEWEST_ROUNDS} or more")
-    for command in (infer, sweep, profile):
-        command.add_argument("--output", help="a JSON file to write")
-    for command in (infer, sweep):
-        command.add_argument("--chart", help="a PNG file to draw")
-    add_step(commands)
-    given = parser.parse_args(arguments)
+    given = parser_of().parse_args(arguments)
     try:
         with exit_code() as result:
             if given.command != "step":
@@ -93,6 +66,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result[0]
 
 
+def parser_of() -> argparse.ArgumentParser:
+    """Return what reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    infer = commands.add_parser("infer", help="exported networks, in turns")
+    profile = commands.add_parser("profile", help="where the time of exported networks goes, by oneDNN's own log")
+    for command in (infer, profile):
+        command.add_argument(
+            "target", nargs="+",
+            help="a network's name, a config (.yaml), or an exported folder; ratios and rates are to the first",
+        )  # fmt: skip
+        command.add_argument(
+            "--form", nargs="+", choices=benchmark.FORMS, default=["fused"], help="of names and configs"
+        )
+        command.add_argument("--size", type=positive, default=224, help="side of the images, for names")
+    infer.add_argument("--batch", type=positive, nargs="+", default=[1])
+    infer.add_argument(
+        "--runtime", nargs="+", choices=sorted(benchmark.RUNTIMES), default=["onednn"],
+        help="onednn and plain are Paddle Inference on the CPU, with oneDNN and without; gpu has not been tried yet",
+    )  # fmt: skip
+    profile.add_argument("--batch", type=positive, default=1)
+    sweep = commands.add_parser("sweep", help="networks as their work grows")
+    sweep.add_argument(
+        "target", nargs="+", help="a network's name; where the kernel size grows, that of a depthwise layer or a SLaK"
+    )
+    sweep.add_argument("--of", choices=sorted(GROWS), required=True, help="what grows")
+    sweep.add_argument("--values", type=positive, nargs="+", required=True)
+    sweep.add_argument("--size", type=positive, default=224, help="side of the images, or maps, where it does not grow")
+    sweep.add_argument("--channels", type=positive, default=124, help="of the maps of a layer")
+    table = commands.add_parser("table", help="everything on docs/benchmarks.md, which it writes")
+    table.add_argument("--pages", action="store_true", help="measure nothing, only write the page and its picture anew")
+    for command in (infer, sweep, profile, table):
+        command.add_argument("--threads", type=positive, default=2)
+        command.add_argument("--rounds", type=enough_rounds, default=30, help=f"{FEWEST_ROUNDS} or more")
+    for command in (infer, sweep, profile):
+        command.add_argument("--output", help="a JSON file to write")
+    for command in (infer, sweep):
+        command.add_argument("--chart", help="a PNG file to draw")
+    add_step(commands)
+    return parser
+
+
 def enough_rounds(text: str) -> int:
     """Return what `--rounds` says; raises `ValueError` below the fewest that quartiles can be made of."""
     number = int(text)
@@ -104,9 +119,13 @@ def enough_rounds(text: str) -> int:
 def check(given: argparse.Namespace) -> None:
     """Raise `ConfigError` for what would stop a command only after it has measured."""
     for option in ("output", "chart"):
-        folder = Path(getattr(given, option, None) or ".").parent
-        if not folder.is_dir():
-            raise ConfigError(f"--{option} {getattr(given, option)}: there is no folder {folder}")
+        file = Path(getattr(given, option, None) or "unnamed")
+        if file.is_dir():
+            raise ConfigError(f"--{option} {file} is a folder; give the name of a file")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--{option} {file}: its folder cannot be made: {error.strerror}") from error
     for runtime in getattr(given, "runtime", []):
         with as_wrong_usage(f"--runtime {runtime}"):
             benchmark.check_runtime(runtime)
@@ -146,7 +165,9 @@ def contenders_of(
         if path.suffix == ".yaml":
             name, model = path.stem, build_train_form(read_config(target))
         else:
-            name, model = target, get_builder(target)(**options)
+            name, build = target, get_builder(target)
+            with as_wrong_usage(target):
+                model = build(**options)
     try:
         yield from benchmark.prepare(name, model, folder, shape, forms, onnx)
     except benchmark.WrongImages as error:
@@ -163,19 +184,49 @@ def run_infer(given: argparse.Namespace) -> int:
 
 
 def run_sweep(given: argparse.Namespace) -> int:
-    """Time one network, fused, with growing work."""
+    """Time networks, fused, with growing work."""
+    report = sweep_of(given)
+    return _finish(report, given, lambda report: draw_curves([report.to_dict()]))
+
+
+def sweep_of(given: argparse.Namespace) -> InferenceReport:
+    """Return the times of what `sweep` was given, all of them in turns."""
     contenders, batches = [], given.values if given.of == "batch" else [1]
     with tempfile.TemporaryDirectory() as folder:
-        for value in [given.size] if given.of == "batch" else given.values:
-            size = value if given.of == "size" else given.size
-            # Of SLaK; on the maps of its last stage, 7x7 for images of 224, a kernel of 13 meets everything.
-            options = {"kernel_size": [value, value, value, min(value, 13), 5]} if given.of == "kernel_size" else {}
-            [contender] = contenders_of(given.target, Path(folder) / str(value), size, **options)
-            contender.name = f"{given.target}, {given.of} {value}" if given.of != "batch" else given.target
-            contenders.append(contender)
-        report = benchmark.run(contenders, batches, ["onednn"], given.threads, given.rounds)
-    report.settings.update(of=given.of, values=given.values)
-    return _finish(report, given, draw_curve)
+        for target in given.target:
+            for value in [None] if given.of == "batch" else given.values:
+                place, size = Path(folder) / str(value), value if given.of == "size" else given.size
+                if given.of == "kernel_size":
+                    found = of_kernel_size(target, place, size, value, given.channels)
+                else:
+                    found = contenders_of(target, place, size)
+                for each in found:
+                    each.name = name_of(target, given.of, value)
+                    contenders.append(each)
+        report = benchmark.run(contenders, batches, ["onednn"], given.threads, given.rounds, peaks=False)
+    report.settings.update(
+        of=given.of, targets=given.target, values=given.values, size=given.size, channels=given.channels
+    )
+    return report
+
+
+def of_kernel_size(target: str, folder: Path, size: int, kernel_size: int, channels: int) -> Iterator[Contender]:
+    """Yield a layer of this library, or a SLaK, with kernels of a size."""
+    slaks = list_models("SLaK*")
+    if target not in [*list_layers(), *slaks]:
+        raise ConfigError(
+            f"{target}: no kernel size can be chosen for it, but for {', '.join(slaks)} and single layers"
+        )
+    if target in slaks:
+        # On the maps of the last stage, 7x7 for images of 224, a kernel of 13 meets everything.
+        sizes = [kernel_size, kernel_size, kernel_size, min(kernel_size, 13), 5]
+        yield from contenders_of(target, folder, size, kernel_size=sizes)
+        return
+    k = kernel_size
+    geometry = ConvGeometry(channels, channels, (k, k), padding=(k // 2,) * 4, groups=channels)
+    with as_wrong_usage(f"{target} with a kernel of {k}"):
+        layer = get_layer(target).layer.build(geometry)
+    yield from benchmark.prepare(target, nn.Sequential(layer), folder, (channels, size, size))
 
 
 def run_profile(given: argparse.Namespace) -> int:
@@ -188,24 +239,42 @@ def run_profile(given: argparse.Namespace) -> int:
 
 def run_table(given: argparse.Namespace) -> int:
     """Measure everything on docs/benchmarks.md and write it; 1 where a target is missed."""
+    if not given.pages:
+        measure_networks(given)
+        for stem, arguments in SWEEPS.items():
+            settings = ["--threads", str(given.threads), "--rounds", str(given.rounds)]
+            text = sweep_of(parser_of().parse_args(["sweep", *arguments.split(), *settings])).to_json() + "\n"
+            atomic_write(MEASURED / f"{stem}.json", lambda path, text=text: path.write_text(text, encoding="utf-8"))
+    measured, sweeps = read_measured()
+    atomic_write(PICTURE, lambda path: save_picture(sweeps, path))
+    atomic_write(PAGE, lambda path: path.write_text(page_of(measured, sweeps), encoding="utf-8"))
+    missed = [f"missed: {row.network}" for row in rows_of(measured) if row.missed]
+    print(f"written: {PAGE.relative_to(ROOT)}", *missed, sep="\n")
+    return int(bool(missed))
+
+
+def measure_networks(given: argparse.Namespace) -> None:
+    """Time the networks of `TARGETS`, profile those that miss theirs, and write what was measured."""
     names = list(dict.fromkeys([*(plain for _, plain, _ in TARGETS), *(target for target, _, _ in TARGETS)]))
     with tempfile.TemporaryDirectory() as folder:
         contenders = []
         for name in tqdm(names, unit=" networks"):
-            contenders += contenders_of(name if "/" not in name else str(ROOT / name), Path(folder), 224)
+            forms = ("fused", "dynamic size") if name in FOR_EVERY_SIZE else ("fused",)
+            contenders += contenders_of(name if "/" not in name else str(ROOT / name), Path(folder), 224, forms)
         report = benchmark.run(contenders, (1, 8), ["onednn"], given.threads, given.rounds, seconds=SECONDS)
         measured = report.to_dict()
         missed = [row for row in rows_of(measured) if row.missed]
         to_profile = {name for row in missed for name in (row.plain, row.network)}
         profiles = benchmark.profile_all(
-            [each for each in contenders if each.name in to_profile], 1, given.threads, given.rounds
+            [each for each in contenders if each.form == "fused" and each.name in to_profile],
+            1,
+            given.threads,
+            given.rounds,
         ).to_dict()
     measured.update(memory_rate=profiles["memory_rate"], profiles=profiles["profiles"])
     text = json.dumps(measured, indent=2, sort_keys=True) + "\n"
-    atomic_write(MEASURED, lambda path: path.write_text(text, encoding="utf-8"))
-    atomic_write(PAGE, lambda path: path.write_text(page_of(measured), encoding="utf-8"))
-    print(report, f"written: {PAGE.relative_to(ROOT)}", *(f"missed: {row.network}" for row in missed), sep="\n")
-    return int(bool(missed))
+    atomic_write(MEASURED / NETWORKS, lambda path: path.write_text(text, encoding="utf-8"))
+    print(report)
 
 
 def _finish(report: Report, given: argparse.Namespace, draw: Callable[[Any], Figure] | None = None) -> int:
@@ -235,19 +304,6 @@ def draw_bars(report: InferenceReport) -> Figure:
     axes.set_yticks(np.arange(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()
     plain_axes(axes, "median of a batch, and its quartiles", x="milliseconds")
-    return figure
-
-
-def draw_curve(report: InferenceReport) -> Figure:
-    """Draw the time of a batch over what grows."""
-    figure = Figure(figsize=(6, 3.6), facecolor="white", layout="constrained")
-    axes = figure.subplots()
-    values = report.settings["values"]
-    medians = [r.median for r in report.results]
-    axes.plot(values, medians, "o-", color=BLUE, lw=1.5, ms=4)
-    axes.fill_between(values, [r.low for r in report.results], [r.high for r in report.results], color=BLUE, alpha=0.2)
-    plain_axes(axes, report.contenders[0]["name"].split(",")[0], x=report.settings["of"], y="milliseconds a batch")
-    axes.set_ylim(0, None)
     return figure
 
 

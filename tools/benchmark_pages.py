@@ -1,17 +1,28 @@
-"""docs/benchmarks.md: written from docs/measured/benchmarks.json, which `tools/benchmark.py table` measures."""
+"""docs/benchmarks.md and its picture, made of files in docs/measured/ that `tools/benchmark.py table` measures."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from paddle_reparam.profiling import limit_by_operations, limit_by_weights
 
+from style import BLUE, GREEN, GREY, ORANGE, plain_axes  # isort: skip
+
 ROOT = Path(__file__).resolve().parents[1]
-MEASURED = ROOT / "docs" / "measured" / "benchmarks.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
+PICTURE = ROOT / "docs" / "images" / "benchmarks.png"
+MEASURED = ROOT / "docs" / "measured"
+NETWORKS = "benchmarks.json"
+#: The key of the digest in the PNG file's metadata.
+DIGEST = "Drawn"
 REFCONV = "ppcls_configs/imagenet/refconv"
 #: (network, the plain network beside it, how many times as long it may take at most), exported for images of 224.
 TARGETS = [
@@ -25,6 +36,17 @@ TARGETS = [
     (f"{REFCONV}/ResNet50_RefConv.yaml", "ResNet50", 1.02),
     (f"{REFCONV}/MobileNetV3_large_x1_0_RefConv.yaml", "MobileNetV3_large_x1_0", 1.02),
 ]
+#: Of these the form for images of every size is timed as well.
+FOR_EVERY_SIZE = ["SLaK_tiny", "ResNet50_DCD", "ResNet50_SPConv"]
+#: What may grow -> what it is called on an axis.
+GROWS = {"kernel_size": "kernel size", "size": "side of the images", "batch": "batch"}
+#: File in docs/measured -> the arguments of `sweep` that measure it.
+SWEEPS = {
+    "sweep_kernel_size": "ReparamLargeKernelConv2D DecomposedLargeKernelConv2D --of kernel_size "
+    "--values 7 13 21 31 41 51 61 --size 56 --channels 124",
+    "sweep_size": "ResNet50 ResNet50_SPConv --of size --values 128 192 224 256 320",
+    "sweep_batch": "ResNet50 ResNet50_SPConv --of batch --values 1 2 4 8 16",
+}
 INTRODUCTION = """\
 # Benchmarks
 
@@ -48,6 +70,23 @@ Below is what oneDNN's own log says of a run of each, and of its plain network, 
 the middle half of the runs, each network in a process of its own. "The rest" is what is in no primitive of oneDNN:
 other operators, the executor's own time, and what the log takes itself; the last row is a run without it. Kinds below
 a hundredth of the run are added up.
+"""
+EVERY_SIZE = """\
+## One size, or every size
+
+Where there is a choice of forms, layers choose by rules that were measured once. Whether the choice that is left to the
+user, `tools/reparam.py --size`, costs time: the fused form for images of every size over the one for images of 224, in
+the same run. `python tools/benchmark.py infer NAME --form fused "dynamic size"` tells it for other networks.
+
+"""
+GROWTH = f"""\
+## As work grows
+
+![Three curves](images/{PICTURE.name})
+
+Milliseconds an image, with quartiles; ratios are to the first. Kernel sizes are those of one layer, exported alone, on
+maps of SLaK_tiny's first stage: of the layers for large kernels, `ReparamLargeKernelConv2D` ships a dense kernel and
+`DecomposedLargeKernelConv2D` two bands of it. Each network was exported for each size of the images.
 """
 #: Kinds of primitives that take less of the run than this are not shown on their own.
 _SMALLEST_SHARE = 0.01
@@ -74,7 +113,7 @@ class Row:
 def rows_of(measured: Mapping[str, Any]) -> list[Row]:
     """Return the rows of the table from what a run wrote."""
     macs = {each["name"]: each["macs"] for each in measured["contenders"]}
-    times = {(each["name"], each["batch"]): each for each in measured["results"]}
+    times = {(each["name"], each["batch"]): each for each in measured["results"] if each["form"] == "fused"}
 
     def ratio(name: str, plain: str, batch: int) -> float:
         return times[name, batch]["median"] / times[plain, batch]["median"]
@@ -90,25 +129,37 @@ def rows_of(measured: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def page_of(measured: Mapping[str, Any]) -> str:
-    """Return docs/benchmarks.md for what a run wrote."""
-    machine, settings = measured["machine"], measured["settings"]
-    facts = [f"{settings['threads']} threads", f"at most {settings['rounds']} rounds"]
-    facts += [f"{key}: {value}" for key, value in machine.items()]
+def read_measured() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """Return what was measured of the networks, and file -> what was measured of each sweep."""
+    networks, *sweeps = (
+        json.loads((MEASURED / name).read_text(encoding="utf-8"))
+        for name in (NETWORKS, *(f"{stem}.json" for stem in SWEEPS))
+    )
+    return networks, dict(zip(SWEEPS, sweeps))
+
+
+def page_of(measured: Mapping[str, Any], sweeps: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return docs/benchmarks.md for what was measured."""
     rows = rows_of(measured)
     table = markdown_table(
         ["network", "plain network", "ratio", "asked for", "ratio, batch 8", "by operations", "ms (quartiles)"],
         [[row.network, row.plain, f"{row.ratio:.3f}", f"{row.most:.2f}", f"{row.ratio_of_eight:.3f}",
           f"{row.by_operations:.2f}", row.milliseconds] for row in rows],
     )  # fmt: skip
-    plain = [r for r in measured["results"] if r["batch"] == 1 and r["name"] in {p for _, p, _ in TARGETS}]
+    one = [each for each in measured["results"] if each["batch"] == 1]
+    plain = [r for r in one if r["name"] in {p for _, p, _ in TARGETS}]
     times = ", ".join(f"{r['name']} {r['median']:.1f} ms ({r['low']:.1f} to {r['high']:.1f})" for r in plain)
-    parts = [f"{INTRODUCTION}{'; '.join(facts)}.", table, f"The plain networks, batch 1: {times}."]
+    parts = [f"{INTRODUCTION}{_conditions(measured)}", table, f"The plain networks, batch 1: {times}."]
     missed = [row for row in rows if row.missed]
     if missed:
         parts += [LIMITS + _limits(measured, missed), PROFILES.strip()]
         profiles = {each["name"]: each for each in measured["profiles"]}
         parts += [_profile(profiles[row.network], profiles[row.plain]) for row in missed]
+    every_size = _for_every_size(measured)
+    parts += [EVERY_SIZE + every_size] if every_size else []
+    parts.append(GROWTH.strip())
+    for stem, sweep in sweeps.items():
+        parts += [f"`python tools/benchmark.py sweep {SWEEPS[stem]}`", _sweep_table(sweep), _conditions(sweep)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -117,10 +168,24 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *rows])
 
 
+def _for_every_size(measured: Mapping[str, Any]) -> str:
+    """Return the table of the networks that were timed in both forms; nothing where there is none."""
+    times = {(each["name"], each["form"], each["batch"]): each["median"] for each in measured["results"]}
+    rows = []
+    for name in FOR_EVERY_SIZE:
+        ratios = [
+            f"{times[name, 'dynamic size', batch] / times[name, 'fused', batch]:.3f}"
+            for batch in (1, 8)
+            if (name, "dynamic size", batch) in times
+        ]
+        rows += [[name, *ratios]] if ratios else []
+    return markdown_table(["network", "ratio", "ratio, batch 8"], rows) if rows else ""
+
+
 def _limits(measured: Mapping[str, Any], missed: Sequence[Row]) -> str:
     """Return the table of what was taken and what the limits are, and the rates that these are made of."""
     macs = {each["name"]: each["macs"] for each in measured["contenders"]}
-    times = {each["name"]: each["median"] for each in measured["results"] if each["batch"] == 1}
+    times = {r["name"]: r["median"] for r in measured["results"] if r["batch"] == 1 and r["form"] == "fused"}
     weights = {each["name"]: each["weights_bytes"] for each in measured["profiles"]}
     table = markdown_table(
         ["network", "ms", "asked for, ms", "by operations, ms", "weights, MiB", "reading them, ms"],
@@ -160,3 +225,70 @@ def _column(profile: Mapping[str, Any], shown: Sequence[str]) -> dict[str, tuple
     rows["the run"] = ("", profile["whole"])
     rows["without the log"] = ("", profile["without_log"])
     return {kind: (calls, f"{ms:.2f}") for kind, (calls, ms) in rows.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As work grows
+
+
+def name_of(target: str, of: str, value: int | None) -> str:
+    """Return what a sweep calls a target where `of` has a value; where the batch grows, it is the same network."""
+    return target if of == "batch" else f"{target}, {of} {value}"
+
+
+def points_of(sweep: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
+    """Return target -> median, low and high for each value of a sweep, in milliseconds an image."""
+    settings = sweep["settings"]
+    times = {(each["name"], each["batch"]): each for each in sweep["results"]}
+    points = {}
+    for target in settings["targets"]:
+        points[target] = []
+        for value in settings["values"]:
+            batch = value if settings["of"] == "batch" else 1
+            each = times[name_of(target, settings["of"], value), batch]
+            points[target].append({key: each[key] / batch for key in ("median", "low", "high")})
+    return points
+
+
+def draw_curves(sweeps: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draw a panel for each sweep, with a curve for each target and its quartiles."""
+    figure = Figure(figsize=(max(6, 4.2 * len(sweeps)), 3.6), facecolor="white", layout="constrained")
+    for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps):
+        settings = sweep["settings"]
+        for color, (target, points) in zip(cycle((BLUE, ORANGE, GREEN, GREY)), points_of(sweep).items()):
+            low, median, high = ([point[key] for point in points] for key in ("low", "median", "high"))
+            axes.plot(settings["values"], median, "o-", color=color, lw=1.5, ms=4, label=target)
+            axes.fill_between(settings["values"], low, high, color=color, alpha=0.2)
+        plain_axes(axes, "milliseconds an image", x=GROWS[settings["of"]])
+        axes.set_ylim(0, None)
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def digest_of(sweeps: Mapping[str, Any]) -> str:
+    """Return a sha256 of everything that is drawn."""
+    return hashlib.sha256(json.dumps(sweeps, sort_keys=True).encode()).hexdigest()
+
+
+def save_picture(sweeps: Mapping[str, Any], path: Path) -> None:
+    """Draw all sweeps into a PNG file that says what it was drawn of: its pixels depend on matplotlib's version."""
+    metadata = {"Software": None, DIGEST: digest_of(sweeps)}
+    draw_curves(list(sweeps.values())).savefig(path, dpi=110, format="png", metadata=metadata)
+
+
+def _sweep_table(sweep: Mapping[str, Any]) -> str:
+    settings, points = sweep["settings"], points_of(sweep)
+    first, *others = points
+    rows = []
+    for i, value in enumerate(settings["values"]):
+        times = [f"{at[i]['median']:.2f} ({at[i]['low']:.2f} to {at[i]['high']:.2f})" for at in points.values()]
+        ratios = [f"{points[other][i]['median'] / points[first][i]['median']:.3f}" for other in others]
+        rows.append([value, *times, *ratios])
+    return markdown_table([GROWS[settings["of"]], *points, *(f"ratio, {other}" for other in others)], rows)
+
+
+def _conditions(measured: Mapping[str, Any]) -> str:
+    """Return what something was measured with and on, as a sentence."""
+    machine, settings = measured["machine"], measured["settings"]
+    facts = [f"{settings['threads']} threads", f"at most {settings['rounds']} rounds"]
+    return "; ".join([*facts, *(f"{key}: {value}" for key, value in machine.items())]) + "."
