@@ -37,7 +37,7 @@ TARGETS = [
     (f"{REFCONV}/MobileNetV3_large_x1_0_RefConv.yaml", "MobileNetV3_large_x1_0", 1.02),
 ]
 #: Of these the form for images of every size is timed as well.
-FOR_EVERY_SIZE = ["SLaK_tiny", "ResNet50_DCD", "ResNet50_SPConv"]
+FOR_EVERY_SIZE = ["SLaK_tiny", "ResNet50_SPConv"]
 #: What may grow -> what it is called on an axis.
 GROWS = {"kernel_size": "kernel size", "size": "side of the images", "batch": "batch"}
 #: File in docs/measured -> the arguments of `sweep` that measure it.
