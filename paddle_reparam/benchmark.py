@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,12 +145,9 @@ def prepare(
     """
     input_spec = [[None, *shape]]
     inputs = sample_inputs(input_spec, 2, seed=1, like=model)
-    try:
-        with one_sentence("it stopped"), paddle.no_grad():
-            settle_batch_norms(model, input_spec)
-            expected = model(*inputs).numpy()
-    except ReparamError as error:
-        raise WrongImages(f"{name} cannot be run on images of {'x'.join(map(str, shape))}: {error}") from error
+    with _run_on(name, shape), paddle.no_grad():
+        settle_batch_norms(model, input_spec)
+        expected = model(*inputs).numpy()
     for form in forms:
         network = model
         if form != "train form":
@@ -162,7 +160,20 @@ def prepare(
         difference = relative_error(expected, output)
         if not difference <= 100 * NETWORK_TOLERANCE:
             raise ReparamError(f"{name}, {form}: its export is not the same function, relative error {difference:.1e}")
-        yield Contender(name, form, target, shape, size=measure(network, input_spec), difference=difference)
+        # Of images so small that maps have no pixels, this may be the first to notice.
+        with _run_on(name, shape):
+            size = measure(network, input_spec)
+        yield Contender(name, form, target, shape, size=size, difference=difference)
+
+
+@contextlib.contextmanager
+def _run_on(name: str, shape: Sequence[int]) -> Iterator[None]:
+    """Raise whatever is raised in the `with` block as `WrongImages`."""
+    try:
+        with one_sentence("it stopped"):
+            yield
+    except ReparamError as error:
+        raise WrongImages(f"{name} cannot be run on images of {'x'.join(map(str, shape))}: {error}") from error
 
 
 def run(

@@ -207,9 +207,10 @@ def test_a_gpu_that_is_not_there(capsys, tmp_path):
         benchmark.RUNTIMES["gpu"](tmp_path, 1)
 
 
-def test_a_size_that_a_network_does_not_take(capsys, tmp_path):
-    assert tool.main(["infer", "RepMLP_CIFAR", "--size", "40", "--rounds", "5"]) == 2
-    assert "RepMLP_CIFAR cannot be run on images of 3x40x40" in capsys.readouterr().err
+@pytest.mark.parametrize(("name", "size"), [("RepMLP_CIFAR", 40), ("RepMLPNet_micro", 9)])
+def test_a_size_that_a_network_does_not_take(capsys, name, size):
+    assert tool.main(["infer", name, "--size", str(size), "--rounds", "5"]) == 2
+    assert f"{name} cannot be run on images of 3x{size}x{size}: " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
