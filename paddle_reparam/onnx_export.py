@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import paddle
@@ -16,6 +18,8 @@ from .errors import ReparamError
 from .export import FILE_NAME, WEIGHTS_SUFFIX, Folder, one_sentence, program_file
 
 ONNX_FILE = f"{FILE_NAME}.onnx"
+#: What writes, checks and runs it.
+PACKAGES = ("paddle2onnx", "onnx", "onnxruntime")
 #: The opset that is written: LayerNorm is one operator from 17 on.
 OPSET = 17
 
@@ -28,6 +32,11 @@ def need(package: str) -> ModuleType:
         raise ReparamError(
             f"ONNX needs the package {package} ({error}); pip install 'paddle-reparam[onnx]', on Paddle 3"
         ) from error
+
+
+def onnx_versions() -> dict[str, str]:
+    """Return package -> version of what writes, checks and runs ONNX files; raises `ReparamError` as `need` does."""
+    return {package: need(package).__version__ for package in PACKAGES}
 
 
 def export_onnx(folder: Folder) -> Path:
@@ -54,9 +63,41 @@ def export_onnx(folder: Folder) -> Path:
         unread = [tensor for tensor in model.graph.initializer if tensor.name not in read]
         for tensor in unread:
             model.graph.initializer.remove(tensor)
+        _mend_pads(model.graph, _pad_values(program_file(folder)))
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, str(path))
     return path
+
+
+def _pad_values(program: Path) -> list[float]:
+    """Return what an exported program pads maps with, in the order in which it does."""
+    if program.suffix == ".pdmodel":
+        description = paddle.framework.core.ProgramDesc(program.read_bytes())
+        block = description.block(0)
+        operators = [block.op(i) for i in range(block.op_size())]
+        return [operator.attr("value") for operator in operators if operator.type() == "pad3d"]
+    found: list[dict[str, Any]] = []
+
+    def look(entries: dict[str, Any]) -> dict[str, Any]:
+        if str(entries.get("#")).endswith(".pad3d"):
+            found.append({attribute["N"]: attribute["AT"]["D"] for attribute in entries["A"]})
+        return entries
+
+    json.loads(program.read_text(encoding="utf-8"), object_hook=look)
+    return [attributes["pad_value"] for attributes in found]
+
+
+def _mend_pads(graph: Any, values: list[float]) -> None:
+    """Write the values to pad with into a graph: paddle2onnx 2.1 writes whatever lies in memory there."""
+    helper = need("onnx").numpy_helper
+    constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
+    pads = [node for node in graph.node if node.op_type == "Pad" and ".pad3d." in node.output[0]]
+    if len(pads) != len(values):
+        raise ReparamError(f"its {len(pads)} Pad nodes are not the {len(values)} of the program")
+    for node, value in zip(pads, values):
+        if len(node.input) > 2:  # the other ways to pad take no value
+            tensor = constants[node.input[2]]
+            tensor.CopyFrom(helper.from_array(np.full_like(helper.to_array(tensor), value), tensor.name))
 
 
 class OnnxModel:

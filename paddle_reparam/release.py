@@ -42,7 +42,7 @@ from .export import (
 )
 from .flops import ModelSize, measure
 from .geometry import BATCH_NORMS
-from .onnx_export import ONNX_FILE, OnnxModel, export_onnx
+from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, onnx_versions
 from .quantization import quantization_report
 from .released import MANIFEST, PLAIN_WEIGHTS, PROBE, digest, probe_input, probe_output, write_manifest, write_probe
 from .report import Report, format_table
@@ -186,6 +186,7 @@ def release(
         "tool": {"name": "paddle-reparam", "version": __version__},
         "versions": {
             "python": platform.python_version(), "paddle": paddle.__version__, "numpy": np.__version__,
+            **(onnx_versions() if options.onnx else {}),
         },
         "source": {"weights": {"name": str(weights), **source}},
         "input": {

@@ -6,7 +6,9 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from paddle_reparam.errors import ReparamError
 from paddle_reparam.geometry import BATCH_NORMS
+from paddle_reparam.onnx_export import PACKAGES, need
 
 
 def as_array(value) -> np.ndarray:
@@ -61,3 +63,13 @@ def draw_by_fan_in(model: nn.Layer) -> None:
     for layer in model.sublayers(include_self=True):
         if isinstance(layer, nn.Conv2D):
             nn.initializer.KaimingNormal()(layer.weight)
+
+
+def missing_for_onnx() -> str:
+    """Return why ONNX files cannot be made here, or nothing."""
+    try:
+        for package in PACKAGES:
+            need(package)
+    except ReparamError as error:
+        return str(error)
+    return ""

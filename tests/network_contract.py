@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from helpers import randomise_batch_norms
+from helpers import missing_for_onnx, randomise_batch_norms
 from paddle import nn
 
 from paddle_reparam.export import check_export, export_inference
 from paddle_reparam.flops import measure
 from paddle_reparam.layers.dcd import DCDConv2D
+from paddle_reparam.onnx_export import OnnxModel, export_onnx
 from paddle_reparam.rewrite import reparameterize
 from paddle_reparam.tracing import sample_inputs
 from paddle_reparam.verify import settle_batch_norms, verify
@@ -82,14 +83,15 @@ def check_fused_is_the_same_function(model: nn.Layer, shape: Shape, *other_shape
 def check_exports(model: nn.Layer, shape: Shape, folder: Path, forms: tuple[bool, ...] = (False, True)) -> None:
     """`jit.load` and the Predictor, with and without oneDNN, compute what the train form does, at two batch sizes.
 
-    `forms`: whether the network is fused for one size.
+    `forms`: whether the network is fused for one size. If it is, onnxruntime computes the same too, where it is there.
     """
     randomise_and_settle(model, shape)
     for fixed_size in forms:
         fused, _ = reparameterize(model, fold_bn=True, input_spec=[shape], fixed_size=fixed_size)
         target = folder / f"fixed_{fixed_size}"
         export_inference(fused, target, [shape])
-        reports = check_export(target, model, [shape])
-        assert len(reports) == 6
+        more = {"onnxruntime": OnnxModel(export_onnx(target))} if fixed_size and not missing_for_onnx() else {}
+        reports = check_export(target, model, [shape], more=more)
+        assert len(reports) == 6 + 2 * len(more)
         for name, report in reports.items():
             report.raise_if_failed(f"{name}, fixed_size={fixed_size}")

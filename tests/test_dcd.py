@@ -31,6 +31,7 @@ from paddle_reparam.layers.dcd import (
     resnet_basic_sizes,
     resnet_bottleneck_sizes,
 )
+from paddle_reparam.layers.dcd_fused import averages
 from paddle_reparam.layers.dcd_matrix import DCDDepthwiseConv2D, DCDMatrixConv2D, latent_dimension_of
 from paddle_reparam.registry import create_model, get_model
 from paddle_reparam.rewrite import replace
@@ -157,6 +158,14 @@ def image_by_image(geometry: ConvGeometry, x: np.ndarray, kernel_of) -> np.ndarr
         bias = bias.expand([geometry.out_channels]) if bias.ndim else paddle.full([geometry.out_channels], bias)
         outputs.append(geometry.convolve(paddle.to_tensor(image[None]), kernel, bias).numpy())
     return np.concatenate(outputs)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("sides", [(1, 1), (1, 5), (4, 1), (2, 2), (7, 9)])
+def test_averages_of_few_pixels_too(sides, size):
+    x = np.random.randn(2, 3, *sides)
+    expected = np.stack([average(image, size) for image in x])
+    assert relative_error(averages(paddle.to_tensor(x), size).flatten(1), expected) < 1e-14
 
 
 def check_kernels(layer: nn.Layer, kernel_of) -> None:

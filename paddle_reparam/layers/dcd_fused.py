@@ -54,7 +54,7 @@ class DynamicBranch(nn.Layer):
         self.factors = None if factors is None else _make_conv(factors, dtype)
 
     def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        y = self.squeeze(F.adaptive_avg_pool2d(x, self.pool_size))
+        y = self.squeeze(averages(x, self.pool_size))
         y = F.relu(y) if self.gate is None else y * F.relu6(self.gate(y))
         matrices = self.excite(y).reshape([-1, self.latent, self.latent])
         if self.factors is None:
@@ -113,9 +113,26 @@ def pooled(x: paddle.Tensor, size: int) -> paddle.Tensor:
     return F.adaptive_avg_pool2d(x, size).flatten(1)
 
 
+# These two are not converted when a network is traced, so that a side of unknown length is -1 to them: as it is anyway
+# in the blocks of paddle.vision, and no tensor, on which an `if` would be a branch of the exported program.
+
+
+@paddle.jit.not_to_static
+def averages(x: paddle.Tensor, size: int) -> paddle.Tensor:
+    """Return the averages of `[N, C, H, W]` over size x size windows, `[N, C, size, size]`."""
+    # A single pixel is repeated, which is faster than pooling; and paddle2onnx writes such pooling with a stride of 0.
+    sides = [size if side == 1 else side for side in x.shape[2:]]
+    if sides != list(x.shape[2:]):
+        x = x.expand([-1, -1, *sides])
+    return x if sides == [size, size] else F.adaptive_avg_pool2d(x, size)
+
+
+@paddle.jit.not_to_static
 def mixed(matrices: paddle.Tensor, z: paddle.Tensor) -> paddle.Tensor:
     """Return the dynamic matrices `[N * blocks, L, L]` times the channels of z `[N, blocks * L, H, W]`, by blocks."""
     latent, channels, height, width = matrices.shape[1], z.shape[1], z.shape[2], z.shape[3]
+    if min(height, width) < 0:
+        height, width = paddle.shape(z)[2], paddle.shape(z)[3]
     rows = paddle.matmul(matrices, z.reshape([-1, latent, height * width]))
     return rows.reshape([-1, channels, height, width])
 
