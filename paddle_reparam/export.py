@@ -94,6 +94,18 @@ class Normalization:
         mean, std = np.float64(self.mean), np.float64(self.std)
         return self.scale / std, -mean / std
 
+    def undo(self, images: np.ndarray) -> np.ndarray:
+        """Return the pixels that these inputs `[N, C, H, W]` of a network were made of.
+
+        Raises `ReparamError` where that gives no whole numbers 0..255: they were normalised in another way.
+        """
+        factor, shift = (v.reshape(-1, 1, 1) for v in self.affine())
+        pixels = (images - shift) / factor
+        whole = np.rint(pixels)
+        if not (np.abs(pixels - whole).max() < 0.01 and whole.min() >= 0 and whole.max() <= 255):
+            raise ReparamError(f"the images are no pixels 0..255 that were normalised by {self}")
+        return whole.astype(self.dtype)
+
 
 class ExportedNetwork(nn.Layer):
     """A network with the input and the output that its export is to have.

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from test_onnx import needs_onnx
 
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import export_inference
+from paddle_reparam.export import ExportOptions, Normalization, export_inference
 from paddle_reparam.onnx_export import ONNX_FILE, OnnxModel, export_onnx
 from paddle_reparam.quantization import export_int8, kernel_range, quantization_report, quantize_onnx
 from paddle_reparam.released import write_manifest
@@ -95,8 +95,8 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def trained(digits, tmp_path_factory):
-    """Return the ONNX file of a network that knows digits."""
+def network(digits):
+    """Return a network that knows digits."""
     paddle.seed(0)
     images, labels = (paddle.to_tensor(array[:1400]) for array in digits)
     net = nn.Sequential(
@@ -110,8 +110,14 @@ def trained(digits, tmp_path_factory):
             optimizer.step()
             optimizer.clear_grad()
     net.eval()
+    return net
+
+
+@pytest.fixture(scope="module")
+def trained(network, tmp_path_factory):
+    """Return its ONNX file."""
     folder = tmp_path_factory.mktemp("trained")
-    export_inference(net, folder, SPEC)
+    export_inference(network, folder, SPEC)
     return export_onnx(folder)
 
 
@@ -134,6 +140,24 @@ def test_int8_is_nearly_as_good_and_smaller(trained, digits, tmp_path):
     [exact] = OnnxModel(trained).run(images[1400:])
     assert np.abs(logits - exact).max() > 1e-3 * np.abs(exact).max(), "nothing was quantised"
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
+
+
+@needs_onnx
+@pytest.mark.parametrize("dtype", ["uint8", "float32"])
+def test_a_network_that_takes_pixels_is_calibrated_on_pixels(network, trained, digits, tmp_path, dtype):
+    normalization = Normalization((1.0,), (1.0,), 1 / 8, dtype)
+    export_inference(network, tmp_path, SPEC, options=ExportOptions(normalization=normalization))
+    images, labels = digits
+    pixels = normalization.undo(images)
+    assert pixels.dtype == dtype
+    assert np.array_equal(pixels, load_digits().images[:, None])
+    report = export_int8(export_onnx(tmp_path), tmp_path / "int8.onnx", pixels[:64], batches((pixels, labels)))
+    exact = OnnxModel(trained).run(images[1400:])[0].argmax(1)
+    assert report.float_top1 == (exact == labels[1400:]).mean()
+    assert abs(report.drop) <= 1.0
+    for other in (Normalization((1.0,), (1.0,), 1 / 255, dtype), Normalization((0.5,), (1.0,), 1 / 8, dtype)):
+        with pytest.raises(ReparamError, match="no pixels 0..255 that were normalised by Normalization.mean"):
+            other.undo(images)
 
 
 @needs_onnx
@@ -190,22 +214,20 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def release_of(folder, normalization=None):
+def release_of(folder):
     folder.mkdir()
     (folder / ONNX_FILE).write_text("")
-    write_manifest(folder, {"input": {"normalization": normalization}, "quantization": {"kernels": []}})
+    write_manifest(folder, {"input": {"normalization": None}, "quantization": {"kernels": []}})
 
 
 def test_what_is_wrong_is_one_sentence(project, capsys):
     from paddle_reparam.ppcls.quantize import main
 
     (project / "plain").mkdir()
-    release_of(project / "of pixels", {"mean": [0.5]})
     release_of(project / "released")
     (project / "there.onnx").write_text("an older one")
     for release, output, more, message in [
         ("plain", "new.onnx", [], "plain/inference.onnx is missing; make the release with tools/reparam.py --onnx"),
-        ("of pixels", "new.onnx", [], "of pixels takes pixels, which the config's images are not"),
         ("released", "there.onnx", [], "there.onnx exists already and is kept"),
         ("released", "new.onnx", ["-o", "Globl.seed=1"], "did you mean 'Global'?"),
         ("released", "new.onnx", [], "there is no nowhere"),

@@ -7,6 +7,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
+from ..export import Normalization
 from ..onnx_export import ONNX_FILE
 from ..quantization import KernelRange, QuantizationReport, export_int8
 from ..released import read_manifest
@@ -52,13 +55,14 @@ def _quantize(given: argparse.Namespace) -> None:
         raise ConfigError(f"{given.output} exists already and is kept; name another file")
     config = read_config(given.config, given.override)
     manifest = read_manifest(given.release)
-    if manifest["input"]["normalization"] is not None:
-        raise ConfigError(
-            f"{given.release} takes pixels, which the config's images are not; release without --normalize"
-        )
     kernels = manifest["quantization"]["kernels"]
     print(QuantizationReport([KernelRange(**kernel) for kernel in kernels]).worst(_WORST))
-    calibration = read_training_images(config, given.images)
-    batches = ((images.pixels, images.labels) for images in validation_batches(config))
-    print(f"\n{export_int8(source, given.output, calibration.pixels, batches, given.largest_drop)}")
+    normalization = Normalization.from_dict(manifest["input"]["normalization"])
+
+    def taken(pixels: np.ndarray) -> np.ndarray:
+        return pixels if normalization is None else normalization.undo(pixels)
+
+    calibration = taken(read_training_images(config, given.images).pixels)
+    batches = ((taken(images.pixels), images.labels) for images in validation_batches(config))
+    print(f"\n{export_int8(source, given.output, calibration, batches, given.largest_drop)}")
     print(f"written: {given.output}")
