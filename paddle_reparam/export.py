@@ -387,13 +387,13 @@ def check_export(
     tolerance: float = NETWORK_TOLERANCE,
     must_depend: bool = True,
     normalization: Normalization | None = None,
-    more: Mapping[str, Callable[..., Any]] | None = None,
+    more: Mapping[str, Callable[[], Callable[..., Any]]] | None = None,
 ) -> dict[str, VerifyReport]:
     """Compare what an export's folder holds with the model in eval mode that it was made of, for each batch size.
 
     Loaded with `paddle.jit.load`, and in the Predictor with and without oneDNN; returns the report of each. An export
-    with a normalisation gets pixels, and the model what PaddleClas makes of them. `more` are other functions to compare
-    in the same way, such as an `OnnxModel`. Raises
+    with a normalisation gets pixels, and the model what PaddleClas makes of them. `more` load other functions to
+    compare in the same way, such as an `OnnxModel`. Raises
     `ReparamError` where it cannot be loaded or run, and `NothingProven` where the outputs hardly depend on the input,
     unless `must_depend` is False.
     """
@@ -402,22 +402,19 @@ def check_export(
     reference = _Comparable(ExportedNetwork(behind, output), output, normalization, "float32")
     reference.eval()
     taken = "" if normalization is None else normalization.dtype
-    loaded = {
-        "paddle.jit.load": load_program(folder),
-        "Predictor, oneDNN": InferenceModel(folder, onednn=True),
-        "Predictor, no oneDNN": InferenceModel(folder, onednn=False),
+    ways: dict[str, Callable[[], Callable[..., Any]]] = {
+        "paddle.jit.load": lambda: load_program(folder),
+        "Predictor, oneDNN": lambda: InferenceModel(folder, onednn=True),
+        "Predictor, no oneDNN": lambda: InferenceModel(folder, onednn=False),
         **(more or {}),
     }
-    return {
-        f"{name}, batch {size}": verify(
-            reference,
-            lambda x, f=function: _Comparable(f, output, normalization, taken)(x),
-            input_spec,
-            2,
-            size,
-            tolerance,
-            must_depend,
-        )
-        for name, function in loaded.items()
-        for size in batch_sizes
-    }
+    reports = {}
+    for name, load in ways.items():
+        # One after the other, as each holds the weights.
+        compared = _Comparable(load(), output, normalization, taken)
+        for size in batch_sizes:
+            reports[f"{name}, batch {size}"] = verify(
+                reference, lambda x, f=compared: f(x), input_spec, 2, size, tolerance, must_depend
+            )
+        del compared
+    return reports

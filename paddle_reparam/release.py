@@ -264,7 +264,7 @@ def _size(input_spec: InputSpec) -> str:
 
 def _ways(folder: Folder, options: ExportOptions) -> dict[str, Any]:
     """Return what `check_export` is told of how an export was written."""
-    more = {"onnxruntime": OnnxModel(Path(folder) / ONNX_FILE)} if options.onnx else None
+    more = {"onnxruntime": lambda: OnnxModel(Path(folder) / ONNX_FILE)} if options.onnx else None
     return {"normalization": options.normalization, "more": more}
 
 

@@ -36,15 +36,21 @@ PLAIN_WEIGHTS = "plain.pdparams"
 PROBE = "probe.npz"
 
 _BATCH = 2
+#: Bytes that are read at a time.
+_CHUNK = 2**20
 
 
 def digest(path: Path) -> dict[str, Any]:
     """Return the size in bytes and the sha256 of a file; raises `ReparamError` where it cannot be read."""
+    seen, size = hashlib.sha256(), 0
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            while data := file.read(_CHUNK):
+                seen.update(data)
+                size += len(data)
     except OSError as error:
         raise ReparamError(f"{path}: it cannot be read ({error.strerror})") from error
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return {"bytes": size, "sha256": seen.hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
