@@ -59,13 +59,14 @@ def read_state(data: bytes) -> Any:
 
 
 def _run_whole(data: bytes) -> Any:
-    start_of_seal = len(data) - len(_SEAL) - hashlib.sha256().digest_size
-    body = data[:start_of_seal] if data.startswith(_SEAL, max(start_of_seal, 0)) else data
-    if body is not data and seal(body) != data:
+    length = len(data) - len(_SEAL) - hashlib.sha256().digest_size
+    if not data.startswith(_SEAL, max(length, 0)):
+        length = len(data)
+    elif hashlib.sha256(memoryview(data)[:length]).digest() != data[length + len(_SEAL) :]:
         raise CheckpointError("its checksum is not that of its contents: it is damaged; get or save it again")
-    content, end = _run(body)
-    if end != len(body):
-        raise CheckpointError(f"{len(body) - end} bytes follow its end: it is damaged; get or save it again")
+    content, end = _run(data)
+    if end != length:
+        raise CheckpointError(f"{length - end} bytes follow its end: it is damaged; get or save it again")
     return content
 
 
