@@ -161,8 +161,12 @@ def release(
         if before != source:
             raise ReparamError(f"{weights}: it changed while it was read; wait until it is written and run again")
         model.eval()
+
+    def fuse() -> tuple[nn.Layer, RewriteReport]:
+        return reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=not options.dynamic_size)
+
     with step("fuse"):
-        fused, fusing = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=not options.dynamic_size)
+        fused, fusing = fuse()
     checks: dict[str, VerifyReport] = {}
 
     def check(name: str, report: VerifyReport) -> None:
@@ -211,6 +215,7 @@ def release(
     with new_folder(target, folder, force) as temporary:
         with step("export for Paddle Inference"):
             export_inference(fused, temporary, input_spec, output, options)
+        del fused  # what was exported is about to be here as well
         if options.onnx:
             with step("convert to ONNX"):
                 export_onnx(temporary)
@@ -224,7 +229,7 @@ def release(
                 checkpoints.load_into(stock, temporary / PLAIN_WEIGHTS)
                 check("stock network, plain weights", verify(model, stock, input_spec, tolerance=tolerance))
         with step("compare with what was exported, loaded in three ways"):
-            for name, report in _check_export(temporary, model, fused, input_spec, output, options, tolerance).items():
+            for name, report in _check_export(temporary, model, fuse, input_spec, output, options, tolerance).items():
                 check(name, report)
             if second is not None:
                 loose = {"must_depend": False, **_ways(temporary, options)}
@@ -271,7 +276,7 @@ def _ways(folder: Folder, options: ExportOptions) -> dict[str, Any]:
 def _check_export(
     folder: Folder,
     model: nn.Layer,
-    fused: nn.Layer,
+    fuse: Callable[[], tuple[nn.Layer, RewriteReport]],
     input_spec: InputSpec,
     output: OutputSpec,
     options: ExportOptions,
@@ -290,7 +295,7 @@ def _check_export(
             raise
     logits = OutputSpec("identity", output.keys)
     with tempfile.TemporaryDirectory() as second:
-        export_inference(fused, second, input_spec, logits, options)
+        export_inference(fuse()[0], second, input_spec, logits, options)
         if options.onnx:
             export_onnx(second)
         of_logits = {"tolerance": tolerance, **_ways(second, options)}
