@@ -1,5 +1,7 @@
 """Exports that are checked after they are written."""
 
+import weakref
+
 import paddle
 import paddle.nn.functional as F
 import pytest
@@ -84,6 +86,23 @@ def test_exporting_leaves_the_model_as_it_was(tmp_path):
     export_inference(net, tmp_path, SPEC)
     assert [vars(layer) for layer in layers] == before
     assert all((tensor.numpy() == weights[name]).all() for name, tensor in net.state_dict().items())
+
+
+def test_what_was_exported_is_loaded_one_way_after_the_other(tmp_path):
+    """Each holds the weights: together they would be the peak of a release."""
+    net, alive, together = small_net(), weakref.WeakSet(), []
+    net.eval()
+
+    def load():
+        together.append(len(alive))
+        model = InferenceModel(tmp_path)
+        alive.add(model)
+        return model
+
+    export_inference(net, tmp_path, SPEC)
+    reports = check_export(tmp_path, net, SPEC, more={"again": load, "once more": load})
+    assert len(reports) == 10
+    assert together == [0, 0]
 
 
 def test_outputs_are_picked_as_paddleclas_does(tmp_path):
