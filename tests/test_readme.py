@@ -4,8 +4,8 @@ import re
 
 import pytest
 import yaml
+from helpers import missing_for_onnx
 from pages import ROOT, blocks_of, commands_of, copy_project, cut_short, named_files, run
-from test_onnx import missing
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = blocks_of(README)
@@ -61,7 +61,7 @@ def test_every_block_runs_in_order(project, capsys):
     for language, block in BLOCKS:
         if language == "bash":
             for command in commands_of(block):
-                if command not in NOT_RUN and not (re.search("--onnx|quantize.py", command) and missing()):
+                if command not in NOT_RUN and not (re.search("--onnx|quantize.py", command) and missing_for_onnx()):
                     run(cut_short(command), project)
         elif language == "python":
             capsys.readouterr()
