@@ -18,6 +18,7 @@ from paddle_reparam.errors import ReparamError
 from paddle_reparam.flops import measure
 from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.layers import toeplitz
+from paddle_reparam.layers.slak import DecomposedLargeKernelConv2D
 from paddle_reparam.layers.toeplitz import DepthwiseConv2D, formulation, product_pays
 from paddle_reparam.sparsity import SparseTraining, add_masks
 
@@ -40,6 +41,11 @@ def native(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
     return F.conv2d(x, weight, padding=[size // 2 for size in weight.shape[2:]], groups=weight.shape[0])
 
 
+def product(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
+    [y] = toeplitz.depthwise_conv2d(x, [weight])
+    return y
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The function
 
@@ -50,7 +56,7 @@ def native(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
 def test_it_is_the_convolution_with_its_gradients(shape, kernel, dtype, block_bytes, monkeypatch):
     monkeypatch.setattr(toeplitz, "BLOCK_BYTES", block_bytes)
     x, weight = random(*shape, dtype=dtype), random(shape[1], 1, *kernel, dtype=dtype)
-    y, expected = toeplitz.depthwise_conv2d(x, weight), native(x, weight)
+    y, expected = product(x, weight), native(x, weight)
     assert y.dtype == expected.dtype
     assert relative_error(y, expected) <= TOLERANCES[dtype]
     co_vector = paddle.randn(y.shape, dtype=dtype)
@@ -61,7 +67,7 @@ def test_it_is_the_convolution_with_its_gradients(shape, kernel, dtype, block_by
 
 def test_taps_that_meet_only_the_padding_get_a_gradient_of_zero():
     x, weight = random(2, 3, 4, 4), random(3, 1, 13, 5)
-    [gradient] = paddle.grad(toeplitz.depthwise_conv2d(x, weight).sum(), [weight])
+    [gradient] = paddle.grad(product(x, weight).sum(), [weight])
     rows = as_array(gradient).any(axis=(0, 1, 3))
     assert rows.tolist() == [3 <= row <= 9 for row in range(13)]
 
@@ -70,10 +76,10 @@ def test_taps_that_meet_only_the_padding_get_a_gradient_of_zero():
 def test_each_gradient_can_be_had_alone(wanted):
     tensors = [random(2, 3, 6, 6), random(3, 1, 5, 5)]
     expected = paddle.grad(native(*tensors).square().sum(), [tensors[wanted]])[0]
-    actual = paddle.grad(toeplitz.depthwise_conv2d(*tensors).square().sum(), [tensors[wanted]])[0]
+    actual = paddle.grad(product(*tensors).square().sum(), [tensors[wanted]])[0]
     assert relative_error(actual, expected) <= 1e-13
     tensors[1 - wanted].stop_gradient = True
-    toeplitz.depthwise_conv2d(*tensors).square().sum().backward()
+    product(*tensors).square().sum().backward()
     assert relative_error(tensors[wanted].grad, expected) <= 1e-13
     assert tensors[1 - wanted].grad is None
 
@@ -81,17 +87,47 @@ def test_each_gradient_can_be_had_alone(wanted):
 def test_without_gradients_nothing_is_kept():
     x, weight = random(1, 2, 6, 6), random(2, 1, 5, 5)
     with paddle.no_grad():
-        assert toeplitz.depthwise_conv2d(x, weight).stop_gradient
+        assert product(x, weight).stop_gradient
     x.stop_gradient = weight.stop_gradient = True
-    assert toeplitz.depthwise_conv2d(x, weight).stop_gradient
+    assert product(x, weight).stop_gradient
+
+
+@pytest.mark.parametrize("block_bytes", [1, 4 << 20])
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("kernels", [[(13, 5), (5, 5)], [(5, 13), (5, 5), (5, 3)], [(5, 5), (5, 17)]])
+def test_several_kernels_share_one_map(kernels, dtype, block_bytes, monkeypatch):
+    monkeypatch.setattr(toeplitz, "BLOCK_BYTES", block_bytes)
+    x, weights = random(2, 3, 9, 8, dtype=dtype), [random(3, 1, *kernel, dtype=dtype) for kernel in kernels]
+    outputs, expected = toeplitz.depthwise_conv2d(x, weights), [native(x, weight) for weight in weights]
+    co_vectors = [paddle.randn(y.shape, dtype=dtype) for y in expected]
+    outputs += paddle.grad(outputs, [x, *weights], co_vectors)
+    expected += paddle.grad(expected, [x, *weights], co_vectors)
+    assert len(outputs) == len(expected) == 2 * len(kernels) + 1
+    for ours, theirs in zip(outputs, expected):
+        assert relative_error(ours, theirs) <= TOLERANCES[dtype]
+
+
+def test_of_several_kernels_each_gradient_can_be_had_alone():
+    x, weights = random(2, 3, 6, 6), [random(3, 1, 9, 5), random(3, 1, 5, 5)]
+    for wanted in (x, *weights):
+        actual, expected = (
+            paddle.grad([y.square() for y in outputs], [wanted])[0]
+            for outputs in (toeplitz.depthwise_conv2d(x, weights), [native(x, weight) for weight in weights])
+        )
+        assert relative_error(actual, expected) <= 1e-13
+    frozen = random(3, 1, 9, 5).detach()
+    sum(toeplitz.depthwise_conv2d(x, [frozen, weights[1]])).sum().backward()
+    assert weights[1].grad is not None
+    assert frozen.grad is None
 
 
 def test_blocks_keep_to_their_size():
-    x = paddle.zeros([2, 124, 56, 56])
-    sections = toeplitz._sections(x, 5, tall=True)
-    assert sum(sections) == 124
-    assert max(sections) == toeplitz.BLOCK_BYTES // (5 * 2 * 56 * 56 * 4) == 33
-    assert toeplitz._sections(paddle.zeros([64, 3, 56, 56]), 31, tall=True) == [1, 1, 1]
+    blocks = toeplitz._blocks(paddle.zeros([124, 2, 56, 56]), 5)
+    sizes = [block.stop - block.start for block in blocks]
+    assert [block.start for block in blocks] == [sum(sizes[:number]) for number in range(len(sizes))]
+    assert sum(sizes) == 124
+    assert max(sizes) == toeplitz.BLOCK_BYTES // (5 * 2 * 56 * 56 * 4) == 33
+    assert toeplitz._blocks(paddle.zeros([3, 64, 56, 56]), 31) == [slice(0, 1), slice(1, 2), slice(2, 3)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -115,15 +151,16 @@ def test_the_rule():
 
 
 class Counter:
-    """Counts calls of `depthwise_conv2d`."""
+    """Counts calls of `depthwise_conv2d`, and keeps which kernels each had."""
 
     def __init__(self, monkeypatch) -> None:
-        self.calls = 0
+        self.calls, self.kernels = 0, []
         original = toeplitz.depthwise_conv2d
 
-        def counted(x, weight):
+        def counted(x, weights):
             self.calls += 1
-            return original(x, weight)
+            self.kernels.append([tuple(weight.shape[2:]) for weight in weights])
+            return original(x, weights)
 
         monkeypatch.setattr(toeplitz, "depthwise_conv2d", counted)
 
@@ -178,6 +215,60 @@ def test_a_bias_is_added():
         with formulation(name):
             outputs[name] = layer(paddle.ones([2, 4, 12, 12]))
     assert relative_error(outputs["product"], outputs["native"]) <= 2e-6
+
+
+SHARED, APART = [[(13, 5), (5, 5)], [(5, 13)]], [[(13, 5)], [(5, 13)]]
+
+
+@pytest.mark.parametrize("bn", [True, False])
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("auto", (32, 4, 14, 14), SHARED),
+        ("native", (32, 4, 14, 14), []),
+        ("auto", (16, 4, 60, 60), []),
+        ("product", (2, 4, 14, 15), SHARED),
+        # The matrices of the tall kernel lie along the width, which asks for 13 copies; the small kernel has 5.
+        ("product", (2, 4, 42, 14), [[(13, 5)], [(5, 5)], [(5, 13)]]),
+    ],
+)
+def test_the_tall_and_the_small_kernel_share_what_both_need(name, shape, expected, bn, monkeypatch):
+    layer, x = DecomposedLargeKernelConv2D(4, 13, bn=bn), paddle.randn(shape)
+    counter = Counter(monkeypatch)
+    with formulation(name):
+        y = layer(x)
+    assert counter.kernels == expected
+    with formulation("native"):
+        assert relative_error(y, layer(x)) <= 5e-6
+
+
+@pytest.mark.parametrize("place", ["LoRA1", "small_conv", "LoRA1.conv", "small_conv.conv"])
+@pytest.mark.parametrize("kind", ["pre", "post"])
+def test_a_layer_with_a_hook_is_called(place, kind, monkeypatch):
+    layer, x, seen = DecomposedLargeKernelConv2D(4, 13), paddle.randn([32, 4, 14, 14]), []
+    hooked = dict(layer.named_sublayers())[place]
+    counter = Counter(monkeypatch)
+    getattr(hooked, f"register_forward_{kind}_hook")(lambda *_: seen.append(place))
+    layer(x)
+    assert seen == [place]
+    assert counter.kernels == APART
+
+
+def test_both_biases_are_added():
+    first, second, x = make(), make((5, 5)), paddle.randn([2, 4, 14, 14])
+    for layer in (first, second):
+        layer.bias.set_value(paddle.randn([4]))
+    with formulation("product"):
+        together = first.forward_with(second, x)
+    for y, layer in zip(together, (first, second)):
+        assert relative_error(y, nn.Conv2D.forward(layer, x)) <= 2e-6
+
+
+def test_what_cannot_share_is_refused():
+    first, x = make(), paddle.randn([32, 4, 14, 14])
+    assert first.forward_with(make((5, 5)), x) is not None
+    for other in (make((3, 3)), make((5, 5), stride=2), make((5, 5)).to(dtype="float64")):
+        assert first.forward_with(other, x) is None
 
 
 def test_it_counts_and_fuses_as_a_convolution():

@@ -152,6 +152,26 @@ def conv_bn(
     return nn.Sequential(("conv", conv), *([("bn", nn.BatchNorm2D(channels))] if bn else []))
 
 
+def forward_together(
+    first: nn.Sequential, second: nn.Sequential, x: paddle.Tensor
+) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """Return first(x) and second(x), for two of `conv_bn`, with what both need of x made once where it can be."""
+    convolved = None if _is_hooked(first, second) else first.conv.forward_with(second.conv, x)
+    if convolved is None:
+        return first(x), second(x)
+    y, of_second = convolved
+    return _forward_bn(first, y), _forward_bn(second, of_second)
+
+
+def _is_hooked(*branches: nn.Sequential) -> bool:
+    layers = [layer for branch in branches for layer in (branch, branch.conv)]
+    return any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in layers)
+
+
+def _forward_bn(branch: nn.Sequential, y: paddle.Tensor) -> paddle.Tensor:
+    return branch.bn(y) if "bn" in branch._sub_layers else y
+
+
 def fold_conv_bn(branch: nn.Sequential) -> tuple[np.ndarray, np.ndarray]:
     """Return (kernel, bias) of what `conv_bn` made, in float64."""
     kernel = to_float64(branch.conv.weight)

@@ -16,7 +16,7 @@ from ..geometry import ConvGeometry, fold_into
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
-from .replknet import conv_bn, fold_conv_bn
+from .replknet import conv_bn, fold_conv_bn, forward_together
 
 
 class DecomposedLargeKernelConv2DFused(InferenceForm):
@@ -141,8 +141,10 @@ class DecomposedLargeKernelConv2D(ReparamLayer):
         return layer
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
-        out = self.LoRA1(x) + self.LoRA2(x)
-        return out + self.small_conv(x) if "small_conv" in self._sub_layers else out
+        if "small_conv" not in self._sub_layers:
+            return self.LoRA1(x) + self.LoRA2(x)
+        tall, small = forward_together(self.LoRA1, self.small_conv, x)
+        return tall + self.LoRA2(x) + small
 
     def fuse(self) -> DecomposedLargeKernelConv2DFused:
         """Return the two convolutions: the small kernel in the middle of the tall one, computed in float64."""

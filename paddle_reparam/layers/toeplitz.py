@@ -4,7 +4,9 @@ Along an axis of L numbers, a kernel of a taps is a Toeplitz matrix of LxL, T[q,
 L or above, hardly one of its numbers is zero, and processors multiply matrices many times faster than Paddle's own
 kernels convolve. The b taps of the other axis are b matrices, one below the other, and b shifted copies of the map:
 
-    y = sum over (b, q) of T[(b, q), p] * shifted[(b, q), :]        for each image and channel
+    y = sum over (b, q) of shifted[:, (b, q)] * T[(b, q), p]        for each channel, the rows of all images at once
+
+Kernels with the same b can share the copies, which take about as long to make as the products do.
 
 All convolutions here have stride 1, no dilation and odd kernels, and pad half of these with zeros, so that y is as
 large as x.
@@ -21,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 
@@ -52,7 +53,8 @@ def product_pays(kernel_size: Sequence[int], shape: Sequence[int], device: str) 
 
     On "cpu" it does where the matrices' axis has `SMALLEST_KERNEL` taps or more and is at most `LARGEST_MAP` times as
     long as these, and the convolution has `SMALLEST_WORK` multiply-adds or more. Measured forward and backward, in
-    float32 on one thread of a shared machine, 8 images, as time of the native convolution / time of the product:
+    float32 on one thread of a shared machine, 8 images, as time of the native convolution / time of an earlier form
+    of the product, which made its copies more slowly:
 
         kernel  7x7 map  14x14  28x28  56x56  112x112
         3x3         0.9    0.6    0.4    0.3    0.2
@@ -120,96 +122,140 @@ class DepthwiseConv2D(nn.Conv2D):
         if not self._is_product(x):
             # Not super().forward, which Paddle 2.6 cannot trace.
             return nn.Conv2D.forward(self, x)
-        y = depthwise_conv2d(x, self.weight)
-        return y if self.bias is None else y + self.bias.reshape([1, -1, 1, 1])
+        [y] = depthwise_conv2d(x, [self.weight])
+        return self._with_bias(y)
+
+    def forward_with(self, other: DepthwiseConv2D, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor] | None:
+        """Return self(x) and other(x) from the same shifted copies of x, or None: call them one by one.
+
+        That is where this layer is a product and the other, however small its kernel, can be one from these copies.
+        Hooks of the two layers are not called.
+        """
+        if not (other._may_be_product(x) and self._is_product(x)):
+            return None
+        axis = 3 if _is_tall(self.weight.shape[2:], x.shape[2:]) else 2
+        if other.weight.shape[axis] != self.weight.shape[axis]:
+            return None
+        y, of_other = depthwise_conv2d(x, [self.weight, other.weight])
+        return self._with_bias(y), other._with_bias(of_other)
 
     def _is_product(self, x: paddle.Tensor) -> bool:
-        wanted = _formulation.get()
-        if wanted == "native" or not self._keeps_size or not paddle.in_dynamic_mode():
+        if not self._may_be_product(x):
             return False
-        if x.dtype != self.weight.dtype or x.dtype not in (paddle.float32, paddle.float64):
+        return _formulation.get() == "product" or product_pays(self.weight.shape[2:], x.shape, paddle.get_device())
+
+    def _may_be_product(self, x: paddle.Tensor) -> bool:
+        if _formulation.get() == "native" or not self._keeps_size or not paddle.in_dynamic_mode():
             return False
-        return wanted == "product" or product_pays(self.weight.shape[2:], x.shape, paddle.get_device())
+        return x.dtype == self.weight.dtype and x.dtype in (paddle.float32, paddle.float64)
+
+    def _with_bias(self, y: paddle.Tensor) -> paddle.Tensor:
+        return y if self.bias is None else y + self.bias.reshape([1, -1, 1, 1])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The convolution
 
 
-def depthwise_conv2d(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
-    """Return x, `[N, C, H, W]`, convolved with an odd kernel for each channel, `[C, 1, height, width]`.
+def depthwise_conv2d(x: paddle.Tensor, weights: Sequence[paddle.Tensor]) -> list[paddle.Tensor]:
+    """Return x, `[N, C, H, W]`, convolved with each weight: an odd kernel for each channel, `[C, 1, height, width]`.
 
-    Both are float32 or both float64. There is a gradient, but no second one. Beside its result it needs a few times
-    `BLOCK_BYTES`, or what one channel of all images needs where that is more.
+    All are float32, or all float64. All matrices lie along one axis, chosen for the first weight; along the other axis
+    all weights have as many taps. There is a gradient, but no second one. Beside its results it needs a few maps as
+    large as x, and a few times `BLOCK_BYTES`, or what one channel of all images needs where that is more.
     """
-    y = _OfInput.apply(x, weight.detach())
-    if weight.stop_gradient or not paddle.is_grad_enabled():
-        return y
-    return y + _OfWeight.apply(weight, x.detach())
+    tall = _is_tall(weights[0].shape[2:], x.shape[2:])
+    kernels = [_kernel_of(weight, tall) for weight in weights]
+    taps = [kernel.shape[2] for kernel in kernels]
+    kernel = paddle.concat(kernels, 2)
+    outputs = _OfInput.apply(x, kernel.detach(), taps, tall)
+    if kernel.stop_gradient or not paddle.is_grad_enabled():
+        return list(outputs)
+    return [y + zeros for y, zeros in zip(outputs, _OfWeight.apply(kernel, x.detach(), taps, tall))]
 
 
 # Written out, as what autograd would keep of a forward pass are all shifted copies of the map. And one for each of the
-# two gradients: where `paddle.grad` asks for one of them only, Paddle refuses what a PyLayer returns for the other.
+# two gradients, all kernels in one: where `paddle.grad` asks for some only, Paddle refuses what a PyLayer returns for
+# the others.
 
 
 class _OfInput(PyLayer):
-    """The convolution, with a gradient for its input."""
+    """The convolutions with kernels `[C, b, a]`, one behind the other, `taps` long, with a gradient for their input."""
 
     @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
-        ctx.save_for_backward(weight)
-        tall = _is_tall(weight.shape[2:], x.shape[2:])
-        return _convolve(x, _kernel_of(weight, tall), tall)
+    def forward(ctx: Any, x: paddle.Tensor, kernel: paddle.Tensor, taps: list[int], tall: bool) -> tuple[paddle.Tensor]:
+        ctx.save_for_backward(kernel)
+        ctx.given = taps, tall
+        return tuple(_convolve(x, paddle.split(kernel, taps, 2), tall))
 
     @staticmethod
-    def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, None]:
-        [weight] = ctx.saved_tensor()
-        tall = _is_tall(weight.shape[2:], gradient.shape[2:])
-        # The gradient is convolved with the kernel turned round.
-        return _convolve(gradient, _kernel_of(weight, tall).flip([1, 2]), tall), None
+    def backward(ctx: Any, *gradients: paddle.Tensor) -> tuple[paddle.Tensor, None]:
+        [kernel] = ctx.saved_tensor()
+        taps, tall = ctx.given
+        # A gradient is convolved with the kernel turned round.
+        turned = [each.flip([1, 2]) for each in paddle.split(kernel, taps, 2)]
+        parts = [_convolve(gradient, [each], tall)[0] for gradient, each in zip(gradients, turned)]
+        return sum(parts[1:], parts[0]), None
 
 
 class _OfWeight(PyLayer):
-    """Zeros, which have what the gradient of the convolution is for its weight."""
+    """Zeros, which have what the gradient of the convolutions is for their kernels."""
 
     @staticmethod
-    def forward(ctx: Any, weight: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(ctx: Any, kernel: paddle.Tensor, x: paddle.Tensor, taps: list[int], tall: bool) -> tuple[paddle.Tensor]:
         ctx.save_for_backward(x)
-        ctx.kernel_size = weight.shape[2:]
-        return paddle.zeros_like(x)
+        ctx.given = kernel.shape[1], taps, tall
+        return tuple(paddle.zeros_like(x) for _ in taps)
 
     @staticmethod
-    def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, None]:
+    def backward(ctx: Any, *gradients: paddle.Tensor) -> tuple[paddle.Tensor, None]:
         [x] = ctx.saved_tensor()
-        tall = _is_tall(ctx.kernel_size, x.shape[2:])
-        kernel = _correlate(x, gradient, *(ctx.kernel_size[::-1] if tall else ctx.kernel_size), tall)
-        return (kernel.transpose([0, 2, 1]) if tall else kernel).unsqueeze(1), None
+        return _correlate(x, gradients, *ctx.given), None
 
 
-def _convolve(x: paddle.Tensor, kernel: paddle.Tensor, tall: bool) -> paddle.Tensor:
-    """Return x convolved with a kernel `[C, b, a]`."""
-    copies, taps = kernel.shape[1:]
-    places = places_of_taps(x.shape[2 if tall else 3], taps, x.dtype)
-    sections = _sections(x, copies, tall)
+def _convolve(x: paddle.Tensor, kernels: Sequence[paddle.Tensor], tall: bool) -> list[paddle.Tensor]:
+    """Return x convolved with each of the kernels `[C, b, a]`."""
+    maps, copies = _channels_first(x, tall), kernels[0].shape[1]
+    places = [places_of_taps(maps.shape[3], kernel.shape[2], x.dtype) for kernel in kernels]
+    parts: list[list[paddle.Tensor]] = [[] for _ in kernels]
+    for block in _blocks(maps, copies):
+        shifted = shifts(maps[block], copies)
+        for kernel, where, part in zip(kernels, places, parts):
+            part.append(paddle.matmul(shifted, toeplitz(kernel[block], where)))
+    return [_channels_first(paddle.concat(part, 0).reshape(maps.shape), tall) for part in parts]
+
+
+def _correlate(
+    x: paddle.Tensor, gradients: Sequence[paddle.Tensor], copies: int, taps: Sequence[int], tall: bool
+) -> paddle.Tensor:
+    """Return the gradient of the kernels, `[C, copies, sum of taps]`."""
+    maps, gradients = _channels_first(x, tall), [_channels_first(each, tall) for each in gradients]
+    size = maps.shape[3]
+    places = [places_of_taps(size, each, x.dtype) for each in taps]
     parts = []
-    for k, block in zip(paddle.split(kernel, sections, 0), paddle.split(x, sections, 1)):
-        matrices, shifted = toeplitz(k, places), shifts(block, copies, tall)
-        parts.append(paddle.matmul(matrices, shifted, transpose_x=True) if tall else paddle.matmul(shifted, matrices))
-    return paddle.concat(parts, 1)
-
-
-def _correlate(x: paddle.Tensor, gradient: paddle.Tensor, copies: int, taps: int, tall: bool) -> paddle.Tensor:
-    """Return the gradient of the kernel, `[C, copies, taps]`."""
-    places = places_of_taps(x.shape[2 if tall else 3], taps, x.dtype)
-    sections = _sections(x, copies, tall)
-    parts = []
-    for block, of_block in zip(paddle.split(x, sections, 1), paddle.split(gradient, sections, 1)):
-        matrices = None
-        for image, of_image in zip(shifts(block, copies, tall), of_block):
-            product = paddle.matmul(image, of_image, transpose_x=not tall, transpose_y=tall)
-            matrices = product if matrices is None else matrices + product
-        parts.append(sum_places(matrices, places, copies))
+    for block in _blocks(maps, copies):
+        shifted = shifts(maps[block], copies)
+        sums = []
+        for gradient, where in zip(gradients, places):
+            of_block = gradient[block]
+            matrices = paddle.matmul(shifted, of_block.reshape([len(of_block), -1, size]), transpose_x=True)
+            sums.append(sum_places(matrices, where, copies))
+        parts.append(paddle.concat(sums, 2))
     return paddle.concat(parts, 0)
+
+
+def _channels_first(x: paddle.Tensor, tall: bool) -> paddle.Tensor:
+    """Return `[N, C, H, W]` as `[C, N, H, W]`, or `[C, N, W, H]` where the matrices are tall; and back."""
+    # One by one: Paddle takes eight times as long for both at once.
+    x = x.transpose([1, 0, 2, 3]).contiguous()
+    return x.transpose([0, 1, 3, 2]).contiguous() if tall else x
+
+
+def _blocks(maps: paddle.Tensor, copies: int) -> list[slice]:
+    """Return which channels of `[C, N, B, A]` are computed at a time."""
+    channels, images, other, size = maps.shape
+    count = max(1, BLOCK_BYTES // (copies * max(images * other, size) * size * maps.element_size()))
+    return [slice(start, min(start + count, channels)) for start in range(0, channels, count)]
 
 
 def _is_tall(kernel_size: Sequence[int], map_size: Sequence[int]) -> bool:
@@ -222,32 +268,20 @@ def _kernel_of(weight: paddle.Tensor, tall: bool) -> paddle.Tensor:
     return weight.squeeze(1).transpose([0, 2, 1]) if tall else weight.squeeze(1)
 
 
-def _sections(x: paddle.Tensor, copies: int, tall: bool) -> list[int]:
-    """Return how many channels are computed at a time, as the lengths of all blocks."""
-    images, channels, height, width = x.shape
-    size = height if tall else width
-    numbers = copies * max(images * height * width, size * size)
-    count = max(1, BLOCK_BYTES // (numbers * x.element_size()))
-    return [min(count, channels - start) for start in range(0, channels, count)]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Its parts
 
 
-def shifts(x: paddle.Tensor, copies: int, tall: bool) -> paddle.Tensor:
-    """Return `copies` shifted copies of `[N, C, H, W]`, zeros where there was nothing, the middle one as it is.
+def shifts(maps: paddle.Tensor, copies: int) -> paddle.Tensor:
+    """Return shifted copies of `[C, N, B, A]` side by side, `[C, N * B, copies * A]`.
 
-    tall: shifted along the width, `[N, C, copies * H, W]`; otherwise along the height, `[N, C, H, copies * W]`.
+    They are shifted along B, with zeros where there was nothing; the middle one is as it was.
     """
-    images, channels, height, width = x.shape
-    if tall:
-        columns = F.unfold(x.reshape([images * channels, 1, height, width]), [1, copies], paddings=[0, copies // 2])
-        return columns.reshape([images, channels, copies * height, width])
-    rows = x.reshape([images * channels, height, width])
-    rows = paddle.concat([rows, paddle.zeros([images * channels, 1, width], x.dtype)], 1)
-    rows = paddle.gather(rows, paddle.to_tensor(_shifted_rows(height, copies)), 1)
-    return rows.reshape([images, channels, height, copies * width])
+    channels, images, length, size = maps.shape
+    rows = maps.reshape([channels * images, length, size])
+    rows = paddle.concat([rows, paddle.zeros([channels * images, 1, size], maps.dtype)], 1)
+    rows = paddle.gather(rows, _shifted_rows(length, copies, paddle.get_device()), 1)
+    return rows.reshape([channels, images * length, copies * size])
 
 
 def toeplitz(kernel: paddle.Tensor, places: paddle.Tensor) -> paddle.Tensor:
@@ -265,19 +299,19 @@ def sum_places(matrices: paddle.Tensor, places: paddle.Tensor, copies: int) -> p
     return sums.reshape([channels, copies, taps])
 
 
-def places_of_taps(size: int, taps: int, dtype: Any = "float32") -> paddle.Tensor:
+def places_of_taps(size: int, taps: int, dtype: Any = paddle.float32) -> paddle.Tensor:
     """Return `[taps, size * size]`, which is 1 where the Toeplitz matrix holds the tap and 0 elsewhere."""
-    return paddle.to_tensor(_places_of_taps(size, taps), dtype)
+    return _places_of_taps(size, taps, dtype, paddle.get_device())
 
 
-@lru_cache(maxsize=8)
-def _places_of_taps(size: int, taps: int) -> np.ndarray:
+@lru_cache(maxsize=32)
+def _places_of_taps(size: int, taps: int, dtype: Any, device: str) -> paddle.Tensor:
     tap = np.arange(size)[:, None] - np.arange(size) + taps // 2
-    return (tap.reshape(-1) == np.arange(taps)[:, None]).astype("float32")
+    return paddle.to_tensor(tap.reshape(-1) == np.arange(taps)[:, None]).astype(dtype)
 
 
-@lru_cache(maxsize=64)
-def _shifted_rows(height: int, copies: int) -> np.ndarray:
-    """Return, for each row and copy, the row that it is; `height` stands for a row of zeros."""
-    rows = np.arange(height)[:, None] + np.arange(copies) - copies // 2
-    return np.where((rows >= 0) & (rows < height), rows, height).reshape(-1)
+@lru_cache(maxsize=32)
+def _shifted_rows(length: int, copies: int, device: str) -> paddle.Tensor:
+    """Return, for each row and copy, the row that it is; `length` stands for a row of zeros."""
+    rows = np.arange(length)[:, None] + np.arange(copies) - copies // 2
+    return paddle.to_tensor(np.where((rows >= 0) & (rows < length), rows, length).reshape(-1))
