@@ -15,7 +15,8 @@ from paddle import nn
 
 from paddle_reparam.checkpoints import form_of
 from paddle_reparam.errors import ReparamError, UnsupportedConv
-from paddle_reparam.layers.repmlp import RepMLP, RepMLPFused
+from paddle_reparam.export import InferenceModel, export_inference
+from paddle_reparam.layers.repmlp import RepMLP, RepMLPFitted, RepMLPFused
 from paddle_reparam.rewrite import reparameterize, replace
 
 # H, W, h, w and the options of layers from 4 to 6 channels.
@@ -110,6 +111,46 @@ def test_the_formula_and_the_fused_form(name):
     expected = formula(layer, x, sizes, **options)
     assert relative_error(layer(paddle.to_tensor(x)), expected) < 1e-10
     assert relative_error(fused(paddle.to_tensor(x)), expected) < 1e-10
+
+
+# Groups of whole vectors: 2 groups of 2 x 16 inputs and 4 x 16 outputs in partitions of 4x4, and no group in 8x2.
+FITTED = {
+    "several partitions": ((8, 12, 4, 4), {"fc3_groups": 2, "fc1_fc2_reduction": 2}),
+    "not divisible": ((7, 9, 4, 4), {"fc3_groups": 2}),
+    "whole map": ((8, 2, 8, 2), {}),
+    "without global": ((8, 8, 4, 4), {"global_perceptron": False}),
+}
+
+
+@pytest.mark.parametrize("name", FITTED)
+def test_the_form_for_onednn(name, tmp_path):
+    sizes, options = FITTED[name]
+    layer = make(sizes, out_channels=8, **options)
+    fitted = layer.reparameterize().for_size(*sizes[:2])
+    assert isinstance(fitted, RepMLPFitted)
+    x = np.random.randn(3, 4, *sizes[:2])
+    expected = formula(layer, x, sizes, **options)
+    assert relative_error(fitted(paddle.to_tensor(x)), expected) < 1e-10
+    with pytest.raises(ReparamError, match="built for maps of"):
+        fitted(paddle.randn([1, 4, 16, 16], dtype="float64"))
+    scale, shift = np.random.randn(2, 8)
+    fitted.absorb_affine(scale, shift)
+    expected = expected * scale[:, None, None] + shift[:, None, None]
+    assert relative_error(fitted(paddle.to_tensor(x)), expected) < 1e-10
+    fitted.to(dtype="float32")
+    fitted.eval()
+    export_inference(fitted, tmp_path, [[None, 4, *sizes[:2]]])
+    for onednn in (True, False):
+        model = InferenceModel(tmp_path, onednn=onednn)
+        for batch in (1, 3):
+            [y] = model.run(x[:batch].astype("float32"))
+            assert relative_error(y, expected[:batch]) < 1e-5, (onednn, batch)
+
+
+def test_groups_that_are_no_whole_vectors_stay_matrix_products():
+    assert make((8, 8, 4, 4), out_channels=8).reparameterize().for_size(8, 8) is not None
+    assert make((6, 6, 3, 3), out_channels=8).reparameterize().for_size(6, 6) is None
+    assert make((8, 8, 2, 2), out_channels=5).reparameterize().for_size(8, 8) is None
 
 
 def test_what_is_there():

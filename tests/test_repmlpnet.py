@@ -20,7 +20,7 @@ from paddle import nn
 from paddle_reparam.checkpoints import convert_state, load_into, save
 from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName, UnsupportedConv
 from paddle_reparam.geometry import ConvGeometry
-from paddle_reparam.layers.repmlpnet import RepMLPBlock, RepMLPBlockFused, RepMLPNetUnit
+from paddle_reparam.layers.repmlpnet import RepMLPBlock, RepMLPBlockFitted, RepMLPBlockFused, RepMLPNetUnit
 from paddle_reparam.models.repmlpnet import RepMLPNet, change_resolution
 from paddle_reparam.registry import create_model, get_model
 from paddle_reparam.rewrite import reparameterize, replace
@@ -106,6 +106,21 @@ def test_the_formula(options):
         expected = formula(layer, x)
         assert relative_error(outputs(layer, x), expected) < 1e-10, size
         assert relative_error(outputs(fused, x), expected) < 1e-10, size
+
+
+def test_the_form_for_whole_maps():
+    layer = make(6, 3, 4, num_sharesets=1, reparam_conv_k=(1, 3))
+    fused = layer.reparameterize()
+    fitted = fused.for_size(3, 4)
+    assert isinstance(fitted, RepMLPBlockFitted)
+    x = np.random.randn(2, 6, 3, 4)
+    assert relative_error(outputs(fitted, x), formula(layer, x)) < 1e-10
+    assert fused.for_size(6, 8) is None
+    assert make(6, 3, 4, num_sharesets=2).reparameterize().for_size(3, 4) is None
+    with pytest.raises(ReparamError, match="fused for maps of 3x4 pixels and got maps of 4x3"):
+        fitted(paddle.randn([1, 6, 4, 3], dtype="float64"))
+    with pytest.raises(UnsupportedConv, match="shares its weights among channels"):
+        fitted.absorb_affine(np.ones(6), np.zeros(6))
 
 
 def test_channels_take_the_sets_in_turn():

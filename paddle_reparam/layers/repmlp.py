@@ -21,6 +21,9 @@ from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
 from .partitions import grouped_linear, join_partitions, pad_to_partitions, size_of, split_into_partitions
 
+#: Numbers in a processor's widest vector: in groups of no multiple of it oneDNN's convolution loses at larger batches.
+VECTOR = 16
+
 
 class RepMLPFused(InferenceForm):
     """A fused `RepMLP`: three fully connected layers, `[N, C, H, W]` to `[N, O, H, W]` for one H and W.
@@ -76,6 +79,59 @@ class RepMLPFused(InferenceForm):
         scale, shift = (np.repeat(np.asarray(v, np.float64), area).reshape(self.bias.shape) for v in (scale, shift))
         assign(self.weight, to_float64(self.weight) * scale[:, None])
         assign(self.bias, to_float64(self.bias) * scale + shift)
+
+    def for_size(self, height: int, width: int) -> RepMLPFitted | None:
+        """Return a layer whose FC3 is a convolution, where its groups are whole vectors; elsewhere this is faster."""
+        _, inputs, outputs = self.weight.shape
+        return None if inputs % VECTOR or outputs % VECTOR else RepMLPFitted(self)
+
+
+class RepMLPFitted(InferenceForm):
+    """A `RepMLPFused` for oneDNN: all of its layers are convolutions, `[N, C, H, W]` to `[N, O, H, W]`.
+
+    FC3 is a 1x1 convolution in groups over one image, whose pixels are the partitions of all images. oneDNN lays the
+    weights of a convolution out once, and copies those of a matrix product at every call; where FC3 is as slow as the
+    memory that it is read from, that is most of its time. FC1 is as large as the map of averages, FC2 1x1.
+    """
+
+    def __init__(self, fused: RepMLPFused) -> None:
+        super().__init__()
+        self.size, self.partition = fused.size, fused.partition
+        groups, inputs, outputs = fused.weight.shape
+        area = self.partition[0] * self.partition[1]
+        self.channels, self.out_channels = groups * inputs // area, fused.out_channels
+        self.counts = tuple(-(-side // part) for side, part in zip(self.size, self.partition))
+        dtype = fused.weight.dtype
+        self.fc1 = self.fc2 = None
+        if fused.fc1 is not None:
+            self.fc1 = _as_conv(to_float64(fused.fc1.weight), to_float64(fused.fc1.bias), dtype, self.counts)
+            self.fc2 = _as_conv(to_float64(fused.fc2.weight), to_float64(fused.fc2.bias), dtype)
+        weight = to_float64(fused.weight).transpose(1, 0, 2).reshape(inputs, groups * outputs)
+        self.fc3 = _as_conv(weight, to_float64(fused.bias), dtype, groups=groups)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        _check_size(x, self.size)
+        (height, width), (rows, columns) = self.partition, self.counts
+        x = pad_to_partitions(x, height, width)
+        parts = x.reshape([-1, self.channels, rows, height, columns, width]).transpose([1, 3, 5, 0, 2, 4])
+        if self.fc1 is not None:
+            values = self.fc2(F.relu(self.fc1(F.avg_pool2d(x, self.partition, self.partition))))
+            values = values.reshape([-1, self.channels, rows * columns]).transpose([1, 0, 2])
+            parts = parts.reshape([1, self.channels, height * width, -1]) + values.reshape([1, self.channels, 1, -1])
+        y = self.fc3(parts.reshape([1, self.channels * height * width, -1, 1]))
+        y = y.reshape([self.out_channels, height, width, -1, rows, columns]).transpose([3, 0, 4, 1, 5, 2])
+        y = y.reshape([-1, self.out_channels, rows * height, columns * width])
+        return y if (rows * height, columns * width) == self.size else y[:, :, : self.size[0], : self.size[1]]
+
+    def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
+        """Make this layer compute scale * out + shift per channel: the rows of FC3 and its bias take both."""
+        area = self.partition[0] * self.partition[1]
+        scale, shift = (np.repeat(np.asarray(v, np.float64), area) for v in (scale, shift))
+        assign(self.fc3.weight, to_float64(self.fc3.weight) * scale[:, None, None, None])
+        assign(self.fc3.bias, to_float64(self.fc3.bias) * scale + shift)
+
+    def extra_repr(self) -> str:
+        return f"{self.channels}->{self.out_channels}, partitions of {self.partition[0]}x{self.partition[1]}"
 
 
 @register_layer(untestable="it is built for maps of one size; tests/test_repmlp.py checks the same promises")
@@ -279,6 +335,22 @@ def _behind(bn: nn.BatchNorm2D, linear: nn.Linear) -> nn.Linear:
     assign(folded.weight, weight * scale[:, None])
     assign(folded.bias, to_float64(linear.bias) + shift @ weight)
     return folded
+
+
+def _as_conv(
+    weight: np.ndarray, bias: np.ndarray, dtype: str, size: tuple[int, int] = (1, 1), groups: int = 1
+) -> nn.Conv2D:
+    """Return a fully connected layer, `[inputs of a group, outputs]`, as a convolution without padding.
+
+    The kernel has the height and width of `size`, its inputs the order (channel, row, column).
+    """
+    kernel = weight.T.reshape(weight.shape[1], -1, *size)
+    zeros = nn.initializer.Constant(0.0)
+    conv = nn.Conv2D(kernel.shape[1] * groups, len(kernel), size, groups=groups, weight_attr=zeros)
+    conv.to(dtype=dtype)
+    assign(conv.weight, kernel)
+    assign(conv.bias, bias.reshape(-1))
+    return conv
 
 
 def _copied(linear: nn.Linear) -> nn.Linear:

@@ -12,13 +12,13 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from .. import kernels
-from ..errors import UnsupportedConv
+from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry, fold_into, read_bn_affine
 from ..initializers import uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
-from .partitions import join_partitions, pad_to_partitions, partition_counts
+from .partitions import join_partitions, pad_to_partitions, partition_counts, size_of
 
 
 class GlobalPerceptron(nn.Layer):
@@ -67,10 +67,52 @@ class RepMLPBlockFused(InferenceForm):
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Refuse: the weights are shared by channels with different factors, and the gate comes after the bias."""
-        raise UnsupportedConv(
-            "a RepMLPBlock shares its weights among channels and multiplies by a gate in the end, so it cannot take "
-            "the scale and shift per channel of a BN that follows; the BN stays"
-        )
+        raise _no_affine()
+
+    def for_size(self, height: int, width: int) -> RepMLPBlockFitted | None:
+        """Return a layer with an `nn.Linear` for FC3, where one set of weights sees whole maps; None elsewhere."""
+        one_set = self.weight.shape[0] == 1
+        return RepMLPBlockFitted(self) if one_set and (height, width) == self.partition else None
+
+
+class RepMLPBlockFitted(InferenceForm):
+    """A `RepMLPBlockFused` of one set, for maps of one partition: out = gp(x) * fc3(x), `[N, C, h, w]` in and out.
+
+    oneDNN lays the weights of a fully connected layer out once, and copies those of a batched product at every call.
+    """
+
+    def __init__(self, fused: RepMLPBlockFused) -> None:
+        super().__init__()
+        self.partition = fused.partition
+        self.gp = copy.deepcopy(fused.gp)
+        _, pixels, _ = fused.weight.shape
+        self.fc3 = nn.Linear(pixels, pixels, weight_attr=nn.initializer.Constant(0.0))
+        self.fc3.to(dtype=fused.weight.dtype)
+        assign(self.fc3.weight, to_float64(fused.weight)[0])
+        assign(self.fc3.bias, to_float64(fused.bias).reshape(-1))
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        if not _is_one_partition(x, self.partition):
+            (h, w), got = self.partition, size_of(x)
+            raise ReparamError(
+                f"this RepMLPBlock was fused for maps of {h}x{w} pixels and got maps of {got}; fuse again"
+            )
+        y = self.fc3(x.reshape([-1, self.fc3.weight.shape[0]]))
+        return y.reshape([-1, *x.shape[1:]]) * self.gp(x)
+
+    def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
+        """Refuse, as `RepMLPBlockFused` does."""
+        raise _no_affine()
+
+    def extra_repr(self) -> str:
+        return f"maps of {self.partition[0]}x{self.partition[1]}"
+
+
+def _no_affine() -> UnsupportedConv:
+    return UnsupportedConv(
+        "a RepMLPBlock shares its weights among channels and multiplies by a gate in the end, so it cannot take "
+        "the scale and shift per channel of a BN that follows; the BN stays"
+    )
 
 
 @register_layer
