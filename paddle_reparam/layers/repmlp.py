@@ -116,8 +116,7 @@ class RepMLPFitted(InferenceForm):
         parts = x.reshape([-1, self.channels, rows, height, columns, width]).transpose([1, 3, 5, 0, 2, 4])
         if self.fc1 is not None:
             values = self.fc2(F.relu(self.fc1(F.avg_pool2d(x, self.partition, self.partition))))
-            values = values.reshape([-1, self.channels, rows * columns]).transpose([1, 0, 2])
-            parts = parts.reshape([1, self.channels, height * width, -1]) + values.reshape([1, self.channels, 1, -1])
+            parts = parts + values.reshape([-1, self.channels, 1, 1, rows, columns]).transpose([1, 2, 3, 0, 4, 5])
         y = self.fc3(parts.reshape([1, self.channels * height * width, -1, 1]))
         y = y.reshape([self.out_channels, height, width, -1, rows, columns]).transpose([3, 0, 4, 1, 5, 2])
         y = y.reshape([-1, self.out_channels, rows * height, columns * width])
