@@ -85,6 +85,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise CheckpointError(
             f"{path}: it is truncated, damaged or no {kind} file; get or save it again ({reason})"
         ) from error
+    del data  # large weights need not be here three times
     # One copy for each array, in this machine's byte order, that can be written to.
     copies = {id(array): np.array(array, array.dtype.newbyteorder("="), order="C") for array in arrays.values()}
     return {name: copies[id(array)] for name, array in arrays.items()}
