@@ -61,8 +61,9 @@ LIMITS = """\
 ## Where a target is missed
 
 What the network would take at batch 1 if it reached a limit of this machine, measured in the same run: its
-multiply-adds at the rate of the plain network's, and its weights, once through the memory.
-`python tools/benchmark.py profile` prints the same for other networks.
+multiply-adds at the rate of the plain network's, and its weights, once through the memory. To these comes what lies
+around its primitives, which no layer can be rid of but by having fewer of them: see below. Layers that are dynamic, or
+split their input, have many small ones. `python tools/benchmark.py profile` prints the same for other networks.
 
 """
 PROFILES = """\
@@ -187,17 +188,31 @@ def _limits(measured: Mapping[str, Any], missed: Sequence[Row]) -> str:
     macs = {each["name"]: each["macs"] for each in measured["contenders"]}
     times = {r["name"]: r["median"] for r in measured["results"] if r["batch"] == 1 and r["form"] == "fused"}
     weights = {each["name"]: each["weights_bytes"] for each in measured["profiles"]}
+    calls = {each["name"]: sum(share["calls"] for share in each["shares"]) for each in measured["profiles"]}
+    rest = {each["name"]: _rest(each) for each in measured["profiles"]}
     table = markdown_table(
-        ["network", "ms", "asked for, ms", "by operations, ms", "weights, MiB", "reading them, ms"],
+        ["network", "ms", "asked for, ms", "by operations, ms", "weights, MiB", "reading them, ms", "primitives",
+         "around them, ms"],
         [[row.network, f"{times[row.network]:.1f}", f"{row.most * times[row.plain]:.1f}",
           f"{limit_by_operations(macs[row.network], macs[row.plain], times[row.plain]):.1f}",
           f"{weights[row.network] / 2**20:.0f}",
-          f"{limit_by_weights(weights[row.network], measured['memory_rate']):.1f}"] for row in missed],
+          f"{limit_by_weights(weights[row.network], measured['memory_rate']):.1f}", calls[row.network],
+          f"{rest[row.network]:.1f}"] for row in missed],
     )  # fmt: skip
     rates = ", ".join(
         f"{name} {macs[name] / times[name] / 1e6:.0f} G/s" for name in dict.fromkeys(row.plain for row in missed)
     )
+    around = ", ".join(
+        f"{name} {1000 * rest[name] / calls[name]:.0f} us"
+        for name in dict.fromkeys([*(row.plain for row in missed), *(row.network for row in missed)])
+    )
+    rates = f"{rates}. Around a primitive, on average: {around}"
     return f"{table}\n\nMultiply-adds: {rates}. Reading from memory: {measured['memory_rate'] / 1e9:.1f} GB/s."
+
+
+def _rest(profile: Mapping[str, Any]) -> float:
+    """Return the milliseconds of a profiled run that are in no primitive."""
+    return profile["whole"] - sum(share["milliseconds"] for share in profile["shares"])
 
 
 def _profile(network: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
@@ -219,9 +234,9 @@ def _column(profile: Mapping[str, Any], shown: Sequence[str]) -> dict[str, tuple
     others = [share for kind, share in shares.items() if kind not in shown]
     rows: dict[str, tuple[Any, float]] = {kind: shares.get(kind, (0, 0.0)) for kind in shown}
     rows["other primitives"] = (sum(calls for calls, _ in others), sum(ms for _, ms in others))
-    primitives = sum(ms for _, ms in shares.values())
-    rows["all primitives"] = (sum(calls for calls, _ in shares.values()), primitives)
-    rows["the rest"] = ("", profile["whole"] - primitives)
+    rest = _rest(profile)
+    rows["all primitives"] = (sum(calls for calls, _ in shares.values()), profile["whole"] - rest)
+    rows["the rest"] = ("", rest)
     rows["the run"] = ("", profile["whole"])
     rows["without the log"] = ("", profile["without_log"])
     return {kind: (calls, f"{ms:.2f}") for kind, (calls, ms) in rows.items()}
