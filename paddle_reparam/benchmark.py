@@ -24,7 +24,7 @@ from .export import (
     require_gpu,
 )
 from .flops import ModelSize, measure
-from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, need
+from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, onnx_versions
 from .profiling import ProfileReport, profile
 from .report import Report, format_table
 from .rewrite import reparameterize
@@ -54,8 +54,7 @@ def check_runtime(name: str) -> None:
     if name == "gpu":
         require_gpu()
     if name == "onnxruntime":
-        for package in ("paddle2onnx", "onnx", "onnxruntime"):
-            need(package)
+        onnx_versions()
 
 
 @dataclass
