@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paddle_reparam import create_model, list_models, replace, timing
 from paddle_reparam.checkpoints import atomic_write
 from paddle_reparam.layers.toeplitz import formulation
+from paddle_reparam.processors import MKL_CODE, let_amd_multiply_fast
 from paddle_reparam.report import format_table
 from paddle_reparam.sparsity import SparseTraining, add_masks
 from paddle_reparam.timing import in_new_process
@@ -73,6 +74,7 @@ def run_step(given: argparse.Namespace) -> int:
         print("error: --layer and the variant `replaced` go together", file=sys.stderr)
         return 2
     # Paddle reads how many threads it may use when it is imported: a process of its own imports it anew.
+    let_amd_multiply_fast()
     os.environ.update(OMP_NUM_THREADS=str(given.threads), FLAGS_paddle_num_threads=str(given.threads))
     result = {"command": command_of(given), **in_new_process(measure, given)}
     for name, each in result["variants"].items():
@@ -144,7 +146,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     A mask update is timed on its own, and its share of `update_frequency` steps is added to a sparse step.
     """
     facts = {**timing.machine_facts(), "device": paddle.get_device(), "load": round(os.getloadavg()[0], 1)}
-    facts["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE")
+    facts[MKL_CODE] = os.environ.get(MKL_CODE)
     steps = {name: make_step(given, name) for name in given.variants}
     timings = timing.alternate({name: step.run for name, step in steps.items()}, given.rounds, warm_up=1)
     variants = {name: asdict(each) for name, each in timings.items()}
@@ -184,11 +186,11 @@ def rows_of(result: dict[str, Any]) -> list[list[str]]:
 def conditions(result: dict[str, Any]) -> str:
     """Return what a result was measured on and with, as a sentence."""
     facts, settings = result["machine"], result["settings"]
-    mkl = facts["MKL_DEBUG_CPU_TYPE"]
+    mkl = facts[MKL_CODE]
     return (
         f"{settings['rounds']} rounds, threads: {settings['threads']}, on {facts['processor']} with {facts['cores']} "
         f"cores (load before: {facts['load']}), Paddle {facts['paddle']} on {facts['device']}, "
-        + (f"MKL_DEBUG_CPU_TYPE={mkl}." if mkl else "no MKL_DEBUG_CPU_TYPE.")
+        + (f"{MKL_CODE}={mkl}." if mkl else f"no {MKL_CODE}.")
     )
 
 

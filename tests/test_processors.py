@@ -1,0 +1,37 @@
+"""What Paddle is told about the processor."""
+
+import os
+
+import pytest
+
+from paddle_reparam.processors import MKL_CODE, let_amd_multiply_fast
+
+AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu sse2 avx avx2 bmi2\n"
+
+
+@pytest.fixture(autouse=True)
+def variable_as_it_was(monkeypatch):
+    monkeypatch.setenv(MKL_CODE, "to be put back")
+    monkeypatch.delenv(MKL_CODE)
+
+
+@pytest.mark.parametrize(
+    ("facts", "before", "after"),
+    [
+        (AMD, None, "5"),
+        (AMD, "0", "0"),
+        (AMD.replace(" avx2", ""), None, None),
+        (AMD.replace("AuthenticAMD", "GenuineIntel"), None, None),
+    ],
+)
+def test_only_amd_with_avx2_is_told_and_nobody_overruled(facts, before, after, tmp_path):
+    if before is not None:
+        os.environ[MKL_CODE] = before
+    (tmp_path / "cpuinfo").write_text(facts)
+    let_amd_multiply_fast(tmp_path / "cpuinfo")
+    assert os.environ.get(MKL_CODE) == after
+
+
+def test_where_nothing_is_known_nothing_is_done(tmp_path):
+    let_amd_multiply_fast(tmp_path / "no such file")
+    assert MKL_CODE not in os.environ
