@@ -24,11 +24,12 @@ from .export import (
     require_gpu,
 )
 from .flops import ModelSize, measure
+from .memory import own_peak
 from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, onnx_versions
 from .profiling import ProfileReport, profile
 from .report import Report, format_table
 from .rewrite import reparameterize
-from .timing import Timing, alternate, in_new_process, machine_facts, memory_rate, own_peak
+from .timing import Timing, alternate, in_new_process, machine_facts, memory_rate
 from .tracing import sample_inputs
 from .verify import NETWORK_TOLERANCE, relative_error, settle_batch_norms
 

@@ -18,6 +18,7 @@ from paddle import nn
 from paddle.inference import Config, create_predictor
 
 from .errors import ReparamError
+from .memory import give_back
 from .old_programs import HAS_NEW_PROGRAMS, old_programs
 from .rewrite import copy_model
 from .tracing import InputSpec, flatten_outputs
@@ -197,8 +198,8 @@ def export_inference(
     shape = list(getattr(input_spec[0], "shape", input_spec[0]))
     if options.dynamic_size:
         shape[2:] = [None] * len(shape[2:])
-    # Paddle's tracing puts rewritten forward methods on the layers, so it gets a copy.
-    network = ExportedNetwork(copy_model(model), output, options.normalization)
+    # Paddle's tracing puts rewritten forward methods on the layers, so it gets copies of those.
+    network = ExportedNetwork(copy_model(model, share_tensors=True), output, options.normalization)
     spec = paddle.static.InputSpec(shape=shape, dtype=options.input_dtype(model), name="x")
     with one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -284,8 +285,14 @@ class InferenceModel:
     Call it with Tensors, as a layer; `run` takes and returns arrays.
     """
 
-    def __init__(self, folder: Folder, onednn: bool = True, threads: int = 1, gpu: bool = False) -> None:
-        """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded."""
+    def __init__(
+        self, folder: Folder, onednn: bool = True, threads: int = 1, gpu: bool = False, keep_shapes: bool = True
+    ) -> None:
+        """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded.
+
+        For every shape of the input that it was given, oneDNN keeps another copy of the weights. Without `keep_shapes`
+        it keeps one, for the last shape given to any network of this thread.
+        """
         program = program_file(folder)
         if gpu:
             require_gpu()
@@ -300,6 +307,8 @@ class InferenceModel:
             config.set_cpu_math_library_num_threads(threads)
             if onednn and not gpu:
                 config.enable_mkldnn()
+                if not keep_shapes:
+                    config.set_mkldnn_cache_capacity(1)
             else:
                 config.disable_mkldnn()
             if program.suffix == ".json":
@@ -404,7 +413,7 @@ def check_export(
     taken = "" if normalization is None else normalization.dtype
     ways: dict[str, Callable[[], Callable[..., Any]]] = {
         "paddle.jit.load": lambda: load_program(folder),
-        "Predictor, oneDNN": lambda: InferenceModel(folder, onednn=True),
+        "Predictor, oneDNN": lambda: InferenceModel(folder, onednn=True, keep_shapes=False),
         "Predictor, no oneDNN": lambda: InferenceModel(folder, onednn=False),
         **(more or {}),
     }
@@ -417,4 +426,5 @@ def check_export(
                 reference, lambda x, f=compared: f(x), input_spec, 2, size, tolerance, must_depend
             )
         del compared
+        give_back()
     return reports

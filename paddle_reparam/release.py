@@ -42,6 +42,7 @@ from .export import (
 )
 from .flops import ModelSize, measure
 from .geometry import BATCH_NORMS
+from .memory import give_back
 from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, onnx_versions
 from .quantization import quantization_report
 from .released import MANIFEST, PLAIN_WEIGHTS, PROBE, digest, probe_input, probe_output, write_manifest, write_probe
@@ -309,7 +310,9 @@ def _steps(progress: Callable[[str], None]) -> Callable[[str], contextlib.Abstra
     def step(name: str) -> Iterator[None]:
         started = time.perf_counter()
         with one_sentence(f"could not {name}"):
+            give_back()
             yield
+            give_back()
         progress(f"{time.perf_counter() - started:6.1f} s  {name}")
 
     return step

@@ -108,13 +108,14 @@ def _refuse_shared(layer: nn.Layer, owners: dict[int, set[int]]) -> None:
             raise UnsupportedConv(f"its {name} is shared with another layer; a new layer would break the tie")
 
 
-def copy_model(model: nn.Layer) -> nn.Layer:
-    """Return a deep copy whose hooks speak of the copy.
+def copy_model(model: nn.Layer, share_tensors: bool = False) -> nn.Layer:
+    """Return a deep copy whose hooks speak of the copy; with `share_tensors` it has the model's own tensors.
 
     `copy.deepcopy` keeps functions as they are, so a hook that is a closure over the model (as PaddleClas'
     return_patterns is) would go on changing the original.
     """
-    memo: dict[int, Any] = {}
+    tensors = (*model.parameters(), *model.buffers()) if share_tensors else ()
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     duplicate = copy.deepcopy(model, memo)
 
     def rebound(hook: Any) -> Any:
@@ -198,10 +199,12 @@ def replace(
 
 def _fuse_layers(model: nn.Layer, report: RewriteReport) -> nn.Layer:
     """Fuse all layers that keep the contract; return the model, which is another one where the root itself is fused."""
-    new_layers: dict[int, nn.Layer] = {}
     inside: set[int] = set()
-    for layer, paths in _places(model).values():
-        if not isinstance(layer, ReparamLayer) or id(layer) in inside:
+    places = _places(model)
+    for key in list(places):
+        # Each train form goes as soon as its fused form is there: the two of a whole network need twice its memory.
+        layer, paths = places.pop(key)
+        if not isinstance(layer, ReparamLayer) or key in inside:
             continue
         inside.update(id(child) for _, child in walk(layer))
         try:
@@ -210,11 +213,10 @@ def _fuse_layers(model: nn.Layer, report: RewriteReport) -> nn.Layer:
             fused = layer.reparameterize()
         except ReparamError as error:
             raise error.at(paths[0] or type(layer).__name__) from error
-        new_layers[id(layer)] = fused
         report.touched.append((paths[0], f"{type(layer).__name__} -> {type(fused).__name__}"))
-    if id(model) in new_layers:
-        return new_layers[id(model)]
-    _swap(model, new_layers)
+        if layer is model:
+            return fused
+        _swap(model, {key: fused})
     return model
 
 
@@ -423,7 +425,7 @@ def reparameterize(
     fused = _fuse_layers(duplicate, report)
     blocks = _fuse_foreign(fused, report)
     if fold_bn or fixed_size:
-        inputs = sample_inputs(input_spec or IMAGENET_INPUT, batch=2, seed=0, like=fused)
+        inputs = sample_inputs(input_spec or IMAGENET_INPUT, batch=1, seed=0, like=fused)
     if fold_bn:
         _drop_unused(fused, blocks, inputs, report)
         _fold_batch_norms(fused, report, inputs)

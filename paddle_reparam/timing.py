@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -115,18 +114,3 @@ def in_new_process(function: Callable[..., Returned], *arguments: Any) -> Return
             return pool.submit(function, *arguments).result()
     except BrokenProcessPool:
         raise ReparamError(f"the process that was to run {function.__name__} ended before it did") from None
-
-
-def own_peak() -> int:
-    """Return the most bytes that this process has held.
-
-    Linux' `ru_maxrss` would not do: it starts at what the parent held.
-    """
-    status = Path("/proc/self/status")
-    if status.is_file():
-        [kibibytes] = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return 1024 * int(kibibytes)
-    import resource  # Windows has none
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

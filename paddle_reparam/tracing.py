@@ -138,7 +138,7 @@ def trace_flow(
         flow.calls[id(layer)] += 1
         if not isinstance(output, paddle.Tensor):
             return None
-        leaf = paddle.zeros_like(output)
+        leaf = paddle.zeros([1], output.dtype)
         leaf.stop_gradient = False
         copy = output + leaf
         copies[id(copy)] = (copy, leaf, output, id(layer))

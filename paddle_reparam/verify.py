@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Callable
@@ -208,7 +209,7 @@ def verify(
         failed = failed or not all(agreed)
     difference, compared = None, 0
     if isinstance(b, nn.Layer):
-        difference, compared = first_difference(a, b, _draw(a, input_spec, batch_size, 0, scale), tolerance)
+        difference, compared = first_difference(a, b, _draw(a, input_spec, 1, 0, scale), tolerance)
     return VerifyReport(
         passed=not failed and difference is None,
         relative_error=error,
@@ -251,12 +252,16 @@ def first_difference(
     changed = {id(layer) for path, layer in places_a.items() if not isinstance(places_b.get(path), type(layer))}
 
     # Layers that hand on one and the same tensor share one and the same array.
-    arrays: dict[int, tuple[paddle.Tensor, Array]] = {}
+    arrays: dict[int, tuple[weakref.ref[paddle.Tensor], Array]] = {}
     outputs: dict[str, Array] = {}
 
     def store(path: str, output: paddle.Tensor) -> None:
         if path in places_a:
-            outputs[path] = arrays.setdefault(id(output), (output, output.numpy()))[1]
+            known, array = arrays.get(id(output), (None, None))
+            if known is None or known() is not output:
+                array = output.numpy()
+                arrays[id(output)] = weakref.ref(output), array
+            outputs[path] = array
 
     visit_outputs(a, inputs, store)
     moved = {path for path, layer in places_b.items() if getattr(layer, "affine_moved_on", False)}

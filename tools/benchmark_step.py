@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paddle_reparam import create_model, list_models, replace, timing
 from paddle_reparam.checkpoints import atomic_write
 from paddle_reparam.layers.toeplitz import formulation
+from paddle_reparam.memory import own_peak
 from paddle_reparam.processors import MKL_CODE, let_amd_multiply_fast
 from paddle_reparam.report import format_table
 from paddle_reparam.sparsity import SparseTraining, add_masks
@@ -167,7 +168,7 @@ def memory_of_two_steps(given: argparse.Namespace, variant: str) -> float:
     step = make_step(given, variant)
     for _ in range(2):
         step.run()
-    return timing.own_peak() / 1e9
+    return own_peak() / 1e9
 
 
 # ---------------------------------------------------------------------------------------------------------------------

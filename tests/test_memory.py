@@ -1,0 +1,53 @@
+"""How much memory a release needs: three times the weights, and what Paddle and its passes on one small image take."""
+
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from paddle import nn
+
+from paddle_reparam import checkpoints, replace
+from paddle_reparam.memory import give_back, own_peak
+from paddle_reparam.timing import in_new_process
+from paddle_reparam.verify import settle_batch_norms
+
+MIB = 2**20
+SPEC = [[None, 3, 8, 8]]
+
+
+def make():
+    blocks = [part for _ in range(6) for part in (nn.Conv2D(1024, 1024, 3, padding=1), nn.BatchNorm2D(1024), nn.ReLU())]
+    head = (nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(1024, 5))
+    net = nn.Sequential(nn.Conv2D(3, 1024, 1), *blocks, *head)
+    replace(net, "SPConv2D", where="[!0]*")
+    settle_batch_norms(net, SPEC, batch=2)
+    return net
+
+
+def peak_of_release():
+    """Return the bytes of a network's weights, and the most that its release held beyond what Paddle itself does."""
+    give_back()
+    before = own_peak()
+    net = make()
+    bytes_of_weights = sum(4 * p.size for p in net.parameters())
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "weights.pdparams")
+        checkpoints.save(net.state_dict(), weights)
+        # Writing a file, and filling a network at random, is none of a release.
+        give_back()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        # The package has a function of the same name.
+        importlib.import_module("paddle_reparam.release").release(net, weights, Path(folder, "out"), SPEC)
+    return bytes_of_weights, own_peak() - before
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="how much of the freed memory a process keeps depends on the system"
+)
+def test_a_release_needs_three_times_the_weights():
+    bytes_of_weights, peak = in_new_process(peak_of_release)
+    print(f"weights {bytes_of_weights / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB, {peak / bytes_of_weights:.2f} times")
+    assert bytes_of_weights > 75 * MIB
+    assert peak < 3 * bytes_of_weights + 150 * MIB
