@@ -1,4 +1,4 @@
-"""How much memory a release needs: three times the weights, and what Paddle and its passes on one small image take."""
+"""How much memory a release needs: a few times the weights, and what Paddle and its passes on one small image take."""
 
 import importlib
 import sys
@@ -10,10 +10,13 @@ from paddle import nn
 
 from paddle_reparam import checkpoints, replace
 from paddle_reparam.memory import give_back, own_peak
+from paddle_reparam.old_programs import HAS_NEW_PROGRAMS
 from paddle_reparam.timing import in_new_process
 from paddle_reparam.verify import settle_batch_norms
 
 MIB = 2**20
+#: `paddle.jit.save` and `paddle.jit.load` of Paddle 2 hold one more.
+COPIES = 3 if HAS_NEW_PROGRAMS else 4
 SPEC = [[None, 3, 8, 8]]
 
 
@@ -46,8 +49,8 @@ def peak_of_release():
 @pytest.mark.skipif(
     sys.platform != "linux", reason="how much of the freed memory a process keeps depends on the system"
 )
-def test_a_release_needs_three_times_the_weights():
+def test_a_release_holds_few_copies_of_the_weights():
     bytes_of_weights, peak = in_new_process(peak_of_release)
     print(f"weights {bytes_of_weights / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB, {peak / bytes_of_weights:.2f} times")
     assert bytes_of_weights > 75 * MIB
-    assert peak < 3 * bytes_of_weights + 150 * MIB
+    assert peak < COPIES * bytes_of_weights + 150 * MIB
