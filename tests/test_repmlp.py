@@ -32,6 +32,7 @@ LAYERS = {
     "without global": ((4, 4, 2, 2), {"global_perceptron": False}),
     "FC3 as a convolution": ((8, 4, 4, 2), {"fc3_conv_k": 9, "fc3_groups": 2}),
     "FC3 as the only convolution": ((4, 4, 2, 2), {"fc3_conv_k": 3, "reparam_conv_k": ()}),
+    "with ReLU": ((8, 12, 4, 6), {"relu": True, "fc3_groups": 2}),
 }
 
 
@@ -67,7 +68,7 @@ def convolve(x: np.ndarray, kernel: np.ndarray, groups: int) -> np.ndarray:
     return y
 
 
-def formula(layer: RepMLP, x: np.ndarray, sizes, fc3_groups=1, fc3_conv_k=None, **_) -> np.ndarray:
+def formula(layer: RepMLP, x: np.ndarray, sizes, fc3_groups=1, fc3_conv_k=None, relu=False, **_) -> np.ndarray:
     """Go through the partitions one by one, as the paper describes them."""
     state = {name: as_array(value) for name, value in layer.state_dict().items()}
     H, W, h, w = sizes
@@ -98,7 +99,8 @@ def formula(layer: RepMLP, x: np.ndarray, sizes, fc3_groups=1, fc3_conv_k=None, 
                 y = y + normalise(state, f"repconv{k}.bn", branch)
             line.append(y)
         out.append(np.concatenate(line, axis=3))
-    return np.concatenate(out, axis=2)[:, :, :H, :W]
+    out = np.concatenate(out, axis=2)[:, :, :H, :W]
+    return np.maximum(out, 0.0) if relu else out
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -119,6 +121,7 @@ FITTED = {
     "not divisible": ((7, 9, 4, 4), {"fc3_groups": 2}),
     "whole map": ((8, 2, 8, 2), {}),
     "without global": ((8, 8, 4, 4), {"global_perceptron": False}),
+    "with ReLU": ((8, 8, 4, 4), {"relu": True}),
 }
 
 
@@ -134,8 +137,13 @@ def test_the_form_for_onednn(name, tmp_path):
     with pytest.raises(ReparamError, match="built for maps of"):
         fitted(paddle.randn([1, 4, 16, 16], dtype="float64"))
     scale, shift = np.random.randn(2, 8)
-    fitted.absorb_affine(scale, shift)
-    expected = expected * scale[:, None, None] + shift[:, None, None]
+    if layer.relu:
+        for form in (fitted, layer.reparameterize()):
+            with pytest.raises(UnsupportedConv, match="a ReLU between"):
+                form.absorb_affine(scale, shift)
+    else:
+        fitted.absorb_affine(scale, shift)
+        expected = expected * scale[:, None, None] + shift[:, None, None]
     assert relative_error(fitted(paddle.to_tensor(x)), expected) < 1e-10
     fitted.to(dtype="float32")
     fitted.eval()

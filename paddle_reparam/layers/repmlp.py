@@ -42,10 +42,12 @@ class RepMLPFused(InferenceForm):
         weight: np.ndarray,
         bias: np.ndarray,
         dtype: str,
+        relu: bool = False,
     ) -> None:
         super().__init__()
         self.size = size
         self.partition = partition
+        self.relu = relu
         self.out_channels = bias.size // (partition[0] * partition[1])
         self.fc1 = fc1
         self.fc2 = fc2
@@ -70,11 +72,13 @@ class RepMLPFused(InferenceForm):
         out = paddle.matmul(parts.reshape([-1, groups, inputs]).transpose([1, 0, 2]), self.weight)
         # The bias stands between the transpositions because Paddle Inference 3.3 with oneDNN loses a reshape to more
         # axes between two of them, and 2.6 has no transposition of the seven axes that one alone would need.
-        out = (out.transpose([1, 0, 2]) + self.bias).reshape([-1, rows, columns, self.out_channels, *self.partition])
-        return join_partitions(out, *self.size)
+        out = out.transpose([1, 0, 2]) + self.bias
+        out = F.relu(out) if self.relu else out
+        return join_partitions(out.reshape([-1, rows, columns, self.out_channels, *self.partition]), *self.size)
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel: the rows of FC3 and its bias take both."""
+        _refuse_behind_relu(self.relu)
         area = self.partition[0] * self.partition[1]
         scale, shift = (np.repeat(np.asarray(v, np.float64), area).reshape(self.bias.shape) for v in (scale, shift))
         assign(self.weight, to_float64(self.weight) * scale[:, None])
@@ -96,7 +100,7 @@ class RepMLPFitted(InferenceForm):
 
     def __init__(self, fused: RepMLPFused) -> None:
         super().__init__()
-        self.size, self.partition = fused.size, fused.partition
+        self.size, self.partition, self.relu = fused.size, fused.partition, fused.relu
         groups, inputs, outputs = fused.weight.shape
         area = self.partition[0] * self.partition[1]
         self.channels, self.out_channels = groups * inputs // area, fused.out_channels
@@ -118,12 +122,15 @@ class RepMLPFitted(InferenceForm):
             values = self.fc2(F.relu(self.fc1(F.avg_pool2d(x, self.partition, self.partition))))
             parts = parts + values.reshape([-1, self.channels, 1, 1, rows, columns]).transpose([1, 2, 3, 0, 4, 5])
         y = self.fc3(parts.reshape([1, self.channels * height * width, -1, 1]))
+        # Here, and not behind the transposition, oneDNN takes it into the convolution.
+        y = F.relu(y) if self.relu else y
         y = y.reshape([self.out_channels, height, width, -1, rows, columns]).transpose([3, 0, 4, 1, 5, 2])
         y = y.reshape([-1, self.out_channels, rows * height, columns * width])
         return y if (rows * height, columns * width) == self.size else y[:, :, : self.size[0], : self.size[1]]
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel: the rows of FC3 and its bias take both."""
+        _refuse_behind_relu(self.relu)
         area = self.partition[0] * self.partition[1]
         scale, shift = (np.repeat(np.asarray(v, np.float64), area) for v in (scale, shift))
         assign(self.fc3.weight, to_float64(self.fc3.weight) * scale[:, None, None, None])
@@ -148,7 +155,8 @@ class RepMLP(ReparamLayer):
     pixels, also in the averages, and their places are cut off at the end.
 
     For ablations: `reparam_conv_k=()` leaves the Local Perceptron out, `global_perceptron=False` the global one, and
-    `fc3_conv_k=k` puts a kxk convolution with its BN in FC3's place. All of them fuse to the same form.
+    `fc3_conv_k=k` puts a kxk convolution with its BN in FC3's place. All of them fuse to the same form. With `relu` the
+    layer puts max(out, 0) out: where a ReLU follows, it costs least here.
 
     FC3's weights start from a normal distribution of variance 1 / max(its inputs per group, its outputs), which is that
     of the orthogonal matrix that the authors start from; to orthogonalise takes seconds for one layer of ResNet50.
@@ -174,8 +182,10 @@ class RepMLP(ReparamLayer):
         fc3_groups: int = 1,
         global_perceptron: bool = True,
         fc3_conv_k: int | None = None,
+        relu: bool = False,
     ) -> None:
         super().__init__()
+        self.relu = relu
         self.size, self.partition = (H, W), (h, w)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.fc3_groups = fc3_groups
@@ -256,6 +266,7 @@ class RepMLP(ReparamLayer):
         out = self._partition_perceptron(parts)
         for k in self.reparam_conv_k:
             out = out + getattr(self, f"repconv{k}")(parts)
+        out = F.relu(out) if self.relu else out
         return join_partitions(out.reshape([-1, rows, columns, self.out_channels, *self.partition]), *self.size)
 
     def _partition_perceptron(self, parts: paddle.Tensor) -> paddle.Tensor:
@@ -287,7 +298,12 @@ class RepMLP(ReparamLayer):
         fc1 = fc2 = None
         if self.fc1_fc2 is not None:
             fc1, fc2 = _behind(self.avg.bn, self.fc1_fc2.fc1), _copied(self.fc1_fc2.fc2)
-        return RepMLPFused(self.size, self.partition, fc1, fc2, weight, bias, self.fc3.weight.dtype)
+        return RepMLPFused(self.size, self.partition, fc1, fc2, weight, bias, self.fc3.weight.dtype, self.relu)
+
+
+def _refuse_behind_relu(relu: bool) -> None:
+    if relu:
+        raise UnsupportedConv("there is a ReLU between this layer and what is to be folded into it")
 
 
 def _check_channels(in_channels: int, out_channels: int, groups: int) -> None:

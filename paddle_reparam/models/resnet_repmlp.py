@@ -71,11 +71,11 @@ class LightBlock(_Block):
         super().__init__(in_channels, out_channels, 1)
         middle = out_channels // 8
         self.light_conv1 = ConvBN(in_channels, middle, 1)
-        self.light_repmlp = RepMLP(middle, middle, **repmlp)
+        self.light_repmlp = RepMLP(middle, middle, relu=True, **repmlp)
         self.light_conv3 = ConvBN(middle, out_channels, 1, relu=False)
 
     def body(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.light_conv3(F.relu(self.light_repmlp(self.light_conv1(x))))
+        return self.light_conv3(self.light_repmlp(self.light_conv1(x)))
 
 
 class BottleneckBlock(_Block):
@@ -87,12 +87,12 @@ class BottleneckBlock(_Block):
         reduced = middle // reduction
         self.btnk_conv1 = ConvBN(in_channels, middle, 1)
         self.btnk_conv2 = ConvBN(middle, reduced, 3)
-        self.btnk_repmlp = RepMLP(reduced, reduced, **repmlp)
+        self.btnk_repmlp = RepMLP(reduced, reduced, relu=True, **repmlp)
         self.btnk_conv4 = ConvBN(reduced, middle, 3)
         self.btnk_conv5 = ConvBN(middle, out_channels, 1, relu=False)
 
     def body(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = F.relu(self.btnk_repmlp(self.btnk_conv2(self.btnk_conv1(x))))
+        x = self.btnk_repmlp(self.btnk_conv2(self.btnk_conv1(x)))
         return self.btnk_conv5(self.btnk_conv4(x))
 
 
