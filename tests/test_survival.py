@@ -12,11 +12,13 @@ import numpy as np
 import paddle
 import pytest
 import yaml
+from paddle import nn
 from test_train_tools import IN_A_CHECKOUT, PLAIN, Place, config_of, train_as_a_process_of_its_own
 
 from paddle_reparam import checkpoints, sparsity
 from paddle_reparam.datasets import write_digits
-from paddle_reparam.ppcls import saving
+from paddle_reparam.errors import CheckpointError
+from paddle_reparam.ppcls import saving, setup
 
 EPOCHS = 4
 SPARSITY = {"density": 0.6, "distribution": "erk", "update_frequency": 3, "prune_rate": 0.5, "growth": "gradient"}
@@ -239,6 +241,41 @@ def test_a_set_whose_files_do_not_belong_together_is_refused(place, config, unin
     arguments = place.arguments(config, "mixed", f"Global.checkpoints={prefix}")
     assert train_as_a_process_of_its_own(arguments) == 1
     assert "were not saved together, or are damaged; the newest whole one is" in capsys.readouterr().err
+
+
+def test_the_state_of_another_optimizer_is_refused(place, config, uninterrupted, capsys):
+    sections = yaml.safe_load(Path(config).read_text())
+    learning_rate = {"name": "Constant", "learning_rate": 0.01}
+    other = place.config(
+        sections.pop("Arch"), **{**sections, "Optimizer": {"name": "AdamW", "weight_decay": 0.05, "lr": learning_rate}}
+    )
+    resume = (f"Global.checkpoints={place.saved('uninterrupted')}", f"Global.epochs={EPOCHS + 1}")
+    sentence = fails(place, other, "another", capsys, *resume)
+    assert "latest.pdopt: it is of another optimizer than the config's: it has " in sentence
+    assert "velocity_0, which AdamW does not use; resume with the Optimizer that it was saved with" in sentence
+
+
+@pytest.mark.parametrize("saved", ["SGD", "Momentum", "Adam", "AdamW", "RMSProp"])
+@pytest.mark.parametrize("used", ["SGD", "Momentum", "Adam", "AdamW", "RMSProp"])
+def test_which_states_are_of_another_optimizer(saved, used):
+    setup()
+    from paddle_reparam.ppcls import loading
+
+    layer = nn.Linear(2, 2)
+    by_name = {
+        name: getattr(paddle.optimizer, name)(
+            learning_rate=paddle.optimizer.lr.CosineAnnealingDecay(0.1, 3), parameters=layer.parameters()
+        )
+        for name in {saved, used}
+    }
+    layer(paddle.ones([1, 2])).sum().backward()
+    by_name[saved].step()
+    state = by_name[saved].state_dict()
+    if saved == used or {saved, used} == {"Adam", "AdamW"}:
+        loading.check_optimizer("latest.pdopt", by_name[used], state)
+    else:
+        with pytest.raises(CheckpointError, match="it is of another optimizer than the config's"):
+            loading.check_optimizer("latest.pdopt", by_name[used], state)
 
 
 def test_a_resumed_run_needs_no_unpickling(place, config, uninterrupted, monkeypatch):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from paddle import nn
@@ -113,6 +113,27 @@ def _resume(
     if len(states) != len(optimizers):
         raise CheckpointError(f"{prefix}.pdopt: it is of {len(states)} optimizers, the config has {len(optimizers)}")
     for optimizer, state in zip(optimizers, states):
+        check_optimizer(f"{prefix}.pdopt", optimizer, state)
         optimizer.set_state_dict(saving.as_tensors(state))
     logger.info(f"training goes on from {prefix}")
     return on_resume(saving.read_states(f"{prefix}.pdstates"))
+
+
+def check_optimizer(path: str, optimizer: Any, state: Mapping[str, Any]) -> None:
+    """Raise `CheckpointError` where a saved state is not of this kind of optimizer.
+
+    Paddle would leave entries that it has no use for alone, and look for those that it needs at the first step only.
+    """
+    of_one_process = getattr(optimizer, "_inner_opt", optimizer)
+    names = [name for name in dir(type(of_one_process)) if name.endswith("_acc_str")]
+    needed = {getattr(type(of_one_process), name) for name in names}
+    entries = [name for name in state if name not in ("LR_Scheduler", "master_weights")]
+    unused = [name for name in entries if not any(f"_{kind}_" in name for kind in needed)]
+    missing = sorted(kind for kind in needed if not any(f"_{kind}_" in name for name in entries))
+    if unused or missing:
+        kind = type(of_one_process).__name__
+        wrong = f"has {unused[0]}, which {kind} does not use" if unused else f"has no {missing[0]}, which {kind} needs"
+        raise CheckpointError(
+            f"{path}: it is of another optimizer than the config's: it {wrong}; resume with the Optimizer that it was "
+            "saved with, or begin anew from its weights with Global.pretrained_model"
+        )
