@@ -156,3 +156,24 @@ def test_a_table_is_written_between_its_lines(tmp_path):
     assert "MKL_DEBUG_CPU_TYPE=5" in table
     assert "old" not in table
     assert after == "end -->\nafter\n"
+
+
+def test_kernels_are_measured_and_shown(monkeypatch, capsys, in_this_process, tmp_path):
+    """The rule's own table: each kernel on each map, with a star where the rule takes the product."""
+    monkeypatch.setattr(benchmark_step, "KERNELS", ((3, 3), (13, 5)))
+    monkeypatch.setattr(benchmark_step, "MAPS", {7: 16, 14: 8})
+    output = tmp_path / "kernels.json"
+    parser = argparse.ArgumentParser()
+    benchmark_step.add_step(parser.add_subparsers(dest="command", required=True))
+    words = ["step", "--kernels", "--batch", "64", "--threads", "1", "--rounds", "5", "--output", str(output)]
+    assert benchmark_step.run_step(parser.parse_args(words)) == 0
+    assert "13x5" in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    assert result["command"] == " ".join(["python", "tools/benchmark.py", *words])
+    pays = {kernel: [each["pays"] for each in row.values()] for kernel, row in result["kernels"].items()}
+    assert pays == {"3x3": [False, False], "13x5": [True, True]}
+    assert all(each["ratio"] > 0 for row in result["kernels"].values() for each in row.values())
+    result["kernels"]["13x5"]["14"]["ratio"] = 2.04
+    heads, _, _, last = [line for line in benchmark_step.to_markdown(result).splitlines() if line.startswith("|")]
+    assert heads == "| kernel | 7x7 | 14x14 |"
+    assert last.endswith("| 2.0 * |")

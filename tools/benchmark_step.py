@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam import create_model, list_models, replace, timing
 from paddle_reparam.checkpoints import atomic_write
-from paddle_reparam.layers.toeplitz import formulation
+from paddle_reparam.layers.toeplitz import DepthwiseConv2D, formulation, product_pays
 from paddle_reparam.memory import own_peak
 from paddle_reparam.processors import MKL_CODE, let_amd_multiply_fast
 from paddle_reparam.report import format_table
@@ -35,6 +35,9 @@ VARIANTS = {
     "sparse": "with masks: --density, --update-frequency",
     "replaced": "with --layer in the place of its convolutions",
 }
+#: What `--kernels` measures: heights and widths of kernels, sides and channels of maps as in the stages of a network.
+KERNELS = ((3, 3), (5, 5), (7, 7), (9, 9), (13, 13), (31, 31), (51, 5), (5, 51))
+MAPS = {7: 768, 14: 384, 28: 192, 56: 96, 112: 48}
 COLUMNS = ["variant", "step, s", "quartiles", "times the first", "peak memory, GB"]
 
 
@@ -43,6 +46,10 @@ def add_step(commands: Any) -> None:
     parser = commands.add_parser("step", help="training steps, in turns: forward, backward, AdamW's update")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="a network of this library, or of paddle.vision.models")
+    what.add_argument(
+        "--kernels", action="store_true",
+        help="depthwise convolutions alone, as Paddle's own and as matrix products, with several kernels and maps",
+    )  # fmt: skip
     what.add_argument("--pages", action="store_true", help="only write the tables of docs/ anew from docs/measured/")
     parser.add_argument("--size", type=positive, default=224, help="side of the images (default 224)")
     parser.add_argument("--batch", type=positive, default=2, help="images in a step (default 2)")
@@ -77,8 +84,8 @@ def run_step(given: argparse.Namespace) -> int:
     # Paddle reads how many threads it may use when it is imported: a process of its own imports it anew.
     let_amd_multiply_fast()
     os.environ.update(OMP_NUM_THREADS=str(given.threads), FLAGS_paddle_num_threads=str(given.threads))
-    result = {"command": command_of(given), **in_new_process(measure, given)}
-    for name, each in result["variants"].items():
+    result = {"command": command_of(given), **in_new_process(measure_kernels if given.kernels else measure, given)}
+    for name, each in result.get("variants", {}).items():
         each["peak memory, GB"] = in_new_process(memory_of_two_steps, given, name)
     print(show(result))
     if given.output:
@@ -89,10 +96,13 @@ def run_step(given: argparse.Namespace) -> int:
 
 def command_of(given: argparse.Namespace) -> str:
     """Return the command that measures the same."""
-    names = ["model", "size", "batch", "threads", "rounds", "variants"]
-    names += ["layer"] if given.layer else []
-    names += ["density", "update_frequency"] if "sparse" in given.variants else []
     words = ["python tools/benchmark.py step"]
+    if given.kernels:
+        words, names = [*words, "--kernels"], ["batch", "threads", "rounds"]
+    else:
+        names = ["model", "size", "batch", "threads", "rounds", "variants"]
+        names += ["layer"] if given.layer else []
+        names += ["density", "update_frequency"] if "sparse" in given.variants else []
     for name in [*names, "output"] if given.output else names:
         value = getattr(given, name)
         words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
@@ -146,8 +156,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
     A mask update is timed on its own, and its share of `update_frequency` steps is added to a sparse step.
     """
-    facts = {**timing.machine_facts(), "device": paddle.get_device(), "load": round(os.getloadavg()[0], 1)}
-    facts[MKL_CODE] = os.environ.get(MKL_CODE)
+    facts = facts_of(given)
     steps = {name: make_step(given, name) for name in given.variants}
     timings = timing.alternate({name: step.run for name, step in steps.items()}, given.rounds, warm_up=1)
     variants = {name: asdict(each) for name, each in timings.items()}
@@ -160,7 +169,43 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     del steps
     for each in variants.values():
         each["ratio"] = each["median"] / variants[given.variants[0]]["median"]
-    return {"machine": facts, "settings": {"rounds": given.rounds, "threads": given.threads}, "variants": variants}
+    return {**facts, "variants": variants}
+
+
+def facts_of(given: argparse.Namespace) -> dict[str, Any]:
+    """Return what a result was measured on and with."""
+    machine = {**timing.machine_facts(), "device": paddle.get_device(), "load": round(os.getloadavg()[0], 1)}
+    machine[MKL_CODE] = os.environ.get(MKL_CODE)
+    return {"machine": machine, "settings": {"rounds": given.rounds, "threads": given.threads}}
+
+
+def measure_kernels(given: argparse.Namespace) -> dict[str, Any]:
+    """Time each kernel on each map, forward and backward, in both formulations in turns.
+
+    `kernels` holds, for each kernel and map, the median of the native convolution over that of the product, and whether
+    `product_pays`.
+    """
+    facts, kernels = facts_of(given), {}
+    for height, width in KERNELS:
+        row = kernels[f"{height}x{width}"] = {}
+        for side, channels in MAPS.items():
+            padding = [height // 2, width // 2]
+            conv = DepthwiseConv2D(channels, channels, [height, width], padding=padding, groups=channels)
+            x = paddle.randn([given.batch, channels, side, side])
+            x.stop_gradient = False
+
+            def run(name: str, conv: DepthwiseConv2D = conv, x: paddle.Tensor = x) -> None:
+                with formulation(name):
+                    conv(x).sum().backward()
+
+            names = ("native", "product")
+            timings = timing.alternate({n: lambda n=n: run(n) for n in names}, given.rounds, warm_up=1)
+            ratio = timings["native"].median / timings["product"].median
+            row[str(side)] = {
+                "ratio": ratio,
+                "pays": product_pays((height, width), x.shape, facts["machine"]["device"]),
+            }
+    return {**facts, "kernels": kernels}
 
 
 def memory_of_two_steps(given: argparse.Namespace, variant: str) -> float:
@@ -175,8 +220,18 @@ def memory_of_two_steps(given: argparse.Namespace, variant: str) -> float:
 # What is shown
 
 
+def columns_of(result: dict[str, Any]) -> list[str]:
+    """Return the heads of the table that shows a result."""
+    return ["kernel", *(f"{side}x{side}" for side in MAPS)] if "kernels" in result else COLUMNS
+
+
 def rows_of(result: dict[str, Any]) -> list[list[str]]:
-    """Return a row of `COLUMNS` for each variant."""
+    """Return a row for each variant, or for each kernel, with a star where the rule chooses the product."""
+    if "kernels" in result:
+        return [
+            [kernel, *(f"{each['ratio']:.1f}{' *' if each['pays'] else ''}" for each in row.values())]
+            for kernel, row in result["kernels"].items()
+        ]
     return [
         [name, f"{each['median']:.3f}", f"{each['low']:.3f} to {each['high']:.3f}", f"{each['ratio']:.3f}",
          f"{each['peak memory, GB']:.2f}"]
@@ -197,12 +252,13 @@ def conditions(result: dict[str, Any]) -> str:
 
 def show(result: dict[str, Any]) -> str:
     """Return a result as plain text."""
-    return f"{format_table(COLUMNS, rows_of(result))}\n\n{conditions(result)}"
+    return f"{format_table(columns_of(result), rows_of(result))}\n\n{conditions(result)}"
 
 
 def to_markdown(result: dict[str, Any]) -> str:
     """Return a result as a table for a page, with the command that wrote it."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows_of(result)]
+    columns = columns_of(result)
+    lines = [columns, ["---"] * len(columns), *rows_of(result)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     return f"`{result['command']}`\n\n{table}\n\n{conditions(result)}"
 

@@ -34,8 +34,8 @@ BLOCK_BYTES = 4 << 20
 
 #: Taps along the matrices from which on a product pays, the largest map for it in taps, and the multiply-adds of the
 #: convolution below which calling the operators costs more than they do: see `product_pays`.
-SMALLEST_KERNEL = 9
-LARGEST_MAP = 4
+SMALLEST_KERNEL = 7
+LARGEST_MAP = 16
 SMALLEST_WORK = 1_000_000
 
 FORMULATIONS = ("auto", "product", "native")
@@ -52,22 +52,8 @@ def product_pays(kernel_size: Sequence[int], shape: Sequence[int], device: str) 
     kernel_size: (height, width), odd. shape: of the input, `[N, C, H, W]`. device: what `paddle.get_device()` says.
 
     On "cpu" it does where the matrices' axis has `SMALLEST_KERNEL` taps or more and is at most `LARGEST_MAP` times as
-    long as these, and the convolution has `SMALLEST_WORK` multiply-adds or more. Measured forward and backward, in
-    float32 on one thread of a shared machine, 8 images, as time of the native convolution / time of an earlier form
-    of the product, which made its copies more slowly:
-
-        kernel  7x7 map  14x14  28x28  56x56  112x112
-        3x3         0.9    0.6    0.4    0.3    0.2
-        5x5         1.3    1.1    0.9    0.7    0.5
-        7x7         1.4    1.4    1.4    1.1    0.7
-        9x9         2.2    1.5    1.5    1.2    0.8
-        13x13       2.7    3.8    2.3    2.0    1.3
-        31x31       4.7    4.0    4.2    4.8    4.1
-        51x5        5.4    4.4    5.4    5.3    4.6
-        5x51       10.9    8.5    7.4    7.6    4.7
-
-    At 2 images 5x5 and 7x7 were slower than native on some maps. Elsewhere the answer is no: on a GPU the product is
-    untested.
+    long as these, and the convolution has `SMALLEST_WORK` multiply-adds or more: see the table in `docs/slak.md`, which
+    `tools/benchmark.py step --kernels` measures. Elsewhere the answer is no: on a GPU the product is untested.
     """
     axis = 0 if _is_tall(kernel_size, shape[2:]) else 1
     taps, size = kernel_size[axis], shape[2 + axis]

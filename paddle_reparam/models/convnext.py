@@ -18,6 +18,7 @@ from .. import kernels
 from ..errors import ReparamError
 from ..geometry import ConvGeometry, affine_of_layer_norm
 from ..layers.base import ReparamLayer
+from ..layers.toeplitz import DepthwiseConv2D
 from ..registry import Published, register_model
 from ..tensors import to_float64
 from .builders import check_arguments, load_pretrained
@@ -127,7 +128,7 @@ class ConvNeXtBlock(ResidualBlock):
     spatial = "dwconv"
 
     def __init__(self, dim: int, drop_path: float = 0.0, layer_scale_init_value: float = 1e-6) -> None:
-        conv = nn.Conv2D(dim, dim, 7, padding=3, groups=dim, weight_attr=init_normal)
+        conv = DepthwiseConv2D(dim, dim, 7, padding=3, groups=dim, weight_attr=init_normal)
         super().__init__(dim, conv, drop_path, layer_scale_init_value)
 
 
