@@ -47,7 +47,7 @@ def test_refconv_in_a_backbone(name):
     # The blocks of this library's ConvNeXt are fused as well, with and without RefConv in them.
     stock = reparameterize(plain)[0] if name == "ConvNeXt_T" else plain
     keys = {key: value.shape for key, value in stock.state_dict().items()}
-    convolutions = {path: layer for path, layer in plain.named_sublayers() if type(layer) is nn.Conv2D}
+    convolutions = {path: layer for path, layer in plain.named_sublayers() if isinstance(layer, nn.Conv2D)}
     inputs = sample_inputs(SPEC, 2, 0, like=plain)
     model = copy.deepcopy(plain)
 

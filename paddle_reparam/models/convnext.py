@@ -108,13 +108,21 @@ class ResidualBlock(ReparamLayer):
         return FusedBlock(
             self.spatial,
             {
-                self.spatial: spatial.reparameterize() if isinstance(spatial, ReparamLayer) else copy.deepcopy(spatial),
+                self.spatial: _as_shipped(spatial),
                 "norm": _LayerNorm2D(dim, self.norm._epsilon, weight_attr=False, bias_attr=False),
                 "pwconv1": ConvGeometry(dim, hidden, (1, 1), dtype=dtype).make_conv(first, first_bias),
                 "act": copy.deepcopy(self.act),
                 "pwconv2": ConvGeometry(hidden, dim, (1, 1), dtype=dtype).make_conv(second, second_bias),
             },
         )
+
+
+def _as_shipped(layer: nn.Layer) -> nn.Layer:
+    if isinstance(layer, ReparamLayer):
+        return layer.reparameterize()
+    if isinstance(layer, DepthwiseConv2D):
+        return ConvGeometry.of(layer).make_conv(to_float64(layer.weight), to_float64(layer.bias))
+    return copy.deepcopy(layer)
 
 
 def _as_kernel(linear: nn.Linear) -> tuple[np.ndarray, np.ndarray]:
