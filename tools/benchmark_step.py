@@ -222,7 +222,10 @@ def memory_of_two_steps(given: argparse.Namespace, variant: str) -> float:
 
 def columns_of(result: dict[str, Any]) -> list[str]:
     """Return the heads of the table that shows a result."""
-    return ["kernel", *(f"{side}x{side}" for side in MAPS)] if "kernels" in result else COLUMNS
+    if "kernels" not in result:
+        return COLUMNS
+    [sides, *_] = result["kernels"].values()
+    return ["kernel", *(f"{side}x{side}" for side in sides)]
 
 
 def rows_of(result: dict[str, Any]) -> list[list[str]]:
