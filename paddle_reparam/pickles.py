@@ -255,7 +255,8 @@ _CALLS: dict[str, tuple[Any, Any]] = {
     ),
     # A Tensor inside a container is stored as tuple((name, array)).
     "builtins.tuple": (lambda a: len(a) == 1 and type(a[0]) is tuple, lambda a: a[0]),
-    # A DenseTensor is stored as eval('data', {'data': array}).
+    # A DenseTensor is stored as eval('data', {'data': array}). Only this very call is known, and it is not made: the
+    # array is taken out of it.
     "builtins.eval": (
         lambda a: (
             len(a) == 2 and type(a[0]) is str and a[0] == "data" and type(a[1]) is dict and list(a[1]) == ["data"]

@@ -312,7 +312,6 @@ def _steps(progress: Callable[[str], None]) -> Callable[[str], contextlib.Abstra
         with one_sentence(f"could not {name}"):
             give_back()
             yield
-            give_back()
         progress(f"{time.perf_counter() - started:6.1f} s  {name}")
 
     return step

@@ -312,6 +312,11 @@ def restart(model: nn.Layer) -> None:
     counter.set_value(paddle.zeros_like(counter))
 
 
+def inner_optimizer(optimizer: Any) -> Any:
+    """Return the optimizer that steps, where it is in the wrapper that Paddle puts around one for many processes."""
+    return getattr(optimizer, "_inner_opt", optimizer)
+
+
 def drop_buffers(model: nn.Layer, names: Sequence[str]) -> None:
     """Take buffers away by their names in the state dict."""
     for name in names:
@@ -422,7 +427,7 @@ class SparseTraining:
 
     @property
     def _inner(self) -> Any:
-        return getattr(self.optimizer, "_inner_opt", self.optimizer)
+        return inner_optimizer(self.optimizer)
 
     def _dense_gradients(self) -> list[Array]:
         """Return the magnitude of each gradient as if nothing were hidden; data parallel ones are of all processes."""

@@ -1,7 +1,7 @@
 """Every registered network: strict about its arguments, and the same function in every form, as ONNX too.
 
-The forms of small networks are compared in every run; `EVERY_NETWORK=1 pytest <this>` does it for all of them and takes
-about an hour on two cores.
+The forms of small networks are compared in every run; `EVERY_NETWORK=1 pytest <this>` does it for all of them,
+which takes minutes for each of the large ones.
 """
 
 from __future__ import annotations

@@ -1,10 +1,18 @@
 """What Paddle is told about the processor."""
 
+import argparse
 import os
+import sys
+from pathlib import Path
 
 import pytest
 
+from paddle_reparam import ppcls
 from paddle_reparam.processors import MKL_CODE, let_amd_multiply_fast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+
+import benchmark_step
 
 AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu sse2 avx avx2 bmi2\n"
 
@@ -35,3 +43,21 @@ def test_only_amd_with_avx2_is_told_and_nobody_overruled(facts, before, after, t
 def test_where_nothing_is_known_nothing_is_done(tmp_path):
     let_amd_multiply_fast(tmp_path / "no such file")
     assert MKL_CODE not in os.environ
+
+
+def test_whoever_trains_is_let_multiply_fast(monkeypatch):
+    calls = []
+    monkeypatch.setattr(ppcls, "let_amd_multiply_fast", lambda: calls.append("setup"))
+    ppcls.setup()
+    monkeypatch.setattr(benchmark_step, "let_amd_multiply_fast", lambda: calls.append("step"))
+    monkeypatch.setattr(benchmark_step, "in_new_process", stop)
+    parser = argparse.ArgumentParser()
+    benchmark_step.add_step(parser.add_subparsers(dest="command", required=True))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    with pytest.raises(ZeroDivisionError):
+        benchmark_step.run_step(parser.parse_args(["step", "--model", "SLaK_micro"]))
+    assert calls == ["setup", "step"]
+
+
+def stop(*_):
+    raise ZeroDivisionError

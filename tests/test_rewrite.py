@@ -11,7 +11,7 @@ from paddle_reparam.errors import ReparamError, UnknownName
 from paddle_reparam.layers.base import InferenceForm
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.layers.spconv import SPConv2D
-from paddle_reparam.rewrite import reparameterize, replace
+from paddle_reparam.rewrite import copy_model, reparameterize, replace
 from paddle_reparam.verify import verify
 
 SPEC = [[None, 3, 9, 8]]
@@ -497,3 +497,12 @@ def test_a_foreign_block_that_fails_is_named():
 
     with pytest.raises(ReparamError, match=r"^1: Broken.rep\(\) .*failed: float64 is not float32"):
         reparameterize(build(nn.Sequential, nn.ReLU(), Broken()))
+
+
+def test_a_copy_may_share_the_tensors_but_not_the_layers():
+    net = nn.Sequential(nn.Conv2D(3, 4, 1), nn.BatchNorm2D(4))
+    for share in (True, False):
+        copied = copy_model(net, share_tensors=share)
+        assert not {id(layer) for layer in copied.sublayers()} & {id(layer) for layer in net.sublayers()}
+        for name, tensor in copied.state_dict().items():
+            assert (tensor is net.state_dict()[name]) == share, name

@@ -19,6 +19,7 @@ from ppcls.utils.download import get_weights_path_from_url
 
 from .. import checkpoints
 from ..errors import CheckpointError
+from ..sparsity import inner_optimizer
 from . import saving
 
 _REFOCUSING = "convmap.weight"
@@ -124,15 +125,14 @@ def check_optimizer(path: str, optimizer: Any, state: Mapping[str, Any]) -> None
 
     Paddle would leave entries that it has no use for alone, and look for those that it needs at the first step only.
     """
-    of_one_process = getattr(optimizer, "_inner_opt", optimizer)
-    names = [name for name in dir(type(of_one_process)) if name.endswith("_acc_str")]
-    needed = {getattr(type(of_one_process), name) for name in names}
+    kind = type(inner_optimizer(optimizer))
+    needed = {getattr(kind, name) for name in dir(kind) if name.endswith("_acc_str")}
     entries = [name for name in state if name not in ("LR_Scheduler", "master_weights")]
-    unused = [name for name in entries if not any(f"_{kind}_" in name for kind in needed)]
-    missing = sorted(kind for kind in needed if not any(f"_{kind}_" in name for name in entries))
+    unused = [name for name in entries if not any(f"_{each}_" in name for each in needed)]
+    missing = sorted(each for each in needed if not any(f"_{each}_" in name for name in entries))
     if unused or missing:
-        kind = type(of_one_process).__name__
-        wrong = f"has {unused[0]}, which {kind} does not use" if unused else f"has no {missing[0]}, which {kind} needs"
+        name = kind.__name__
+        wrong = f"has {unused[0]}, which {name} does not use" if unused else f"has no {missing[0]}, which {name} needs"
         raise CheckpointError(
             f"{path}: it is of another optimizer than the config's: it {wrong}; resume with the Optimizer that it was "
             "saved with, or begin anew from its weights with Global.pretrained_model"

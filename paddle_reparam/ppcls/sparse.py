@@ -90,7 +90,7 @@ def start(engine: Any, settings: Mapping[str, Any] | None) -> SparseTraining | N
 
 
 def _holds(optimizer: Any, model: nn.Layer) -> bool:
-    names = {p.name for p in getattr(optimizer, "_inner_opt", optimizer)._parameter_list}
+    names = {p.name for p in sparsity.inner_optimizer(optimizer)._parameter_list}
     return any(parameter.name in names for parameter in model.parameters())
 
 
