@@ -22,7 +22,7 @@ from paddle import nn
 
 from . import layers as layers  # form_of asks every registered layer, and importing registers them
 from . import pickles, sparsity
-from .errors import CheckpointError, ReparamError
+from .errors import CheckpointError, MissingFile, ReparamError
 from .registry import create_model, get_layer, get_model, list_layers, list_models
 from .report import Report, format_table
 
@@ -63,6 +63,8 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     try:
         data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise MissingFile(f"{path}: it cannot be read ({error.strerror})") from error
     except OSError as error:
         raise CheckpointError(f"{path}: it cannot be read ({error.strerror})") from error
     kind = _kind_of(data, Path(path).suffix)

@@ -18,9 +18,8 @@ from paddle import nn
 
 from . import checkpoints
 from . import models as models  # importing registers them
-from .errors import CheckpointError, ReparamError
+from .errors import CheckpointError, OutputExists, ReparamError
 from .registry import create_model, get_model
-from .release import OutputExists
 from .report import Report, format_table
 from .rewrite import reparameterize
 from .verify import VerifyReport, verify

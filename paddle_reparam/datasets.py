@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import ReparamError
-from .release import OutputExists, new_folder
+from .errors import OutputExists, ReparamError
+from .release import new_folder
 from .report import Report
 
 TRAIN_LIST, VAL_LIST, LABEL_NAMES = "train_list.txt", "val_list.txt", "label_names.txt"

@@ -1,10 +1,16 @@
-"""The errors that users see: one sentence with what, where, and what to do."""
+"""The errors that users see: one sentence with what, where, and what to do; and what a command makes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
 
 
 class ReparamError(ValueError):
     """Something that the user asked for cannot be done; the message says why and what to do."""
 
-    def at(self, path: str) -> "ReparamError":
+    def at(self, path: str) -> ReparamError:
         """Return the same error with the path of the layer it belongs to in front of its message."""
         return type(self)(f"{path}: {self}")
 
@@ -13,7 +19,11 @@ class UnsupportedConv(ReparamError):
     """A convolution that a layer or a rewrite cannot stand in for; `replace` lists it as skipped with this reason."""
 
 
-class UnknownName(ReparamError):
+class UsageError(ReparamError):
+    """What was asked for cannot be meant, whatever is in the files: a name, an option, a place that is taken."""
+
+
+class UnknownName(UsageError):
     """A name that nothing is registered under."""
 
 
@@ -23,3 +33,22 @@ class NothingProven(ReparamError):
 
 class CheckpointError(ReparamError):
     """A weight file that cannot be read, or whose keys and shapes are not those of the model."""
+
+
+class MissingFile(CheckpointError, UsageError):
+    """A weight file that is not where it was said to be."""
+
+
+class OutputExists(UsageError):
+    """The file or folder to write stands there already, and may not be replaced."""
+
+
+@contextlib.contextmanager
+def exit_code() -> Iterator[list[int]]:
+    """Print a `ReparamError` or `OSError` of the `with` block; what is given holds the exit code, 2 for wrong usage."""
+    result = [0]
+    try:
+        yield result
+    except (ReparamError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        result[0] = 2 if isinstance(error, UsageError) else 1

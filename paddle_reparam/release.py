@@ -26,7 +26,7 @@ import paddle
 from paddle import nn
 
 from . import __version__, checkpoints
-from .errors import NothingProven, ReparamError
+from .errors import NothingProven, OutputExists, ReparamError
 from .export import (
     AS_THE_NETWORK,
     DEFAULT_OPTIONS,
@@ -55,10 +55,6 @@ from .verify import NETWORK_TOLERANCE, VerifyReport, verify
 _EXPORTED = {f"{FILE_NAME}{suffix}" for suffix in (*PROGRAM_SUFFIXES, WEIGHTS_SUFFIX)}
 
 _NO_STOCK_NETWORK = "no stock network was given that the fused weights could belong to"
-
-
-class OutputExists(ReparamError):
-    """The folder to write stands there already, and may not be replaced."""
 
 
 @dataclass

@@ -15,10 +15,9 @@ from paddle import nn
 
 from paddle_reparam import checkpoints, conversion, registry
 from paddle_reparam.conversion import convert, read_published
-from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName
+from paddle_reparam.errors import CheckpointError, OutputExists, ReparamError, UnknownName
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.registry import create_model
-from paddle_reparam.release import OutputExists
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
 
@@ -483,7 +482,7 @@ def test_exit_codes(tool, npz, tmp_path, capsys):
     assert code == 2
     assert "no model named 'Tinny'; did you mean Tiny" in message
     assert fails(*usual, "--option", "depth=3") == (2, "error: Tiny has no argument depth\n")
-    assert fails(*usual[:3], tmp_path / "none.npz", *usual[4:])[0] == 1
+    assert fails(*usual[:3], tmp_path / "none.npz", *usual[4:])[0] == 2
     assert fails(*usual, "--option", "class_num=[3, 4]")[0] == 1
     assert not output.exists()
     output.write_text("precious")

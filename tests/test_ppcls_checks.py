@@ -9,7 +9,7 @@ from paddle_reparam.ppcls.errors import ConfigError
 setup()
 
 from paddle_reparam.ppcls.command import read_config  # noqa: E402
-from paddle_reparam.ppcls.engine import check_config, check_run  # noqa: E402
+from paddle_reparam.ppcls.validation import check_config, check_run  # noqa: E402
 
 BACKBONE = {"name": "MobileNetV1_x0_25"}
 

@@ -259,7 +259,7 @@ def test_the_state_of_another_optimizer_is_refused(place, config, uninterrupted,
 @pytest.mark.parametrize("used", ["SGD", "Momentum", "Adam", "AdamW", "RMSProp"])
 def test_which_states_are_of_another_optimizer(saved, used):
     setup()
-    from paddle_reparam.ppcls import loading
+    from paddle_reparam.ppcls import resuming
 
     layer = nn.Linear(2, 2)
     by_name = {
@@ -272,10 +272,10 @@ def test_which_states_are_of_another_optimizer(saved, used):
     by_name[saved].step()
     state = by_name[saved].state_dict()
     if saved == used or {saved, used} == {"Adam", "AdamW"}:
-        loading.check_optimizer("latest.pdopt", by_name[used], state)
+        resuming.check_optimizer("latest.pdopt", by_name[used], state)
     else:
         with pytest.raises(CheckpointError, match="it is of another optimizer than the config's"):
-            loading.check_optimizer("latest.pdopt", by_name[used], state)
+            resuming.check_optimizer("latest.pdopt", by_name[used], state)
 
 
 def test_a_resumed_run_needs_no_unpickling(place, config, uninterrupted, monkeypatch):

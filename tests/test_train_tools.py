@@ -292,7 +292,7 @@ def test_a_checkpoint_without_its_optimizer(place, trained, refconv, tmp_path, c
 
 def test_a_weight_file_that_is_not_there(place, refconv, capsys):
     arguments = place.arguments(refconv, "x", "Global.pretrained_model=no/such")
-    fails(capsys, 1, "there is no weight file no/such or no/such.pdparams", main, "eval", arguments)
+    fails(capsys, 2, "there is no weight file no/such or no/such.pdparams", main, "eval", arguments)
 
 
 class Hostile:

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from style import BLUE, GREY, ORANGE, image_axes, plain_axes, spread_over
 
 from paddle_reparam import analysis, checkpoints
-from paddle_reparam.errors import CheckpointError
+from paddle_reparam.errors import CheckpointError, OutputExists, exit_code
 from paddle_reparam.ppcls import setup
-from paddle_reparam.ppcls.command import add_override, exit_code, read_config
+from paddle_reparam.ppcls.command import add_override, read_config
 from paddle_reparam.ppcls.errors import ConfigError
-from paddle_reparam.release import OutputExists, new_folder
+from paddle_reparam.release import new_folder
 
 #: Layers whose arrays are drawn; the numbers of all of them are in the table.
 LAYERS = 6

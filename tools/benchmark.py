@@ -26,12 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paddle_reparam import benchmark, list_layers, list_models
 from paddle_reparam.benchmark import Contender, InferenceReport
 from paddle_reparam.checkpoints import atomic_write
-from paddle_reparam.errors import ReparamError, UnknownName
+from paddle_reparam.errors import ReparamError, UsageError, exit_code
 from paddle_reparam.export import program_file
 from paddle_reparam.flops import ModelSize
 from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.ppcls import setup
-from paddle_reparam.ppcls.command import exit_code
 from paddle_reparam.ppcls.errors import ConfigError
 from paddle_reparam.registry import get_layer
 from paddle_reparam.released import MANIFEST, read_manifest
@@ -136,7 +135,7 @@ def as_wrong_usage(what: str) -> Iterator[None]:
     """Raise a `ReparamError` of the `with` block as a `ConfigError` that says what of the command line it is about."""
     try:
         yield
-    except (ConfigError, UnknownName):
+    except UsageError:
         raise
     except ReparamError as error:
         raise ConfigError(f"{what}: {error}") from error

@@ -13,8 +13,7 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam.conversion import convert
-from paddle_reparam.errors import ReparamError, UnknownName
-from paddle_reparam.release import OutputExists
+from paddle_reparam.errors import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,17 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace the output file where it exists")
     given = parser.parse_args(arguments)
-    try:
+    with exit_code() as result:
         print(
             convert(
                 given.model, given.input, given.output,
                 weights=given.weights, options=dict(given.option), force=given.force,
             )
         )  # fmt: skip
-    except ReparamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, (OutputExists, UnknownName)) else 1
-    return 0
+    return result[0]
 
 
 def _weight_file(text: str) -> str:

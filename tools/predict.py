@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import exit_code
 from paddle_reparam.predict import ImageClassifier, draw_sheet, find_images, format_predictions
 
 
@@ -22,16 +22,13 @@ def main(arguments: "list[str] | None" = None) -> int:
         parser.error(f"--top is {given.top}; it is 1 or more")
     if given.sheet is not None and not (given.sheet.suffix == ".png" and given.sheet.parent.is_dir()):
         parser.error(f"--sheet is {given.sheet}; give a .png file in a folder that exists")
-    try:
+    with exit_code() as result:
         classifier = ImageClassifier(given.release)
         predictions = [classifier.predict(path, given.top) for path in find_images(given.images)]
         print(format_predictions(predictions))
         if given.sheet is not None:
             print(f"written: {given.sheet}, {draw_sheet(given.sheet, predictions)} of {len(predictions)} images")
-    except ReparamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return result[0]
 
 
 if __name__ == "__main__":

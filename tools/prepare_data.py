@@ -10,8 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam.datasets import CHECKED_AT_ONCE, list_folder, write_digits
-from paddle_reparam.errors import ReparamError
-from paddle_reparam.release import OutputExists
+from paddle_reparam.errors import exit_code
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,15 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind in (digits, folder):
         kind.add_argument("--force", action="store_true", help="replace what an earlier run wrote")
     given = parser.parse_args(arguments)
-    try:
+    with exit_code() as result:
         if given.kind == "digits":
             print(write_digits(given.output, given.force))
         else:
             print(list_folder(given.root, given.force, not given.skip_check, _show_progress))
-    except (ReparamError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, OutputExists) else 1
-    return 0
+    return result[0]
 
 
 def _show_progress(starts: Sequence[int]) -> Sequence[int]:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import os
 import runpy
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..errors import ReparamError, UnknownName
-from ..release import OutputExists
+from ..errors import exit_code
 from . import locate, setup
 from .errors import ConfigError
 
@@ -69,17 +67,6 @@ def launch(arguments: Sequence[str] | None = None) -> int:
         sys.argv = [str(script), *given.arguments]
         runpy.run_path(str(script), run_name="__main__")
     return result[0]
-
-
-@contextlib.contextmanager
-def exit_code() -> Iterator[list[int]]:
-    """Print a `ReparamError` of the `with` block; the list given holds the exit code: 0, 1, or 2 for wrong usage."""
-    result = [0]
-    try:
-        yield result
-    except ReparamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        result[0] = 2 if isinstance(error, (ConfigError, UnknownName, OutputExists)) else 1
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What is wrong with how a command was called."""
 
-from ..errors import ReparamError
+from ..errors import UsageError
 
 
-class ConfigError(ReparamError):
+class ConfigError(UsageError):
     """A config or an override that cannot work; the message says which part and what to write instead."""

@@ -45,7 +45,7 @@ def read_training_images(config: dict[str, Any], most: int) -> Images:
 
     Errors are those of `read_validation_images`.
     """
-    from .engine import check_dataset
+    from .validation import check_dataset
 
     for part in ("Train", "Eval"):
         check_dataset(config, part)
@@ -59,7 +59,7 @@ def read_training_images(config: dict[str, Any], most: int) -> Images:
 def _validation_dataset(config: dict[str, Any]) -> Any:
     from ppcls.data import build_dataloader
 
-    from .engine import check_dataset
+    from .validation import check_dataset
 
     check_dataset(config, "Eval")
     config["DataLoader"]["class_num"] = config["Arch"].get("class_num")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import exit_code
 from ..export import Normalization
 from ..onnx_export import ONNX_FILE
 from ..quantization import KernelRange, QuantizationReport, export_int8
 from ..released import read_manifest
 from . import setup
-from .command import add_override, exit_code, read_config
+from .command import add_override, read_config
 from .errors import ConfigError
 
 #: Kernels that are printed.

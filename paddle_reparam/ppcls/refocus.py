@@ -19,13 +19,13 @@ import yaml
 from paddle import nn
 
 from .. import checkpoints
-from ..errors import CheckpointError, ReparamError
+from ..errors import CheckpointError, OutputExists, ReparamError, exit_code
 from ..export import one_sentence
 from ..registry import Registry
-from ..release import PLAIN_WEIGHTS, OutputExists, digest, release
+from ..release import PLAIN_WEIGHTS, digest, release
 from ..report import Report, format_table
 from . import setup
-from .command import add_override, exit_code, read_config
+from .command import add_override, read_config
 from .errors import ConfigError
 from .reparam import build_train_form, image_shape, read_output
 
@@ -181,7 +181,7 @@ def _variant(name: str) -> Variant:
 
 def _baseline(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the plain network, without what is for the second stage."""
-    from .engine import networks
+    from .validation import networks
 
     if paddle.distributed.get_world_size() > 1:
         raise ConfigError(
@@ -204,7 +204,7 @@ def _baseline(config: dict[str, Any]) -> dict[str, Any]:
 def stage_two(config: dict[str, Any], variant: Variant, weights: str) -> dict[str, Any]:
     """Return the config of the second training: the same recipe, the network and its first weights by the variant."""
     from .arch import ENGINE_KEYS
-    from .engine import networks
+    from .validation import networks
 
     config = _copy(config)
     arch = config["Arch"]
@@ -278,10 +278,7 @@ def _fitting_file(baseline: dict[str, Any], weights: str) -> Path:
     """Return the file of given weights, which must fit the plain network strictly."""
     from .loading import weight_file
 
-    try:
-        file = Path(weight_file(weights))
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+    file = Path(weight_file(weights))
     checkpoints.load_into(_build(baseline), file)
     return file
 

@@ -13,12 +13,12 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from ..errors import CheckpointError
+from ..errors import exit_code
 from ..export import FORMATS, ExportOptions, OutputSpec, one_sentence
 from ..release import release
 from ..released import check_release, read_manifest
 from . import setup
-from .command import add_override, exit_code, read_config
+from .command import add_override, read_config
 from .errors import ConfigError
 from .transforms import files_for_paddleclas, read_labels, read_normalization, release_steps
 
@@ -62,10 +62,7 @@ def _release(given: argparse.Namespace) -> Any:
     paddle.set_device("cpu")
     ppcls.utils.logger.init_logger(log_level="WARNING")
     config = read_config(given.config, given.override)
-    try:
-        weights = weight_file(given.weights)
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
+    weights = weight_file(given.weights)
     model = build_train_form(config)
     stock_config, why_no_stock = plain_config(config)
     # Some backbones give their parameters fixed names, which can be given once; in here the names start anew.
@@ -113,7 +110,7 @@ def _check(folder: str) -> Any:
 
 def build_train_form(config: dict[str, Any]) -> nn.Layer:
     """Return the network of a config as it is trained, without the weights that `pretrained` names."""
-    from .engine import check_config, networks
+    from .validation import check_config, networks
 
     config = copy.deepcopy(config)
     for network in networks(config["Arch"]):
@@ -125,7 +122,7 @@ def build_train_form(config: dict[str, Any]) -> nn.Layer:
 
 def plain_config(config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """Return a config with the plain backbone in the place of `ReparamModel`, or None and why there is none."""
-    from .engine import networks
+    from .validation import networks
 
     config = copy.deepcopy(config)
     wrapped = [network for network in networks(config["Arch"]) if network["name"] == "ReparamModel"]
