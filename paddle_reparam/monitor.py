@@ -6,7 +6,6 @@ Nothing here changes a training: modes and the state of every random generator a
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from .geometry import BATCH_NORMS
 from .layers.base import ReparamLayer
 from .sparsity import SIXTEEN_BITS, SparseTraining, masked_places
 from .tensors import to_float64
+from .tracing import undisturbed_draws
 
 #: Histograms and pictures cost more than numbers: they are written once in so many times.
 PICTURES_EVERY = 10
@@ -106,17 +106,18 @@ def undisturbed(model: nn.Layer) -> Iterator[None]:
     Fusing makes new layers, and what they are first filled with is drawn.
     """
     modes = [(layer, layer.training) for layer in model.sublayers(include_self=True)]
-    states = random.getstate(), np.random.get_state(), paddle.get_rng_state()
     model.eval()
     try:
-        with paddle.no_grad(), paddle.amp.auto_cast(enable=False), paddle.utils.unique_name.guard():
+        with (
+            undisturbed_draws(),
+            paddle.no_grad(),
+            paddle.amp.auto_cast(enable=False),
+            paddle.utils.unique_name.guard(),
+        ):
             yield
     finally:
         for layer, mode in modes:
             layer.training = mode
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        paddle.set_rng_state(states[2])
 
 
 class MaskHistory:

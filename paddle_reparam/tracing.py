@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable
 
@@ -47,6 +49,52 @@ def flatten_outputs(outputs: Any) -> list[paddle.Tensor]:
     if isinstance(outputs, (list, tuple)):
         return [t for item in outputs for t in flatten_outputs(item)]
     return []
+
+
+def all_finite(outputs: Any) -> bool:
+    """Tell whether all numbers of a network's output are finite."""
+    tensors = [tensor for tensor in flatten_outputs(outputs) if tensor.is_floating_point()]
+    return all(bool(paddle.isfinite(tensor).all()) for tensor in tensors)
+
+
+def not_finite(state: Mapping[str, Any]) -> str | None:
+    """Return which entry of a state dict holds numbers that are not finite, and how many, or None."""
+    for name, value in state.items():
+        if isinstance(value, paddle.Tensor) and value.is_floating_point() and value.size:
+            count = value.size - int(paddle.isfinite(value).sum())
+            if count:
+                return f"{name} holds {count} of {value.size} numbers that are not finite"
+    return None
+
+
+def first_not_finite(model: nn.Layer, inputs: Sequence[Any]) -> str | None:
+    """Return the path of the first layer to finish whose output is not finite while its input is; None: there is none.
+
+    The layer is as far inside as can be: the network itself ("") only where none of its layers is at fault.
+    """
+    found: list[str] = []
+    with _Hooks() as hooks, paddle.no_grad():
+        for path, layer in walk(model):
+
+            def check(_layer: nn.Layer, given: Any, output: Any, path: str = path) -> None:
+                if not found and all_finite(list(given)) and not all_finite(output):
+                    found.append(path)
+
+            hooks.after(layer, check)
+        model(*inputs)
+    return found[0] if found else None
+
+
+@contextlib.contextmanager
+def undisturbed_draws() -> Iterator[None]:
+    """Give Python's, numpy's and Paddle's generators the state again that they had before the `with` block."""
+    states = random.getstate(), np.random.get_state(), paddle.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        paddle.set_rng_state(states[2])
 
 
 def walk(root: nn.Layer) -> Iterator[tuple[str, nn.Layer]]:

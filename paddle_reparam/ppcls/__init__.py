@@ -19,11 +19,12 @@ def setup() -> ModuleType:
     let_amd_multiply_fast()
     ppcls = locate.load()
     if not hasattr(ppcls, "_paddle_reparam"):
-        from . import arch, engine, mends
+        from . import arch, engine, guards, mends
 
         mends.apply()
         arch.register()
         engine.register()
+        guards.watch_readers()
         if ppcls.utils.logger._logger is None:
             # An Engine sets it up; models built without one write to it as well.
             ppcls.utils.logger.init_logger()

@@ -11,7 +11,15 @@ import paddle
 from ppcls.engine import engine as engine_module
 
 from . import monitoring, resuming, saving, sparse
-from .guards import ImageFailures, check_loss, check_samples, check_states
+from .guards import (
+    check_loss,
+    check_samples,
+    check_states,
+    check_weights,
+    failures,
+    readable_images,
+    watch_outputs,
+)
 from .loading import strict_loading
 from .validation import check_config, check_run
 
@@ -30,16 +38,22 @@ class Engine(PaddleClasEngine):
         self.best: dict[str, Any] | None = None
         with strict_loading(config, mode):
             super().__init__(config, mode)
+        failures.clear()
+        network = getattr(self.model, "_layers", self.model)
+        check_weights(network, config)
+        if mode in ("eval", "infer"):
+            watch_outputs(network)
+        for split, loader in self._loaders().items():
+            check_samples(loader, config["Arch"].get("class_num"), split)
         if mode == "train":
-            self._prepare_training()
+            self._plain_train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
 
-    def _prepare_training(self) -> None:
-        class_num = self.config["Arch"].get("class_num")
-        check_samples(self.train_dataloader, class_num, "Train")
-        if self.config["Global"]["eval_during_train"]:
-            check_samples(getattr(self, "eval_dataloader", None), class_num, "Eval")
-        self.failures = ImageFailures()
-        self._plain_train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
+    def _loaders(self) -> dict[str, Any]:
+        """Return the part of `DataLoader` -> what reads it."""
+        names = {"Train": "train", "UnLabelTrain": "unlabel_train", "Eval": "eval", "Eval.Gallery": "gallery",
+                 "Eval.Query": "query", "Eval, gallery and query": "gallery_query"}  # fmt: skip
+        found = {split: getattr(self, f"{name}_dataloader", None) for split, name in names.items()}
+        return {split: loader for split, loader in found.items() if loader is not None}
 
     def train(self) -> None:
         """Train, from `Global.checkpoints` where that is set."""
@@ -50,6 +64,23 @@ class Engine(PaddleClasEngine):
             monitoring.progress(self),
         ):
             super().train()
+
+    def eval(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate; an image that could not be read is an error, as no other one says anything of it."""
+        result = super().eval(*args, **kwargs)
+        datasets = [loader.dataset for split, loader in self._loaders().items() if split.startswith("Eval")]
+        failures.raise_any(sum(map(len, datasets)))
+        return result
+
+    def infer(self) -> None:
+        """Label the images that can be read; raises `ReparamError` afterwards where some cannot."""
+        find = engine_module.get_image_list
+        engine_module.get_image_list = lambda place: readable_images(find(place), self.preprocess_func)
+        try:
+            super().infer()
+        finally:
+            engine_module.get_image_list = find
+        failures.raise_any()
 
     def export(self, *args: Any, **kwargs: Any) -> None:
         """Export, as PaddleClas does."""
@@ -82,7 +113,7 @@ class Engine(PaddleClasEngine):
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             losses = original(*args, **kwargs)
-            engine.failures.raise_first()
+            failures.raise_any()
             check_loss(losses, epoch, engine.global_step)
             # PaddleClas counts a step before its forward pass: the weights are those of the step before.
             done = engine.global_step - 1
@@ -103,10 +134,8 @@ class Engine(PaddleClasEngine):
     def _states(self, prefix: str, metric_info: dict[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the weights and the optimizer's state.
 
-        An image that the evaluation could not read ends the run here, before its metric is kept, and so do weights that
-        the last step made useless, before they take the place of good ones.
+        Weights that the last step made useless end the run here, before they take the place of good ones.
         """
-        self.failures.raise_first()
         check_states([self.model.state_dict(), *(o.state_dict() for o in self.optimizer)], self.global_step)
         if prefix == "best_model":
             self.best = {key: float(metric_info[key]) for key in ("metric", "epoch")}

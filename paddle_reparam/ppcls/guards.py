@@ -5,18 +5,29 @@ PaddleClas trains on with a loss that is not a number, and takes another image a
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import json
 import math
-import multiprocessing
+import os
 import sys
+import tempfile
+import textwrap
+import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import paddle
+from paddle import nn
 from ppcls.utils import logger
 
 from ..errors import ReparamError
-from ..tensors import to_float64
+from ..export import one_sentence
+from ..tracing import all_finite, first_not_finite, not_finite, undisturbed_draws
 
 
 def check_samples(loader: Any, class_num: int | None, split: str) -> None:
@@ -32,6 +43,12 @@ def check_samples(loader: Any, class_num: int | None, split: str) -> None:
             f"DataLoader.{split}: {len(labels)} images do not fill one batch; choose a smaller batch_size, or "
             "drop_last=False"
         )
+    # Where none can be read, the loader would say so from another thread.
+    with undisturbed_draws(), one_sentence(f"DataLoader.{split} cannot be read"):
+        try:
+            dataset[0]
+        except ReparamError as error:
+            raise error.at(f"DataLoader.{split}") from None
     values = np.asarray(labels)
     if class_num is None or values.dtype.kind not in "iu" or values.ndim != 1:
         return
@@ -45,35 +62,192 @@ def check_samples(loader: Any, class_num: int | None, split: str) -> None:
         )
 
 
-class _Recorder:
-    """PaddleClas' logger in the modules that read images: what is an error to them is one to the run."""
+class _Unreadable(Exception):
+    """What a data set says of an image that it cannot read, in the place of reading another one."""
 
-    def __init__(self, failures: Any) -> None:
-        self._failures = failures
+
+class _Logger:
+    """PaddleClas' logger in the modules that read images: an error in the middle of reading an image ends that."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(logger, name)
 
     def error(self, message: str, *arguments: Any) -> None:
-        self._failures.put(str(message))
+        if _reading.depth:
+            raise _Unreadable(str(message))
         logger.error(message, *arguments)
 
 
+class _Reading(threading.local):
+    depth = 0
+
+
+_reading = _Reading()
+
+
+def watch_readers() -> None:
+    """Let every data set of PaddleClas note in `failures` which images it cannot read.
+
+    On such an image they log an error and read another one at random, for ever where there is none to read. Here the
+    next one that can be read stands in, so that a run gets to where it looks at `failures`. A reader never waits.
+    """
+    for name, module in list(sys.modules.items()):
+        if not name.startswith("ppcls.data.dataloader."):
+            continue
+        if hasattr(module, "logger"):
+            module.logger = _Logger()
+        for value in list(vars(module).values()):
+            if inspect.isclass(value) and issubclass(value, paddle.io.Dataset) and "__getitem__" in vars(value):
+                _watch(value)
+
+
+def _watch(dataset: type) -> None:
+    read = dataset.__getitem__
+    if hasattr(read, "__wrapped__") or not hasattr(dataset, "__len__"):
+        return
+
+    def attempt(self: Any, place: Any) -> Any:
+        """Return a sample, or the error that came in its place."""
+        _reading.depth += 1
+        try:
+            return read(self, place)
+        except ReparamError:
+            raise
+        except Exception as error:
+            return _Failure(_reason((error.__context__ or error) if isinstance(error, _Unreadable) else error))
+        finally:
+            _reading.depth -= 1
+
+    @functools.wraps(read)
+    def watched(self: Any, place: Any) -> Any:
+        sample = attempt(self, place)
+        if not isinstance(sample, _Failure):
+            return sample
+        # Some places are (width, height, number).
+        *shape, first = place if isinstance(place, tuple) else (place,)
+        failures.note(_file_of(self, int(first)), sample.reason)
+        for step in range(len(self)):
+            # Once one was found it serves for all.
+            number = (getattr(self, "_readable", first) + step) % len(self)
+            sample = attempt(self, (*shape, number) if shape else number)
+            if not isinstance(sample, _Failure):
+                self._readable = number
+                return sample
+        raise ReparamError(f"none of {len(self)} images can be read, the first is {failures.first()}")
+
+    dataset.__getitem__ = watched
+
+
+@dataclass
+class _Failure:
+    """Why a sample could not be read."""
+
+    reason: str
+
+
+def _reason(error: BaseException) -> str:
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+
+
+def _file_of(dataset: Any, number: int) -> str:
+    for name in ("images", "samples"):
+        entries = getattr(dataset, name, None)
+        if entries is not None and number < len(entries):
+            entry = entries[number]
+            entry = entry[0] if isinstance(entry, (list, tuple)) else entry
+            return entry if isinstance(entry, str) else f"number {number}"
+    return f"number {number}"
+
+
 class ImageFailures:
-    """Collects what the readers of images, in this process or in workers, could not read."""
+    """The images that could not be read, by this process or by the workers that it started.
+
+    They are lines of a file without a name: writing to one does not wait for a reader, as a pipe's would.
+    """
 
     def __init__(self) -> None:
-        # Made before the workers, which inherit it.
-        self._failures = multiprocessing.SimpleQueue()
-        recorder = _Recorder(self._failures)
-        for name, module in list(sys.modules.items()):
-            if name.startswith("ppcls.data.dataloader.") and hasattr(module, "logger"):
-                module.logger = recorder
+        # Opened before the workers, which inherit it; in this mode every line is written behind the last one.
+        descriptor, path = tempfile.mkstemp()
+        os.close(descriptor)
+        self._file = os.open(path, os.O_RDWR | os.O_APPEND)
+        with contextlib.suppress(OSError):  # Windows removes no file that is open.
+            os.unlink(path)
 
-    def raise_first(self) -> None:
-        """Raise `ReparamError` for an image that could not be read."""
-        if not self._failures.empty():
-            raise ReparamError(f"an image cannot be read, and no other takes its place: {self._failures.get()}")
+    def clear(self) -> None:
+        """Forget all of them."""
+        os.ftruncate(self._file, 0)
+
+    def note(self, image: str, reason: str) -> None:
+        """Add an image, and why it cannot be read; called in readers."""
+        os.write(self._file, json.dumps([image, reason]).encode() + b"\n")
+
+    def found(self) -> dict[str, str]:
+        """Return image -> why it could not be read."""
+        found: dict[str, str] = {}
+        for line in os.pread(self._file, os.fstat(self._file).st_size, 0).splitlines():
+            image, reason = json.loads(line)
+            found.setdefault(image, reason)
+        return found
+
+    def first(self) -> str:
+        """Return the first of them and the reason."""
+        return next(f"{image} ({reason})" for image, reason in self.found().items())
+
+    def raise_any(self, of: int | None = None) -> None:
+        """Raise `ReparamError` with how many images, of so many, could not be read, and the first."""
+        count = len(self.found())
+        if count:
+            share = f"{count} of {of} images" if of else "an image" if count == 1 else f"{count} images"
+            raise ReparamError(f"{share} cannot be read, and none stands in for another: {self.first()}")
+
+
+#: What could not be read since it was last cleared.
+failures = ImageFailures()
+
+
+def readable_images(paths: list[str], steps: list[Any]) -> list[str]:
+    """Return the files that can be read and transformed, and note the others; `ReparamError` where there is none."""
+    readable = []
+    for path in paths:
+        try:
+            image = Path(path).read_bytes()
+            for step in steps:
+                image = step(image)
+        except Exception as error:
+            failures.note(path, _reason(error))
+        else:
+            readable.append(path)
+    if not readable:
+        failures.raise_any(len(paths))
+    return readable
+
+
+def check_weights(model: nn.Layer, config: Mapping[str, Any]) -> None:
+    """Raise `ReparamError` for weights or statistics that are not finite."""
+    wrong = not_finite(model.state_dict())
+    if wrong:
+        file = config["Global"].get("pretrained_model")
+        raise ReparamError(f"{f'{file}: ' if file else ''}{wrong}; take weights from before they became so")
+
+
+def watch_outputs(model: nn.Layer) -> None:
+    """Raise `ReparamError`, with the layer where it starts, for outputs in eval mode that are not finite.
+
+    An accuracy is counted from them as from any others.
+    """
+
+    def check(layer: nn.Layer, inputs: tuple[Any, ...], outputs: Any) -> None:
+        if layer.training or all_finite(outputs) or getattr(layer, "_looking_for_it", False):
+            return
+        layer._looking_for_it = True
+        try:
+            path = first_not_finite(layer, inputs)
+        finally:
+            del layer._looking_for_it
+        where = "its input is not" if path is None else f"it starts at {path or 'the network itself'}"
+        raise ReparamError(f"the network's output is not finite: {where}")
+
+    model.register_forward_post_hook(check)
 
 
 def check_loss(losses: dict[str, Any], epoch: int, step: int) -> None:
@@ -90,13 +264,9 @@ def check_loss(losses: dict[str, Any], epoch: int, step: int) -> None:
 def check_states(states: Iterable[Mapping[str, Any]], step: int) -> None:
     """Raise `ReparamError` for weights, or what an optimizer keeps of them, that are not finite and would be saved."""
     for state in states:
-        for name, value in state.items():
-            if (
-                isinstance(value, paddle.Tensor)
-                and value.is_floating_point()
-                and not np.isfinite(to_float64(value)).all()
-            ):
-                raise ReparamError(
-                    f"{name} is not finite after step {step}, and is not saved; the last checkpoint is from before "
-                    "that. Train with a smaller learning rate"
-                )
+        wrong = not_finite(state)
+        if wrong:
+            raise ReparamError(
+                f"after step {step} {wrong}, and nothing is saved; the last checkpoint is from before that. "
+                "Train with a smaller learning rate"
+            )

@@ -11,6 +11,7 @@ import numpy as np
 import paddle
 
 from ..export import one_sentence
+from .guards import failures
 
 
 @dataclass
@@ -68,6 +69,8 @@ def _validation_dataset(config: dict[str, Any]) -> Any:
 
 
 def _read(dataset: Any, indices: Iterable[int]) -> Images:
+    failures.clear()
     with one_sentence("DataLoader.Eval cannot be read"):
         pixels, labels = zip(*(dataset[int(i)][:2] for i in indices))
+        failures.raise_any(len(pixels))
         return Images([dataset.images[i] for i in indices], np.asarray(labels).reshape(-1), np.stack(pixels))
