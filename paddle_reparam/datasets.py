@@ -141,13 +141,14 @@ def _check_images(paths: list[Path], progress: Callable[[Sequence[int]], Iterabl
     # PIL decodes without Python's lock, so threads help.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in progress(range(0, len(paths), CHECKED_AT_ONCE)):
-            broken += filter(None, pool.map(_why_unreadable, paths[start : start + CHECKED_AT_ONCE]))
+            broken += filter(None, pool.map(why_unreadable, paths[start : start + CHECKED_AT_ONCE]))
     if broken:
         more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
         raise ReparamError(f"{broken[0]}{more}; replace or remove what cannot be read")
 
 
-def _why_unreadable(path: Path) -> str | None:
+def why_unreadable(path: Path) -> str | None:
+    """Return the path of an image file and why it cannot be decoded, or None where it can be."""
     from PIL import Image
 
     try:

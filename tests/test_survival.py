@@ -347,7 +347,7 @@ def test_an_image_that_cannot_be_evaluated_ends_the_run_before_its_metric_is_sav
     listed = place.root / "broken_val.txt"
     listed.write_text((place.data / "val.txt").read_text() + "broken.png 0\n")
     message = fails(place, config, "broken_val", capsys, f"DataLoader.Eval.dataset.cls_label_path={listed}")
-    assert "an image cannot be read" in message
+    assert "1 of 6 images cannot be read" in message
     assert saving.newest(place.root / "broken_val") is None
 
 

@@ -25,6 +25,7 @@ import paddle
 from paddle import nn
 from ppcls.utils import logger
 
+from ..datasets import why_unreadable
 from ..errors import ReparamError
 from ..export import one_sentence
 from ..tracing import all_finite, first_not_finite, not_finite, undisturbed_draws
@@ -178,7 +179,10 @@ class ImageFailures:
         os.ftruncate(self._file, 0)
 
     def note(self, image: str, reason: str) -> None:
-        """Add an image, and why it cannot be read; called in readers."""
+        """Add an image, and what went wrong with it; called in readers."""
+        if os.path.isfile(image):
+            # Of a file that is no image a transform would only say that there is nothing to transform.
+            reason = (why_unreadable(Path(image)) or f": {reason}").partition(": ")[2]
         os.write(self._file, json.dumps([image, reason]).encode() + b"\n")
 
     def found(self) -> dict[str, str]:
