@@ -152,7 +152,12 @@ def replace(
 
     `where` selects by name pattern (`"blocks.*.conv2"`, or a list of patterns) or by a function of (path, convolution);
     `options` go to the layer's `from_conv`. With `dry_run` nothing changes. Raises `ReparamError` where no convolution
-    was replaced. An optimizer that was built before holds the old parameters: build it afterwards.
+    was replaced.
+
+    An optimizer that was built before holds the old parameters: build it afterwards. A weight with `stop_gradient`
+    stays as it is while what the layer puts around it trains; a learning-rate multiplier (0: nothing moves), a
+    regularizer and the exemption from clipping hold for both. Parameters get new names: a rule by name
+    (`apply_decay_param_fun`) is to be written for them.
     """
     layer_class = get_layer(layer_name).layer
     if isinstance(model, nn.Conv2D):
@@ -413,7 +418,7 @@ def reparameterize(
     in a forward pass on `input_spec` (shapes with None for the batch; [None, 3, 224, 224] unless told) is the only
     reader of a convolution's output, and every BN or LayerNorm that one 1x1 convolution or `nn.Linear` alone reads.
     With `fixed_size`, layers also take the form that is best for the height and width of `input_spec`; the new model
-    is then right for images of that size only.
+    is then right for images of that size only. What is fused has Paddle's defaults for training, nothing frozen.
     Raises `ReparamError` for a model in training mode and where nothing was fused.
     """
     if model.training:

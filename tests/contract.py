@@ -353,6 +353,57 @@ def check_starts_from_a_conv(cls: type[ReparamLayer], case: Case) -> None:
     assert_same_state(state_of(conv), before, f"{case}: from_conv changed the convolution or shares its weights")
 
 
+def check_is_optimized_as_the_convolution_was(cls: type[ReparamLayer], case: Case) -> None:
+    """What was frozen stays so: by stop_gradient what holds the old weight or bias, by a learning-rate multiplier of
+    zero everything; regularizer and clipping hold for what is new as well."""
+    plain = build(cls, case)
+    if plain is None:
+        return
+    trains = {name: not p.stop_gradient for name, p in plain.named_parameters()}
+    conv = case.conv()
+    sources = {"weight": conv.weight} if conv.bias is None else {"weight": conv.weight, "bias": conv.bias}
+    for rate, source in zip((0.25, 0.5), sources.values()):
+        source.optimize_attr = {"learning_rate": rate}
+        source.regularizer = paddle.regularizer.L2Decay(rate)
+        source.need_clip = False
+    layer = cls.from_conv(conv)
+    # By value: a layer that takes a bias gives it to what starts as the bias was, the rest belongs to the weight.
+    holds = {
+        which: [n for n, t in layer.state_dict().items() if np.array_equal(as_array(t), as_array(source))]
+        for which, source in sources.items()
+    }
+    if cls.keeps_function_with is not None:
+        assert all(holds.values()), f"{case}: nothing holds what the convolution had: {holds}"
+    for name, parameter in layer.named_parameters():
+        source = conv.bias if name in holds.get("bias", ()) else conv.weight
+        assert parameter.optimize_attr == source.optimize_attr, f"{case}: the multiplier of {name}"
+        assert parameter.regularizer._coeff == source.regularizer._coeff, f"{case}: the regularizer of {name}"
+        assert parameter.need_clip is False, f"{case}: {name} is clipped"
+        assert parameter.stop_gradient is not trains[name], f"{case}: {name} was frozen or thawed"
+    parameter.optimize_attr["learning_rate"] = 7.0
+    assert conv.weight.optimize_attr == {"learning_rate": 0.25}, f"{case}: the multiplier is shared"
+
+    for which, source in sources.items():
+        for each in sources.values():
+            each.stop_gradient = each is source
+        layer = cls.from_conv(conv)
+        for name, tensor in {**dict(layer.named_buffers()), **dict(layer.named_parameters())}.items():
+            frozen = name in holds[which] or not trains.get(name, False)
+            assert tensor.stop_gradient == frozen, f"{case}: {which} frozen, {name}: {tensor.stop_gradient}"
+
+    for source in sources.values():
+        source.stop_gradient, source.optimize_attr = False, {"learning_rate": 0.0}
+    layer = cls.from_conv(conv)
+    # Running statistics, which move in any case, are no trainable parameters.
+    trainable = {name: p for name, p in layer.named_parameters() if not p.stop_gradient}
+    before = {name: as_array(p).copy() for name, p in trainable.items()}
+    optimizer = paddle.optimizer.SGD(1.0, parameters=layer.parameters(), weight_decay=0.1)
+    layer(case.inputs_of_all_sizes("float64")[0]).pow(2).sum().backward()
+    optimizer.step()
+    for name, parameter in trainable.items():
+        np.testing.assert_array_equal(as_array(parameter), before[name], err_msg=f"{case}: {name} moved")
+
+
 def check_traces(cls: type[ReparamLayer], case: Case) -> None:
     """to_static with an open batch, height and width, in the train form and fused."""
     layer = ready(cls, case, "float32")
@@ -375,4 +426,5 @@ CHECKS = [
     check_every_parameter_learns,
     check_training_mode_is_refused,
     check_starts_from_a_conv,
+    check_is_optimized_as_the_convolution_was,
 ]

@@ -71,6 +71,7 @@ def test_a_layer_that_is_not_tested_here_says_why():
 class ToyConv2D(ReparamLayer):
     """Two convolutions of the input, the second with a mask and a BN, added."""
 
+    holders = {"weight": "plain", "bias": "offset"}  # noqa: RUF012
     keeps_function_with = {"silent": True}  # noqa: RUF012
 
     def __init__(self, geometry: ConvGeometry, silent: bool = False) -> None:
@@ -90,11 +91,6 @@ class ToyConv2D(ReparamLayer):
     @classmethod
     def build(cls, geometry, **options):
         return cls(geometry, **options)
-
-    def take_weights(self, conv):
-        assign(self.plain, to_float64(conv.weight))
-        if conv.bias is not None:
-            assign(self.offset, to_float64(conv.bias))
 
     def forward_train_form(self, x):
         branch = self.bn(self.geometry.convolve(x, self.normed * self.mask, None))
@@ -309,14 +305,36 @@ class HasStateOutsideItsStateDict(ToyConv2D):
 
 
 class ForgetsTheConvsBias(ToyConv2D):
-    def take_weights(self, conv):
-        assign(self.plain, to_float64(conv.weight))
+    holders = {"weight": "plain"}  # noqa: RUF012
 
 
 class SharesTheConvsWeight(ToyConv2D):
     def take_weights(self, conv):
         super().take_weights(conv)
         self.plain = conv.weight
+
+
+class ForgetsHowItWasOptimized(ToyConv2D):
+    def _take_attributes(self, conv):
+        pass
+
+
+class ThawsTheWeight(ToyConv2D):
+    def _take_attributes(self, conv):
+        super()._take_attributes(conv)
+        self.plain.stop_gradient = False
+
+
+class FreezesWhatIsNew(ToyConv2D):
+    def _take_attributes(self, conv):
+        super()._take_attributes(conv)
+        self.normed.stop_gradient = conv.weight.stop_gradient
+
+
+class LetsWhatIsNewMove(ToyConv2D):
+    def _take_attributes(self, conv):
+        super()._take_attributes(conv)
+        self.normed.optimize_attr = {"learning_rate": max(self.normed.optimize_attr["learning_rate"], 0.25)}
 
 
 class IgnoresTheConvsMode(ToyConv2D):
@@ -379,6 +397,9 @@ FAULTS = {
     contract.check_training_mode_is_refused: [AllowsTrainingMode],
     contract.check_starts_from_a_conv: [
         ForgetsTheConvsBias, SharesTheConvsWeight, IgnoresTheConvsMode, AlwaysKeepsTheFunction,
+    ],
+    contract.check_is_optimized_as_the_convolution_was: [
+        ForgetsHowItWasOptimized, ThawsTheWeight, FreezesWhatIsNew, LetsWhatIsNewMove,
     ],
 }  # fmt: skip
 

@@ -273,6 +273,34 @@ def test_where_limits_the_replacement():
     assert paths == ["blocks.0.depthwise_conv.conv", "blocks.1.depthwise_conv.conv"]
 
 
+def test_stages_that_lr_mult_list_freezes_stay_as_they_are_replaced():
+    backbone = {"name": "ResNet18", "lr_mult_list": [0.0, 0.0, 0.0, 0.5, 1.0]}
+    model = build({"name": "ReparamModel", "class_num": 3, "backbone": backbone, "layer": REFCONV})
+
+    def kernels():
+        return {
+            name: layer.reparameterize().weight.numpy()
+            for name, layer in model.named_sublayers()
+            if isinstance(layer, RefConv2D)
+        }
+
+    model.eval()
+    before = kernels()
+    frozen = {name: p.numpy() for name, p in model.named_parameters() if not p.optimize_attr["learning_rate"]}
+    optimizer = paddle.optimizer.Momentum(0.1, parameters=model.parameters(), weight_decay=1e-2)
+    model.train()
+    model(images()).pow(2).sum().backward()
+    optimizer.step()
+    model.eval()
+    moved = {name for name, kernel in kernels().items() if not np.array_equal(kernel, before[name])}
+    # The stem, and the first two of four stages of two blocks each.
+    still = {name for name in before if name.startswith(("stem.", *(f"blocks.{i}." for i in range(4))))}
+    assert len(still) == 9
+    assert moved == set(before) - still
+    now = dict(model.named_parameters())
+    assert [name for name, value in frozen.items() if not np.array_equal(now[name].numpy(), value)] == []
+
+
 def test_a_model_of_this_library_as_the_backbone():
     backbone = {"name": "ResNet18_SPConv"}
     model = build({"name": "ReparamModel", "class_num": 3, "backbone": backbone, "layer": REFCONV, "where": "conv1"})

@@ -107,6 +107,40 @@ def test_replacing_nothing_is_an_error_with_the_reasons():
         replace(build(), "RefConv")
 
 
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        ("RefConv2D", {}),
+        ("RefConv2D", {"train_base": True}),
+        ("RepMLP", {"height": 9, "width": 8, "partition": (3, 4)}),
+    ],
+)
+def test_a_frozen_convolution_stays_frozen_through_a_training_step(layer, options):
+    frozen = paddle.ParamAttr(learning_rate=0.0, need_clip=False, regularizer=paddle.regularizer.L1Decay(0.5))
+    model = nn.Sequential(
+        nn.Conv2D(3, 4, 3, padding=1, weight_attr=frozen, bias_attr=frozen), nn.Conv2D(4, 4, 3, padding=1)
+    )
+    model[1].weight.stop_gradient = True
+    replace(model, layer, **options)
+    for parameter in model[0].parameters():
+        assert (parameter.need_clip, parameter.regularizer._coeff) == (False, 0.5)
+    # What is new around a weight without gradient trains; the weight itself does not.
+    new = [p for p in model[1].parameters() if not p.stop_gradient]
+    before = [p.numpy() for p in [*model[0].parameters(), *new]]
+    base = model[1].state_dict().get("weight")
+    kept = None if base is None else base.numpy()
+    clip = nn.ClipGradByGlobalNorm(1.0)
+    optimizer = paddle.optimizer.AdamW(0.1, parameters=model.parameters(), weight_decay=0.1, grad_clip=clip)
+    # In eval mode: the running statistics of BNs move in training, whatever is frozen.
+    model.eval()
+    model(paddle.randn([2, 3, 9, 8])).pow(2).sum().backward()
+    optimizer.step()
+    moved = [not np.array_equal(p.numpy(), old) for p, old in zip([*model[0].parameters(), *new], before)]
+    assert not any(moved[: -len(new)])
+    assert any(moved[-len(new) :])
+    assert base is None or np.array_equal(base.numpy(), kept)
+
+
 def test_an_error_in_a_layer_carries_its_path():
     model = build()
     model.blocks[0][0].weight.set_value(paddle.zeros([8, 1, 3, 3]))

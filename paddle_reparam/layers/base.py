@@ -12,19 +12,28 @@ from typing import Any, ClassVar
 import paddle
 from paddle import nn
 
-from ..errors import ReparamError
+from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry
+from ..tensors import assign, to_float64
 
 #: What PaddleClas calls on a block to fuse it in place: release 2.6 and its own blocks there, release 2.4.
 FUSING_METHODS = ("re_parameterize", "rep")
+
+# What an optimizer reads from a parameter, as `paddle.ParamAttr` sets it: the multiplier of the learning rate, weight
+# decay of its own, gradient clipping, averaging.
+_OPTIMIZER_ATTRIBUTES = ("optimize_attr", "regularizer", "need_clip", "do_model_average")
 
 
 class ReparamLayer(nn.Layer):
     """A convolution that is trained as something richer than what it is shipped as.
 
     A layer gives `build`, `forward_train_form` and `fuse`; where it can start from a trained convolution, also
-    `take_weights`. Everything else, PaddleClas' own export protocol included, follows from these.
+    `holders`. Everything else, PaddleClas' own export protocol included, follows from these.
     """
+
+    #: Which parameter or buffer of the layer starts from the convolution's "weight" and "bias", for example
+    #: `{"weight": "conv.weight", "bias": "conv.bias"}`; nothing: the layer keeps its own initialisation.
+    holders: ClassVar[dict[str, str]] = {}
 
     #: What `reparameterize` returns: the class of a plain layer, or an inference form that still depends on the input.
     fused_type: ClassVar[type] = nn.Conv2D
@@ -42,7 +51,41 @@ class ReparamLayer(nn.Layer):
         raise NotImplementedError
 
     def take_weights(self, conv: nn.Conv2D) -> None:
-        """Start from a trained convolution's weights. Layers that cannot, keep their own initialisation."""
+        """Start from a trained convolution's weights, as far as there are `holders` for them.
+
+        Raises `UnsupportedConv` for a layer with a place for the weight but, as it was built, none for the bias.
+        """
+        for source, holder in self._held(conv):
+            assign(holder, to_float64(source))
+
+    def _held(self, conv: nn.Conv2D) -> list[tuple[paddle.Tensor, paddle.Tensor]]:
+        """Return (the convolution's, this layer's tensor) for the weight and the bias, where there are any."""
+        state = self.state_dict()
+        pairs = []
+        for name, path in self.holders.items():
+            source = getattr(conv, name)
+            if source is not None and path not in state:
+                raise UnsupportedConv(
+                    f"{type(self).__name__}, with these options, has no place for this convolution's {name}"
+                )
+            pairs += [] if source is None else [(source, state[path])]
+        return pairs
+
+    def _take_attributes(self, conv: nn.Conv2D) -> None:
+        """Let an optimizer treat this layer as it did the convolution.
+
+        What is frozen by `stop_gradient` stays frozen, and what is new around it trains. A learning-rate multiplier,
+        a regularizer and the exemption from clipping hold for what is new as well: those of the weight, or those of the
+        bias for what holds the bias.
+        """
+        held = self._held(conv)
+        for source, target in [(conv.weight, parameter) for parameter in self.parameters()] + held:
+            for name in _OPTIMIZER_ATTRIBUTES:
+                # A buffer, as of a base weight that never trains, has none of them.
+                if hasattr(source, name) and hasattr(target, name):
+                    setattr(target, name, copy.copy(getattr(source, name)))
+        for source, target in held:
+            target.stop_gradient = target.stop_gradient or source.stop_gradient
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         """Compute the layer as it is trained: `[N, C, H, W]` in and out."""
@@ -56,10 +99,12 @@ class ReparamLayer(nn.Layer):
     def from_conv(cls, conv: nn.Conv2D, **options: Any) -> ReparamLayer:
         """Return a layer that stands where `conv` stood, started from its weights where the layer can.
 
-        Raises `UnsupportedConv` with the reason where the layer cannot stand in for it.
+        It is in the convolution's mode, and frozen and optimized as the convolution was. Raises `UnsupportedConv` with
+        the reason where the layer cannot stand in for it.
         """
         layer = cls.build(ConvGeometry.of(conv), **options)
         layer.take_weights(conv)
+        layer._take_attributes(conv)
         layer.train() if conv.training else layer.eval()
         return layer
 

@@ -133,6 +133,7 @@ class DCDConv2D(_ReleasedDCD):
     """
 
     fused_type = DCDConv2DFused
+    holders = {"weight": "conv.weight", "bias": "conv.bias"}  # noqa: RUF012
     keeps_function_with = {"init": "zero"}  # noqa: RUF012
     train_form_keys = ("conv.weight", "q.weight", "p.weight", "fc_phi.weight")
 
@@ -182,10 +183,6 @@ class DCDConv2D(_ReleasedDCD):
         self.bn1 = nn.BatchNorm2D(sizes.latent)
         self._add_branch(geometry.in_channels * sizes.pool_size**2, geometry.out_channels, sizes, init)
         self.to(dtype=geometry.dtype)
-
-    def take_weights(self, conv: nn.Conv2D) -> None:
-        """Take the convolution's weight and bias into the static convolution."""
-        copy_conv(conv, self.conv)
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         phi, scale = self.coefficients(x)
@@ -300,13 +297,6 @@ def make_convs(
     for conv in convs[:2] if init == "zero" else convs:
         init_fan_out_normal(conv)
     return convs[0], convs[1], convs[2]
-
-
-def copy_conv(source: nn.Conv2D, target: nn.Conv2D) -> None:
-    """Copy a convolution's weight and bias."""
-    assign(target.weight, to_float64(source.weight))
-    if source.bias is not None:
-        assign(target.bias, to_float64(source.bias))
 
 
 def check_choice(layer: str, option: str, value: Any, choices: Any) -> None:

@@ -19,7 +19,7 @@ from ..initializers import init_fan_out_normal, init_uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import InferenceForm, ReparamLayer
-from .dcd import INITS, check_choice, check_positive, copy_conv, make_convs, refuse_without_centre
+from .dcd import INITS, check_choice, check_positive, make_convs, refuse_without_centre
 from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, mixed, pooled
 
 
@@ -32,6 +32,7 @@ def latent_dimension_of(channels: int) -> int:
 class _MatrixDCD(ReparamLayer):
     """The paper's dynamic branch: average pooling, fc, ReLU, and one fully connected layer each for Phi and Lambda."""
 
+    holders = {"weight": "conv.weight", "bias": "conv.bias"}  # noqa: RUF012
     keeps_function_with = {"init": "zero"}  # noqa: RUF012
 
     def _add_branch(
@@ -135,10 +136,6 @@ class DCDMatrixConv2D(_MatrixDCD):
         self.conv, self.q, self.p = make_convs(geometry, latent, blocks, init)
         self._add_branch(geometry, latent, squeezed_width, blocks, channel_attention, init)
         self.to(dtype=geometry.dtype)
-
-    def take_weights(self, conv: nn.Conv2D) -> None:
-        """Take the convolution's weight and bias into the static convolution."""
-        copy_conv(conv, self.conv)
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         phi, scale = self.coefficients(x)
@@ -269,10 +266,6 @@ class DCDDepthwiseConv2D(_MatrixDCD):
         self.r = self.create_parameter([latent, elements], default_initializer=spread)
         self._add_branch(geometry, latent, squeezed_width, 1, channel_attention, init)
         self.to(dtype=geometry.dtype)
-
-    def take_weights(self, conv: nn.Conv2D) -> None:
-        """Take the convolution's weight and bias into the static kernels."""
-        copy_conv(conv, self.conv)
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         phi, scale = self.coefficients(x)

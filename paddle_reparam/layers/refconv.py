@@ -15,7 +15,7 @@ from paddle.autograd import PyLayer
 from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry, as_pair
 from ..registry import register_layer
-from ..tensors import assign, to_float64
+from ..tensors import to_float64
 from .base import ReparamLayer
 
 INITS = ("xavier", "zero", "torch_default")
@@ -50,6 +50,7 @@ class RefConv2D(ReparamLayer):
     in the first forward pass outside of tracing, and in fusing.
     """
 
+    holders = {"weight": "weight", "bias": "bias"}  # noqa: RUF012
     keeps_function_with = {"init": "zero"}  # noqa: RUF012
     train_form_keys = ("convmap.weight",)
 
@@ -110,6 +111,8 @@ class RefConv2D(ReparamLayer):
         self.init = init
         self.base = base
         self.identity = identity
+        if base == "random":
+            self.holders = {"bias": "bias"}
 
         start = nn.initializer.KaimingNormal() if base == "random" else nn.initializer.Constant(0.0)
         weight = self._create_parameter_like(geometry.weight_shape, start)
@@ -132,11 +135,8 @@ class RefConv2D(ReparamLayer):
 
     def take_weights(self, conv: nn.Conv2D) -> None:
         """Take the convolution's bias and, unless base="random", its weight as the base; all zeros are refused."""
-        if self.base == "pretrained":
-            assign(self.weight, to_float64(conv.weight))
-            self._refuse_zero_base()
-        if conv.bias is not None:
-            assign(self.bias, to_float64(conv.bias))
+        super().take_weights(conv)
+        self._refuse_zero_base()
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         # Once only: reading a value back stops a GPU. A traced program has no value to read.

@@ -38,6 +38,7 @@ class ReparamLargeKernelConv2D(ReparamLayer):
     Raises `UnsupportedConv` for an even kernel, `ReparamError` for another init, or "zero" without BNs.
     """
 
+    holders = {"weight": "lkb_origin.conv.weight", "bias": "lkb_origin.bn.bias"}  # noqa: RUF012
     keeps_function_with = {"init": "zero"}  # noqa: RUF012
     train_form_keys = ("lkb_origin.conv.weight", "lkb_origin.bn.weight")
 
@@ -112,16 +113,11 @@ class ReparamLargeKernelConv2D(ReparamLayer):
 
     def take_weights(self, conv: nn.Conv2D) -> None:
         """Take the convolution's weight and bias into the large branch, whose BN starts as the identity."""
-        assign(self.lkb_origin.conv.weight, to_float64(conv.weight))
-        if "bn" not in self.lkb_origin._sub_layers:
-            if conv.bias is not None:
-                raise UnsupportedConv("without BNs ReparamLargeKernelConv2D has no place for this convolution's bias")
-            return
-        bn = self.lkb_origin.bn
-        # What the BN divides by is sqrt(1 + epsilon), with epsilon as float32.
-        assign(bn.weight, np.full(bn.weight.shape, math.sqrt(1.0 + float(np.float32(bn._epsilon)))))
-        if conv.bias is not None:
-            assign(bn.bias, to_float64(conv.bias))
+        super().take_weights(conv)
+        if "bn" in self.lkb_origin._sub_layers:
+            bn = self.lkb_origin.bn
+            # What the BN divides by is sqrt(1 + epsilon), with epsilon as float32.
+            assign(bn.weight, np.full(bn.weight.shape, math.sqrt(1.0 + float(np.float32(bn._epsilon)))))
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         out = self.lkb_origin(x)
