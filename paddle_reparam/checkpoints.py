@@ -130,7 +130,8 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     Raises `ReparamError` where the file cannot be written, and whatever `write` raises besides `OSError`.
     """
     target = Path(os.path.realpath(path))
-    temporary = target.with_name(f".{target.stem}-{secrets.token_hex(4)}{target.suffix}")
+    # Of a name that is as long as can be there is no longer one.
+    temporary = target.with_name(f".{target.stem[:40]}-{secrets.token_hex(4)}{target.suffix}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
@@ -143,8 +144,8 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     except ReparamError as error:
         raise error.at(str(path)) from error
     finally:
-        # Where the folder is none, there is no temporary file either.
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        # Where the folder is none, or nothing can be written in it, there is no temporary file either.
+        with contextlib.suppress(OSError):
             temporary.unlink()
     # The file is in place and whole; some file systems cannot flush a folder.
     with contextlib.suppress(OSError):
@@ -318,7 +319,8 @@ def _form_hint(arrays: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 def _listed(names: Sequence[str]) -> str:
     """Return the first ten names, and how many more there are."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
-    return ", ".join(name if name.isprintable() else repr(name) for name in names[:10]) + more
+    short = [name if len(name) <= 200 else f"{name[:200]}..." for name in names[:10]]
+    return ", ".join(name if name.isprintable() else repr(name) for name in short) + more
 
 
 def _type_name(value: np.ndarray | paddle.Tensor) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .checkpoints import atomic_write
 from .errors import OutputExists, ReparamError
 from .release import new_folder
 from .report import Report
@@ -172,9 +173,7 @@ def _lists(classes: list[str], train: list[tuple[str, int]], val: list[tuple[str
 
 def _write_whole(folder: Path, texts: dict[str, str]) -> None:
     for name, text in texts.items():
-        temporary = folder / f".{name}.partial"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / name)
+        atomic_write(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
 
 
 def _refuse_to_replace(output: Path, force: bool, val_list: str) -> None:

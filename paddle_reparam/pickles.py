@@ -47,7 +47,7 @@ def read(data: bytes) -> dict[str, np.ndarray]:
 
     Raises `CheckpointError` for what is no weight file, and any other exception for bytes that are no pickle.
     """
-    return _name_arrays(_run_whole(data), len(data))
+    return _name_arrays(_run_whole(data))
 
 
 def read_state(data: bytes) -> Any:
@@ -121,10 +121,15 @@ class _Array:
 
 
 def _run(data: bytes) -> tuple[Any, int]:
-    """Carry out a pickle's instructions; return what it holds and how many bytes it took."""
+    """Carry out a pickle's instructions; return what it holds and how many bytes it took.
+
+    Time and memory grow with the length of the file and no faster, whatever it says.
+    """
     stream = io.BytesIO(data)
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    # The same bytes can be made into texts and arrays over and over; Paddle's files do so once.
+    encoded = built = 0
     for opcode, argument, position in pickletools.genops(stream):
         name = opcode.name
         if position == 0 and name != "PROTO":
@@ -134,6 +139,8 @@ def _run(data: bytes) -> tuple[Any, int]:
         if name == "STOP":
             return stack.pop(), stream.tell()
         if name in _LITERALS:
+            if type(argument) is int and argument.bit_length() > 64:
+                raise CheckpointError("it holds a number of more than 64 bits; this is no file of Paddle's")
             stack.append(argument)
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
@@ -156,6 +163,9 @@ def _run(data: bytes) -> tuple[Any, int]:
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("BINPUT", "LONG_BINPUT"):
+            # Writers count up, from 0 or 1; other numbers could be chosen to collide.
+            if argument > len(memo) + 1:
+                raise ValueError("it numbers what it remembers out of order")
             memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[argument])
@@ -167,10 +177,13 @@ def _run(data: bytes) -> tuple[Any, int]:
             stack.append(_global(*_pop(stack, 2)))
         elif name == "REDUCE":
             stack.append(_call(*_pop(stack, 2)))
+            encoded += len(stack[-1]) if type(stack[-1]) is bytes else 0
         elif name == "BUILD":
-            _build(stack[-2], stack.pop())
+            built += _build(stack[-2], stack.pop())
         else:
             raise _blocked(f"the pickle instruction {name}")
+        if max(encoded, built) > len(data):
+            raise CheckpointError("its arrays come to more bytes than the file has; do not trust this file")
     raise ValueError("it has no end")
 
 
@@ -200,9 +213,9 @@ def _set_items(stack: list[Any], values: list[Any]) -> None:
     if type(stack[-1]) is not dict or len(values) % 2:
         raise ValueError("it sets items of what is no mapping")
     for key, value in zip(values[::2], values[1::2]):
-        # Other keys could be nested so that their hash takes for ever.
-        if type(key) not in (str, int):
-            raise CheckpointError("it has a key that is neither text nor a number; this is no weight file")
+        # The hash of text is secret. Numbers can be chosen to collide, and tuples nested so that theirs takes for ever.
+        if type(key) is not str:
+            raise CheckpointError(f"it has a key that is no text but a {type(key).__name__}; this is no weight file")
         stack[-1][key] = value
 
 
@@ -272,8 +285,8 @@ _CALLS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def _build(target: Any, state: Any) -> None:
-    """Fill a dtype or an array in the making with its state."""
+def _build(target: Any, state: Any) -> int:
+    """Fill a dtype or an array in the making with its state; return the bytes of the array."""
     if type(state) is not tuple or type(target) not in (_Dtype, _Array):
         raise _blocked("the state of an object to be set")
     if type(target) is _Dtype:
@@ -281,13 +294,14 @@ def _build(target: Any, state: Any) -> None:
         if len(state) != 8 or state[1] not in ("<", ">", "=", "|") or any(part is not None for part in state[2:5]):
             raise CheckpointError("it holds a structured dtype, which no weight has")
         target.code = state[1] + target.code.lstrip("<>=|")
-        return
+        return 0
     if len(state) != 5 or type(state[1]) is not tuple or type(state[2]) is not _Dtype or target.value is not None:
         raise ValueError("it holds an array whose state is not that of an array")
     _, shape, dtype, fortran, raw = state
     # Python 2 wrote bytes as text.
     data = raw.encode("latin1") if type(raw) is str else raw
     target.value = array_of(dtype.code, shape, data, fortran is True)
+    return len(data)
 
 
 def _with_arrays(content: Any, left: list[int]) -> Any:
@@ -312,20 +326,19 @@ def _with_arrays(content: Any, left: list[int]) -> Any:
     raise CheckpointError(f"it holds a {type(content).__name__.lstrip('_')}; this is no state of a training run")
 
 
-def _name_arrays(content: Any, file_size: int) -> dict[str, np.ndarray]:
+def _name_arrays(content: Any) -> dict[str, np.ndarray]:
     """Take the arrays out of what paddle.save wrote, without Paddle's own bookkeeping."""
     if type(content) is not dict:
         raise CheckpointError(f"it holds a {type(content).__name__.lstrip('_')}, not arrays by name")
     splits = content.pop(_SPLIT_TABLE, {})
     content.pop(_NAME_TABLE, None)
     arrays = {name: _array_named(name, value) for name, value in content.items()}
-    # A short file can name the same bytes many times over; one array under two names is no more than itself.
-    size = sum(array.nbytes for array in {id(array): array for array in arrays.values()}.values())
-    if size > file_size:
-        raise CheckpointError(f"its arrays come to {size} bytes, more than the file has; do not trust this file")
-    used = [id(arrays[part]) for split in splits.values() for part in split["slices"]]
-    if len(set(used)) != len(used):
-        raise CheckpointError("it uses one part of a large array twice; do not trust this file")
+    used = set()
+    # One list of parts can be named by many arrays.
+    for part in (part for split in splits.values() for part in split["slices"]):
+        if id(arrays[part]) in used:
+            raise CheckpointError("it uses one part of a large array twice; do not trust this file")
+        used.add(id(arrays[part]))
     for name, split in splits.items():
         parts = [arrays.pop(part) for part in split["slices"]]
         arrays[name] = np.concatenate(parts).reshape(split["OriginShape"])

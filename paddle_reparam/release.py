@@ -367,7 +367,7 @@ def new_folder(target: Path, folder: Folder, replace: bool) -> Iterator[Path]:
     aside first: for the moment between two renames no folder has the name, and the old one is whole beside it. If the
     process is killed, a `.partial` folder may be left; it can be deleted.
     """
-    temporary = target.with_name(f".{target.name}-{secrets.token_hex(4)}.partial")
+    temporary = target.with_name(f".{target.name[:40]}-{secrets.token_hex(4)}.partial")
     try:
         temporary.mkdir(parents=True)
         yield temporary

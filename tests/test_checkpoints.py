@@ -107,7 +107,7 @@ def test_what_is_no_weight_file_is_named(tmp_path):
     (tmp_path / "model.pdparams").write_bytes(pickle.dumps({}, 4))
     assert "holds no arrays" in refusal(tmp_path / "model.pdparams")
     (tmp_path / "model.pdparams").write_bytes(pickle.dumps({(1, 2): 3}, 4))
-    assert "neither text nor a number" in refusal(tmp_path / "model.pdparams")
+    assert "a key that is no text but a tuple" in refusal(tmp_path / "model.pdparams")
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
@@ -271,6 +271,32 @@ def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only")]
+)
+def test_where_nothing_can_be_removed_the_sentence_stands(tmp_path, monkeypatch, error):
+    """In a folder that is read-only, neither the writing nor the tidying up works."""
+
+    def refuse(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(ReparamError, match=f"model.bin: it cannot be written \\({error.strerror}\\)"):
+        atomic_write(tmp_path / "model.bin", refuse)
+
+
+def test_names_that_are_too_long(tmp_path):
+    with pytest.raises(ReparamError, match="cannot be written .File name too long"):
+        save(expected(), tmp_path / f"{'x' * 300}.pdparams")
+    (tmp_path / "file").touch()
+    with pytest.raises(ReparamError, match="cannot be written .File exists"):
+        save(expected(), tmp_path / "file" / "model.pdparams")
+    longest = tmp_path / f"{'x' * 246}.pdparams"
+    save(expected(), longest)
+    assert_same(load(longest), expected())
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "file", longest]
+
+
 def test_an_exception_or_interrupt_while_writing_leaves_no_file(tmp_path):
     def interrupted(temporary):
         temporary.write_bytes(b"half")
@@ -401,6 +427,11 @@ def test_long_lists_are_cut_and_counted():
     assert "  25 extra: layer0.weight, " in message
     assert "  8 missing: " in message
     assert "(0.0 %)" in message
+
+
+def test_long_names_of_a_file_are_cut():
+    state = {**state_of(small_model()), "x" * 10_000: np.zeros(1)}
+    assert len(refused_by_model(small_model(), state)) < 1000
 
 
 def test_numbers_that_the_models_type_cannot_hold_are_refused():

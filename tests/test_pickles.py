@@ -11,7 +11,9 @@ import paddle
 import pytest
 from weight_files import DATA, assert_same, expected, read_or_refuse, refusal
 
+from paddle_reparam import pickles
 from paddle_reparam.checkpoints import load
+from paddle_reparam.errors import CheckpointError
 
 
 @pytest.mark.parametrize("state", [{"a": 1}, {"a": {"b": 2}}], ids=["number", "container"])
@@ -146,7 +148,8 @@ def test_array_pickle_is_a_pickle_of_an_array(tmp_path):
         ((1 << 40,), "f4", b"1234", "with other than"),
         ((1 << 62, 1 << 62), "f8", b"", "with other than"),
         ((0, 1 << 62), "f4", b"1234", "with other than 0 bytes"),
-        ((0, 1 << 70), "f4", b"", "shape [0, '?']"),
+        ((0, 1 << 63), "f4", b"", "shape [0, "),
+        ((0, 1 << 70), "f4", b"", "a number of more than 64 bits"),
         ((-1, -1), "f4", b"1234", "shape [-1, -1]"),
         ((2,), "f4", b"1234", "with other than 8 bytes"),
         ((1,), "O8", b"12345678", "numpy.dtype than Paddle's own of 'O8'"),
@@ -178,7 +181,69 @@ def test_bytes_named_many_times_do_not_grow(tmp_path):
     again = body[:start] + b"h\x01" + body[start + 5 + size :] + b"s"
     others = b"".join(again.replace(b"X\x01\0\0\0w", b"X\x04\0\0\0%04d" % i) for i in range(count))
     (tmp_path / "model.pdparams").write_bytes(b"\x80\x02}" + first + others + b".")
-    assert "more than the file has" in refusal(tmp_path / "model.pdparams")
+    assert "more bytes than the file has" in refusal(tmp_path / "model.pdparams")
+
+
+@pytest.mark.parametrize("read", [pickles.read, pickles.read_state], ids=["weights", "state"])
+@pytest.mark.parametrize("key", [7, (1, 2), None, b"w"], ids=lambda key: type(key).__name__)
+def test_keys_are_text(read, key):
+    """Numbers can be chosen so that a dict of them takes a time that grows with their square."""
+    with pytest.raises(CheckpointError, match=f"a key that is no text but a {type(key).__name__}"):
+        read(pickle.dumps({"w": np.zeros(1), "inside": [{key: 1}]}))
+
+
+def test_numbers_of_more_than_64_bits_are_refused():
+    assert pickles.read_state(pickle.dumps({"epoch": -(1 << 63)})) == {"epoch": -(1 << 63)}
+    with pytest.raises(CheckpointError, match="a number of more than 64 bits"):
+        pickles.read_state(pickle.dumps({"epoch": 1 << 64}))
+
+
+def test_what_is_remembered_is_numbered_in_order():
+    with pytest.raises(ValueError, match="out of order"):
+        pickles.read_state(b"\x80\x02]r\0\0\1\0.")
+    for start in (0, 1):
+        assert pickles.read_state(b"\x80\x02]q%c]q%ch%ca." % (start, start + 1, start)) == [[]]
+
+
+def test_bytes_made_many_times_do_not_grow():
+    """Pickles of protocol 2 make bytes of text, by a call that could be repeated."""
+    size, count = 4000, 1000
+    text = b"X" + size.to_bytes(4, "little") + b"a" * size + b"q\1"
+    made = b"c_codecs\nencode\nq\2h\1X\6\0\0\0latin1q\3\x86R"
+    again = b"h\2h\1h\3\x86R"
+    data = b"\x80\x02(" + text + made + again * count + b"l."
+    with pytest.raises(CheckpointError, match="more bytes than the file has"):
+        pickles.read_state(data)
+
+
+def test_a_list_of_parts_named_by_many_arrays_is_gone_through_once():
+    class Counted(list):
+        steps = 0
+
+        def __iter__(self):
+            for part in super().__iter__():
+                Counted.steps += 1
+                yield part
+
+    def array():
+        made = pickles._Array()
+        made.value = np.zeros(1, np.float32)
+        return made
+
+    parts = Counted(f"w@@.{i}" for i in range(50))
+    splits = {f"w{i}": {"OriginShape": (50,), "slices": parts} for i in range(50)}
+    with pytest.raises(CheckpointError, match="uses one part of a large array twice"):
+        pickles._name_arrays({**{part: array() for part in list(parts)}, "UnpackBigParamInfor@@": splits})
+    assert Counted.steps <= 2 * len(parts) + 1
+
+
+@pytest.mark.parametrize("read", [pickles.read, pickles.read_state], ids=["weights", "state"])
+def test_deep_nesting_is_a_sentence(tmp_path, read):
+    data = b"\x80\x02" + b"]" * 20_000 + b"a" * 19_999 + b"."
+    (tmp_path / "model.pdparams").write_bytes(data)
+    assert "it " in refusal(tmp_path / "model.pdparams")
+    with pytest.raises((CheckpointError, RecursionError)):
+        read(data)
 
 
 def test_names_from_a_file_cannot_write_to_the_terminal(tmp_path):

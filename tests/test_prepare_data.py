@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from paddle_reparam import datasets
+from paddle_reparam.errors import ReparamError
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "prepare_data.py"
@@ -142,6 +143,15 @@ def test_folder_keeps_lists_unless_forced(prepare, tree, capsys):
     assert contents(tree) == before
     assert prepare("folder", "--root", tree, "--force") == 0
     assert lists(tree)["label_names.txt"] == ["0 ant", "1 cat"]
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tree, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(ReparamError, match=r"train_list.txt: it cannot be written \(Permission denied\)"):
+        datasets.list_folder(tree)
 
 
 def cut_short(root):

@@ -373,6 +373,19 @@ def test_without_an_exchange_the_old_folder_is_moved_aside(tmp_path, monkeypatch
     assert not list(tmp_path.glob(".out-*.old"))
 
 
+def test_a_folder_with_the_longest_name(tmp_path):
+    out = tmp_path / ("x" * 250)
+    with release.new_folder(out, out, replace=False) as new:
+        (new / "a").write_text("new")
+    assert (out / "a").read_text() == "new"
+    too_long = tmp_path / ("x" * 300)
+    with (
+        pytest.raises(ReparamError, match="it cannot be written .File name too long"),
+        release.new_folder(too_long, too_long, replace=False),
+    ):
+        pass
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command
 
