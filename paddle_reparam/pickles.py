@@ -58,6 +58,17 @@ def read_state(data: bytes) -> Any:
     return _with_arrays(_run_whole(data), [len(data)])
 
 
+def parameter_names(data: bytes) -> dict[str, str]:
+    """Return which name Paddle had given to the parameter behind each entry, where a weight pickle says so.
+
+    Raises as `read` does.
+    """
+    content = _run_whole(data)
+    table = content.get(_NAME_TABLE) if type(content) is dict else None
+    pairs = table.items() if type(table) is dict else ()
+    return {key: name for key, name in pairs if type(key) is str and type(name) is str}
+
+
 def _run_whole(data: bytes) -> Any:
     length = len(data) - len(_SEAL) - hashlib.sha256().digest_size
     if not data.startswith(_SEAL, max(length, 0)):

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import paddle
 from ppcls.engine import engine as engine_module
+from ppcls.utils import logger
 
 from . import monitoring, resuming, saving, sparse
+from .errors import ConfigError
 from .guards import (
     check_loss,
     check_samples,
@@ -31,6 +33,7 @@ class Engine(PaddleClasEngine):
     that was killed goes on from its last whole checkpoint as it would have gone on by itself."""
 
     def __init__(self, config: dict[str, Any], mode: str = "train") -> None:
+        goes_on_by_itself = config["Global"].get("checkpoints") == "auto"
         check_run(config, mode)
         check_config(config, mode)
         self.sparsity_settings = sparse.read_section(config) if mode == "train" else None
@@ -46,6 +49,7 @@ class Engine(PaddleClasEngine):
         for split, loader in self._loaders().items():
             check_samples(loader, config["Arch"].get("class_num"), split)
         if mode == "train":
+            self.goes_on_by_itself = goes_on_by_itself
             self._plain_train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
 
     def _loaders(self) -> dict[str, Any]:
@@ -59,6 +63,7 @@ class Engine(PaddleClasEngine):
         """Train, from `Global.checkpoints` where that is set."""
         resume = functools.partial(resuming.resume, config=self.config, on_resume=self._resume)
         with (
+            saving.only_training_in(self.config["Global"]["output_dir"]),
             strict_loading(self.config, self.mode, resume),
             saving.whole_checkpoints(engine_module, self._states),
             monitoring.progress(self),
@@ -143,10 +148,17 @@ class Engine(PaddleClasEngine):
 
     def _resume(self, states: dict[str, Any]) -> dict[str, Any]:
         """Take over what a checkpoint kept; return the metric and the epoch that PaddleClas goes on from."""
+        epochs = self.config["Global"]["epochs"]
+        if states["epoch"] == epochs:
+            if not self.goes_on_by_itself:
+                raise ConfigError(
+                    f"Global.checkpoints: all {epochs} epochs were done when it was saved; raise Global.epochs to go on"
+                )
+            logger.info(f"all {epochs} epochs are done; there is nothing left to train")
         self.best = states.get("best")
         self.global_step = int(states.get("global_step", 0))
         best = self.best["metric"] if self.best else states.get("metric", -1.0)
-        return {"metric": best, "epoch": states["epoch"]}
+        return {"metric": best, "epoch": int(states["epoch"])}
 
 
 def register() -> None:

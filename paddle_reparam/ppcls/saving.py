@@ -22,12 +22,20 @@ import numpy as np
 import paddle
 
 from .. import pickles
-from ..errors import CheckpointError, ReparamError
+from ..errors import CheckpointError, OutputExists, ReparamError
+from .errors import ConfigError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 #: What training goes on from.
 SUFFIXES = (".pdparams", ".pdopt", ".pdstates")
 #: A set's record: the hash of each file, by its path from the record's folder, and the epoch and step it was saved at.
 RECORD = ".record.json"
+#: What a running training holds of its folder.
+LOCK = ".training.lock"
 
 
 @dataclass(frozen=True)
@@ -160,13 +168,28 @@ def require_whole(prefix: str) -> None:
             )
 
 
+def has_record(prefix: str) -> bool:
+    """Tell whether a set of files has the record with which this library saves it."""
+    path = Path(prefix)
+    return any((folder / f"{path.name}{RECORD}").is_file() for folder in (path.parent, path.parent.parent))
+
+
 def read_states(path: str) -> Any:
     """Return what a `.pdopt` or `.pdstates` file holds, without running anything in it.
 
     Raises `CheckpointError` where it cannot be read.
     """
+    return _read(path, pickles.read_state)
+
+
+def read_parameter_names(path: str) -> dict[str, str]:
+    """Return entry -> Paddle's name of the parameter, where a weight file says so; raises as `read_states` does."""
+    return _read(path, pickles.parameter_names)
+
+
+def _read(path: str, read: Callable[[bytes], Any]) -> Any:
     try:
-        return pickles.read_state(Path(path).read_bytes())
+        return read(Path(path).read_bytes())
     except CheckpointError as error:
         raise error.at(path) from None
     except Exception as error:
@@ -180,6 +203,33 @@ def as_tensors(states: Any) -> Any:
     if isinstance(states, dict):
         return {key: as_tensors(value) for key, value in states.items()}
     return [as_tensors(value) for value in states] if isinstance(states, list) else states
+
+
+@contextlib.contextmanager
+def only_training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other trainings out of a folder: two would take away what the other has begun to save.
+
+    Raises `OutputExists` where one is running there. The system lets go of the folder when a process ends, however it
+    ends; where it cannot lock files, nothing is kept out.
+    """
+    if fcntl is None or paddle.distributed.get_rank() != 0:
+        yield
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / LOCK, "a")  # noqa: SIM115 - it is closed below
+    except OSError as error:
+        raise ConfigError(f"Global.output_dir {folder}: it cannot be written to ({error.strerror})") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputExists(
+                f"another training is running in {folder}; wait for its end, or set another Global.output_dir"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 @contextlib.contextmanager
