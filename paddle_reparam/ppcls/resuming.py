@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from paddle import nn
 from paddle.base import framework
+from paddle.base.layer_helper import LayerHelper
 from paddle.optimizer.lr import LRScheduler
 from ppcls.utils import logger
 
@@ -131,6 +132,8 @@ def fit_optimizer(
     if partial:
         parameters = [p for p in parameters if any(stem.startswith(f"{p.name}_") for stem in entries)]
     # What Paddle would make at the first step: it knows best which entries there are, and of which shapes.
+    if inner.helper is None:
+        inner.helper = LayerHelper(type(inner).__name__)
     inner._create_accumulators(framework.default_main_program().global_block(), parameters)
     fitted: dict[str, Any] = {}
     for kind, by_parameter in inner._accumulators.items():
