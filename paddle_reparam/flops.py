@@ -16,7 +16,7 @@ from .errors import ReparamError
 from .geometry import BATCH_NORMS
 from .layers.toeplitz import formulation
 from .report import Report
-from .tracing import InputSpec, sample_inputs, walk
+from .tracing import InputSpec, sample_inputs, unchanged, walk
 
 
 @dataclass
@@ -192,7 +192,7 @@ def _count_macs(model: nn.Layer, input_spec: InputSpec, batch: int) -> tuple[int
     try:
         for _, layer in layers.values():
             handles += [layer.register_forward_pre_hook(enter), layer.register_forward_post_hook(leave)]
-        with formulation("native"), _watch(on_macs), paddle.no_grad():
+        with unchanged(model), formulation("native"), _watch(on_macs), paddle.no_grad():
             model(*sample_inputs(input_spec, batch, seed=0, like=model))
     finally:
         for handle in handles:

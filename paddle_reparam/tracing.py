@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Callable
+from typing import Any, Callable, Union
 
 import numpy as np
 import paddle
@@ -15,29 +16,94 @@ from paddle import nn
 
 from .errors import ReparamError
 
-#: Shapes of the inputs of a forward pass, the batch (None) first.
-InputSpec = Sequence[Any]
+#: Shapes of the inputs of a forward pass, the batch (None) first; by name where the network takes one dict of tensors.
+InputSpec = Union[Sequence[Any], Mapping[str, Any]]
 
 IMAGENET_INPUT: InputSpec = ((None, 3, 224, 224),)
 
+#: Numbers that one input may hold for each sample, which is a picture of 16,384 pixels a side.
+_LARGEST_SAMPLE = 1 << 30
 
-def sample_inputs(input_spec: InputSpec, batch: int, seed: int, like: nn.Layer) -> list[paddle.Tensor]:
-    """Return seeded normal inputs for a list of shapes (or `paddle.static.InputSpec`) with None for the batch.
 
-    They have the dtype of the parameters of `like`. Raises `ReparamError` where another dimension is left open.
+def input_shapes(input_spec: InputSpec) -> dict[str | int, list[int | None]]:
+    """Return number or name -> shape, None for the batch, of a list or dict of shapes (or `paddle.static.InputSpec`).
+
+    Names are in alphabetical order, in which Paddle writes them into an export. Raises `ReparamError` for what is none.
+    """
+    entries = dict(sorted(input_spec.items())) if isinstance(input_spec, Mapping) else None
+    if entries is None and isinstance(input_spec, (list, tuple)):
+        entries = dict(enumerate(input_spec))
+    if not entries:
+        raise ReparamError(f"input_spec is {input_spec!r}; give a list of shapes, such as [[None, 3, 224, 224]]")
+    shapes = {}
+    for name, entry in entries.items():
+        shape = getattr(entry, "shape", entry)
+        if not isinstance(shape, (list, tuple)):
+            raise ReparamError(
+                f"input_spec {input_spec!r} is no list of shapes: its entry {name!r} is {entry!r}; "
+                "write a list for each input, as in [[None, 3, 224, 224]]"
+            )
+        shape = [None if n in (None, -1) and type(n) is not bool else n for n in shape]
+        if not shape or any(n is not None and (type(n) is not int or n < 1) for n in shape):
+            raise ReparamError(f"the input shape {list(shape)} has sizes that are none; give whole numbers from 1 on")
+        if math.prod(n for n in shape[1:] if n) > _LARGEST_SAMPLE:
+            raise ReparamError(f"the input shape {list(shape)} has more numbers than can be computed with")
+        shapes[name] = shape
+    return shapes
+
+
+def sample_inputs(input_spec: InputSpec, batch: int, seed: int, like: nn.Layer) -> list[Any]:
+    """Return seeded normal inputs, as a network takes them: `network(*inputs)`; for named shapes that is one dict.
+
+    They have the dtype of the parameters of `like`. Raises `ReparamError` where another dimension than the batch is
+    left open, and as `input_shapes` does.
     """
     dtype = next((p.dtype for p in like.parameters()), "float32")
     generator = np.random.default_rng(seed)
-    inputs = []
-    for spec in input_spec:
-        shape = list(getattr(spec, "shape", spec))
-        sizes = [batch if n in (None, -1) else int(n) for n in shape[:1]] + shape[1:]
-        if any(n in (None, -1) for n in sizes):
+    inputs: dict[Any, paddle.Tensor] = {}
+    for name, shape in input_shapes(input_spec).items():
+        sizes = [batch if shape[0] is None else shape[0], *shape[1:]]
+        if None in sizes:
             raise ReparamError(
                 f"the input shape {shape} leaves more than the batch open; give every other size a number"
             )
-        inputs.append(paddle.to_tensor(generator.standard_normal(sizes)).astype(dtype))
-    return inputs
+        inputs[name] = paddle.to_tensor(generator.standard_normal(sizes)).astype(dtype)
+    return [inputs] if isinstance(input_spec, Mapping) else list(inputs.values())
+
+
+def map_tensors(function: Callable[[paddle.Tensor], Any], value: Any) -> Any:
+    """Return nested lists and dicts with a function's value in the place of every tensor."""
+    if isinstance(value, paddle.Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [map_tensors(function, item) for item in value]
+    return value
+
+
+@contextlib.contextmanager
+def unchanged(*models: Any) -> Iterator[None]:
+    """Give the layers of networks the attributes again that they had before the `with` block.
+
+    A network that keeps its input as an attribute would keep ours, and take nothing but tensors afterwards.
+    """
+    layers = {id(layer): layer for model in models if isinstance(model, nn.Layer) for _, layer in walk(model)}
+    kept = []
+    for layer in layers.values():
+        attributes = dict(vars(layer))
+        # Paddle keeps parameters, buffers, sublayers and hooks in dicts and sets of the layer.
+        inner = {name: value.copy() for name, value in attributes.items() if isinstance(value, (dict, set))}
+        kept.append((layer, attributes, inner))
+    try:
+        yield
+    finally:
+        for layer, attributes, inner in kept:
+            vars(layer).clear()
+            vars(layer).update(attributes)
+            for name, value in inner.items():
+                attributes[name].clear()
+                attributes[name].update(value)
 
 
 def flatten_outputs(outputs: Any) -> list[paddle.Tensor]:
@@ -73,7 +139,7 @@ def first_not_finite(model: nn.Layer, inputs: Sequence[Any]) -> str | None:
     The layer is as far inside as can be: the network itself ("") only where none of its layers is at fault.
     """
     found: list[str] = []
-    with _Hooks() as hooks, paddle.no_grad():
+    with unchanged(model), _Hooks() as hooks, paddle.no_grad():
         for path, layer in walk(model):
 
             def check(_layer: nn.Layer, given: Any, output: Any, path: str = path) -> None:
@@ -134,7 +200,7 @@ def visit_outputs(
 ) -> None:
     """Call `visit` with the path and the first output tensor of every layer's first call, as the layers finish."""
     seen: set[str] = set()
-    with _Hooks() as hooks, paddle.no_grad():
+    with unchanged(model), _Hooks() as hooks, paddle.no_grad():
         for path, layer in walk(model):
 
             def record(_layer: nn.Layer, _inputs: Any, output: Any, path: str = path) -> None:
@@ -148,8 +214,8 @@ def visit_outputs(
 
 
 def visit_inputs(model: nn.Layer, inputs: Sequence[paddle.Tensor], visit: Callable[[str, paddle.Tensor], None]) -> None:
-    """Call `visit` with the path and the first input tensor of every call of every layer."""
-    with _Hooks() as hooks, paddle.no_grad():
+    """Call `visit` with the path and the first input tensor of every call of every layer that has one."""
+    with unchanged(model), _Hooks() as hooks, paddle.no_grad():
         for path, layer in walk(model):
 
             def record(_layer: nn.Layer, inputs: Any, path: str = path) -> None:
@@ -202,7 +268,7 @@ def trace_flow(
         reached[producer] = id(layer)
         return (original, *args[1:])
 
-    with _Hooks() as hooks, paddle.enable_grad():
+    with unchanged(model), _Hooks() as hooks, paddle.enable_grad():
         for layer in {id(p): p for p in producers}.values():
             hooks.after(layer, hand_on_copy)
         for layer in {id(c): c for c in consumers}.values():

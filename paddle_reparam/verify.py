@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,18 @@ from .errors import NothingProven, ReparamError
 from .geometry import BATCH_NORMS
 from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from .report import Report, format_table
-from .tracing import InputSpec, flatten_outputs, sample_inputs, trace_flow, visit_outputs, walk
+from .tracing import (
+    InputSpec,
+    first_not_finite,
+    flatten_outputs,
+    map_tensors,
+    not_finite,
+    sample_inputs,
+    trace_flow,
+    unchanged,
+    visit_outputs,
+    walk,
+)
 
 Array = np.ndarray
 
@@ -98,9 +110,9 @@ def compare_outputs(expected: Sequence[Array], actual: Sequence[Array], toleranc
     return error, _same_top1(*logits[0], tolerance) if logits else None
 
 
-def _rounded(inputs: Sequence[paddle.Tensor]) -> list[paddle.Tensor]:
+def _rounded(inputs: Sequence[Any]) -> list[Any]:
     """Return the inputs with a change of the size of rounding."""
-    return [x + 8 * float(paddle.finfo(x.dtype).eps) * x.abs() for x in inputs]
+    return map_tensors(lambda x: x + 8 * float(paddle.finfo(x.dtype).eps) * x.abs(), inputs)
 
 
 @contextlib.contextmanager
@@ -153,8 +165,8 @@ def _depends_on_input(batches: list[list[Array]], tolerance: float) -> bool:
 _SCALES = (1.0, 1e-1, 1e1, 1e-2, 1e2, 1e-3, 1e3, 1e-5, 1e5, 1e-8, 1e8, 1e-13, 1e13)
 
 
-def _draw(a: nn.Layer, input_spec: InputSpec, batch_size: int, seed: int, scale: float) -> list[paddle.Tensor]:
-    return [x * scale for x in sample_inputs(input_spec, batch_size, seed, like=a)]
+def _draw(a: nn.Layer, input_spec: InputSpec, batch_size: int, seed: int, scale: float) -> list[Any]:
+    return map_tensors(lambda x: x * scale, sample_inputs(input_spec, batch_size, seed, like=a))
 
 
 def _telling_scale(a: nn.Layer, input_spec: InputSpec, batch_size: int, tolerance: float) -> float:
@@ -182,21 +194,51 @@ def verify(
 ) -> VerifyReport:
     """Compare a network with another network, or with any function of the same inputs, on seeded random batches.
 
-    `input_spec` is a list of input shapes with None for the batch. Two networks are compared layer by layer as well: a
-    fault in an early layer need not show at the output of a network that hardly depends on its input, as untrained ones
-    do. Against another function the inputs are scaled until the output depends on them, where it does not for inputs
-    of variance 1. Raises `ReparamError` for a network in training mode, and `NothingProven` for an output that depends
-    on inputs of no scale, unless `must_depend` is False.
+    `input_spec` is a list of input shapes with None for the batch; a dict of them by name for a network that takes one
+    dict of tensors. Two networks are compared layer by layer as well: a fault in an early layer need not show at the
+    output of a network that hardly depends on its input, as untrained ones do. Against another function the inputs are
+    scaled until the output depends on them, where it does not for inputs of variance 1. Both networks are afterwards
+    as they were. Raises `ReparamError` for a network in training mode, for another number of outputs, and for weights
+    and outputs that are not finite, with where that starts; and `NothingProven` for a comparison of nothing, and for an
+    output that depends on inputs of no scale, unless `must_depend` is False.
     """
     for name, model in (("first", a), ("second", b)):
         if isinstance(model, nn.Layer) and model.training:
             raise ReparamError(f"the {name} network is in training mode; call .eval() on it before comparing")
+    if batches < 1 or batch_size < 1 or not 0 < tolerance < math.inf:
+        raise NothingProven(
+            f"{batches} batches of {batch_size} samples and a tolerance of {tolerance} compare nothing; "
+            "give numbers above zero"
+        )
+    with unchanged(a, b):
+        return _verify(a, b, input_spec, batches, batch_size, tolerance, must_depend)
+
+
+def _verify(
+    a: nn.Layer,
+    b: nn.Layer | Callable[..., Any],
+    input_spec: InputSpec,
+    batches: int,
+    batch_size: int,
+    tolerance: float,
+    must_depend: bool,
+) -> VerifyReport:
+    for name, model in (("first", a), ("second", b)):
+        wrong = not_finite(model.state_dict()) if isinstance(model, nn.Layer) else None
+        if wrong:
+            raise ReparamError(f"the {name} network cannot be compared: {wrong}")
     by_output = must_depend and not isinstance(b, nn.Layer)
     scale = _telling_scale(a, input_spec, batch_size, tolerance) if by_output else 1.0
     error, allowed, agreed, failed = 0.0, tolerance, [], False
     for seed in range(batches):
         inputs = _draw(a, input_spec, batch_size, seed, scale)
         expected, actual = _run(a, inputs), _run(b, inputs)
+        for name, function, outputs in (("first", a, expected), ("second", b, actual)):
+            _require_finite(name, function, inputs, outputs)
+        if len(expected) != len(actual):
+            raise ReparamError(f"the first network puts out {len(expected)} tensors, the second {len(actual)}")
+        if not any(output.size for output in expected):
+            raise NothingProven("the first network puts out no numbers, so there is nothing to compare")
         batch_error, same = compare_outputs(expected, actual, tolerance)
         if not batch_error <= tolerance or (same is not None and not same.all()):
             with _rounding(a):
@@ -220,6 +262,15 @@ def verify(
         input_scale=scale,
         first_difference=difference,
     )
+
+
+def _require_finite(name: str, function: Any, inputs: Sequence[Any], outputs: Sequence[Array]) -> None:
+    """Raise `ReparamError` for outputs that are not finite, with the layer where it starts, if a layer is to blame."""
+    if all(np.isfinite(output).all() for output in outputs):
+        return
+    path = first_not_finite(function, inputs) if isinstance(function, nn.Layer) else None
+    where = "" if path is None else f": it starts at {f'layer {path!r}' if path else 'the network itself'}"
+    raise ReparamError(f"the {name} network's output is not finite for finite inputs{where}")
 
 
 def _places(model: nn.Layer) -> dict[str, nn.Layer]:
@@ -251,16 +302,16 @@ def first_difference(
     followed_by = trace_flow(a, producers, norms, inputs).followed_by
     changed = {id(layer) for path, layer in places_a.items() if not isinstance(places_b.get(path), type(layer))}
 
-    # Layers that hand on one and the same tensor share one and the same array.
-    arrays: dict[int, tuple[weakref.ref[paddle.Tensor], Array]] = {}
+    # Layers that hand on one and the same tensor share one and the same array, unless it was changed in between.
+    arrays: dict[int, tuple[weakref.ref[paddle.Tensor], int, Array]] = {}
     outputs: dict[str, Array] = {}
 
     def store(path: str, output: paddle.Tensor) -> None:
         if path in places_a:
-            known, array = arrays.get(id(output), (None, None))
-            if known is None or known() is not output:
+            known, version, array = arrays.get(id(output), (None, None, None))
+            if known is None or known() is not output or version != output.inplace_version:
                 array = output.numpy()
-                arrays[id(output)] = weakref.ref(output), array
+                arrays[id(output)] = weakref.ref(output), output.inplace_version, array
             outputs[path] = array
 
     visit_outputs(a, inputs, store)

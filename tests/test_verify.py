@@ -1,5 +1,6 @@
 """Verification finds what differs, says where, and refuses to compare what proves nothing."""
 
+import numpy as np
 import paddle
 import pytest
 from helpers import as_array, randomise_batch_norms
@@ -7,6 +8,7 @@ from paddle import nn
 from paddle.vision.models import mobilenet_v2
 
 from paddle_reparam.errors import NothingProven, ReparamError
+from paddle_reparam.flops import measure
 from paddle_reparam.rewrite import reparameterize
 from paddle_reparam.verify import compare_outputs, relative_error, verify
 
@@ -56,9 +58,8 @@ def test_a_fault_in_the_last_layer_and_in_what_is_returned(network):
     result = verify(network, fused, SPEC)
     assert result.first_difference == "classifier.1"
     assert "NO" in str(result)
-    twice = verify(network, lambda x: [network(x), network(x)], SPEC, must_depend=False)
-    assert twice.relative_error == float("inf")
-    assert not twice.passed
+    with pytest.raises(ReparamError, match="the first network puts out 1 tensors, the second 2"):
+        verify(network, lambda x: [network(x), network(x)], SPEC, must_depend=False)
 
 
 def test_rounding_that_the_network_makes_grow_is_allowed_and_a_fault_is_not():
@@ -112,11 +113,132 @@ def test_rounding_inside_that_no_change_of_the_input_shows_is_allowed():
     assert not verify(model, broken, SPEC).passed
 
 
-def test_what_is_not_finite_is_never_the_same(network):
-    model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.ReLU())
-    model[0].weight.set_value(model[0].weight * float("nan"))
+def test_what_is_not_finite_is_named(network):
+    def build():
+        model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.Conv2D(4, 4, 3), nn.ReLU())
+        model.eval()
+        return model
+
+    broken, overflowing, good = build(), build(), build()
+    kernel = as_array(broken[0].weight).astype("float32")
+    kernel[0, 0, 0, 0] = float("nan")
+    broken[0].weight.set_value(kernel)
+    overflowing[1].weight.set_value(overflowing[1].weight * 1e38)
+    for pair, name in (((broken, good), "first"), ((good, broken), "second")):
+        with pytest.raises(ReparamError, match=f"the {name} network .*: 0.weight holds 1 of 108 numbers that are not"):
+            verify(*pair, SPEC)
+    for pair, name in (((overflowing, good), "first"), ((good, overflowing), "second")):
+        with pytest.raises(ReparamError, match=f"the {name} network's output is not finite .* starts at layer '1'"):
+            verify(*pair, SPEC)
+    with pytest.raises(ReparamError, match="the second network's output is not finite"):
+        verify(good, lambda x: good(x) / 0.0, SPEC, must_depend=False)
+
+
+@pytest.mark.parametrize(
+    "options", [{"batches": 0}, {"batch_size": 0}, {"tolerance": 0.0}, {"tolerance": float("nan")}, {"batches": -1}]
+)
+def test_a_comparison_of_nothing_proves_nothing(network, options):
+    with pytest.raises(NothingProven, match="compare nothing"):
+        verify(network, network, SPEC, **options)
+
+
+def test_outputs_without_numbers_prove_nothing():
+    class Nothing(nn.Layer):
+        def forward(self, x):
+            return []
+
+    class Empty(nn.Layer):
+        def forward(self, x):
+            return x[:, :0]
+
+    for model in (Nothing(), Empty()):
+        model.eval()
+        with pytest.raises(NothingProven, match="no numbers"):
+            verify(model, model, SPEC)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [[None, 3, 8, 8], "image", None, [], {}, [[]], [[None, 3, 0, 8]], [[None, 3, -2, 8]], [[None, 3, 8.0, 8]],
+     [[None, 3, 10**9, 10**9]], [[None, 3, None, 8]], 3, [None], {"image": 3}],
+)  # fmt: skip
+def test_shapes_that_are_none_are_one_sentence(network, spec):
+    for call in (lambda: verify(network, network, spec), lambda: measure(network, spec)):
+        with pytest.raises(ReparamError, match="input") as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+class AddsInPlace(nn.Layer):
+    """As ReXNet of PaddleClas does: a part of what a layer put out is changed afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.pass_on = nn.Conv2D(4, 8, 1), nn.BatchNorm2D(8), nn.Identity()
+
+    def forward(self, x):
+        y = self.bn(self.conv(x))
+        y[:, 0:4] += x
+        return self.pass_on(y)
+
+
+def test_what_is_added_in_place_is_no_difference():
+    model = AddsInPlace()
+    randomise_batch_norms(model)
     model.eval()
-    assert not verify(model, model, SPEC).passed
+    spec = [[None, 4, 8, 8]]
+    fused, report = reparameterize(model, fold_bn=True, input_spec=spec)
+    assert report.touched == [("bn", "folded into conv")]
+    assert verify(model, fused, spec).passed
+    fused.conv.bias.set_value(fused.conv.bias + 1.0)
+    assert verify(model, fused, spec).first_difference == "bn"
+
+
+class Keeps(nn.Layer):
+    """Keeps its input as an attribute, as the networks of PaddleDetection do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2D(3, 4, 3), nn.BatchNorm2D(4)
+
+    def forward(self, inputs):
+        self.inputs = inputs["image"] if isinstance(inputs, dict) else inputs
+        return self.bn(self.conv(self.inputs))
+
+
+def test_networks_are_afterwards_as_they_were():
+    model = Keeps()
+    model.eval()
+    before, draws = attributes(model), (np.random.get_state()[1].tolist(), paddle.get_rng_state()[0].__str__())
+    fused, _ = reparameterize(model, fold_bn=True, input_spec=SPEC)
+    assert attributes(model) == before
+    of_fused = attributes(fused)
+    verify(model, fused, SPEC)
+    measure(model, SPEC)
+    assert attributes(model) == before
+    assert attributes(fused) == of_fused
+    assert (np.random.get_state()[1].tolist(), paddle.get_rng_state()[0].__str__()) == draws
+    model.inputs = None
+
+
+def attributes(model):
+    return {
+        path: {name: list(value) if isinstance(value, (dict, set)) else value for name, value in vars(layer).items()}
+        for path, layer in model.named_sublayers(include_self=True)
+    }
+
+
+def test_networks_that_take_a_dict_of_tensors():
+    model = Keeps()
+    randomise_batch_norms(model)
+    model.eval()
+    spec = {"image": [None, 3, 16, 16], "scale": [None, 2]}
+    fused, report = reparameterize(model, fold_bn=True, input_spec=spec)
+    assert report.touched == [("bn", "folded into conv")]
+    result = verify(model, fused, spec)
+    assert result.passed
+    assert result.layers == 2
+    assert measure(fused, spec).macs_per_image == 3 * 4 * 9 * 14 * 14
 
 
 def test_training_mode_is_refused(network):
