@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,7 @@ from .export import (
     one_sentence,
     program_file,
 )
+from .manifest_form import MANIFEST_FORM, Misfit
 from .onnx_export import ONNX_FILE, OnnxModel, need
 from .report import Report, format_table
 from .tracing import flatten_outputs
@@ -36,6 +38,8 @@ PLAIN_WEIGHTS = "plain.pdparams"
 PROBE = "probe.npz"
 
 _BATCH = 2
+#: Bytes of a manifest at most; that of a network with a thousand kernels and 20,000 labels has a megabyte.
+_LARGEST_MANIFEST = 2**26
 #: Bytes that are read at a time.
 _CHUNK = 2**20
 
@@ -62,29 +66,47 @@ def _text(manifest: Mapping[str, Any]) -> str:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write what describes a release, with the sha256 of all of it but that entry as `seal`."""
-    seal = hashlib.sha256(_text(manifest).encode()).hexdigest()
+    """Write what describes a release, with the sha256 of all of it but that entry as `seal`.
+
+    The seal notices accidents. It is no signature: who changes a manifest can seal it again. Raises `ReparamError`
+    where `read_manifest` would refuse what is written.
+    """
+    text = _text(manifest)
+    try:
+        MANIFEST_FORM(json.loads(text), "")
+    except Misfit as misfit:
+        raise ReparamError(f"{folder / MANIFEST}: {misfit} is nothing that a manifest can hold") from misfit
+    seal = hashlib.sha256(text.encode()).hexdigest()
     (folder / MANIFEST).write_text(_text({**manifest, "seal": seal}), encoding="utf-8")
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:
     """Return what a release says of itself; raises `ReparamError` for another folder and a manifest that was changed.
 
-    A changed byte anywhere in it is noticed: it is read and written again, and its seal must fit.
+    A changed byte anywhere in it is noticed: it is read and written again, and its seal must fit. So must its form,
+    `MANIFEST_FORM`: nobody else need look whether an entry is there and what it is.
     """
     path = Path(folder) / MANIFEST
-    if not path.is_file():
+    if path.is_symlink() or not path.is_file():
         raise ReparamError(f"{folder} is no release: it holds no {MANIFEST}")
+    place = ""
     try:
+        if path.stat().st_size > _LARGEST_MANIFEST:
+            raise Misfit("its size")
         text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
         same = text == _text(manifest)
         seal = manifest.pop("seal")
         same = same and seal == hashlib.sha256(_text(manifest).encode()).hexdigest()
+        MANIFEST_FORM(manifest, "")
+    except Misfit as misfit:
+        same, place = False, f" ({misfit})"
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         same = False
     if not same:
-        raise ReparamError(f"{path} is not as it was written, or of an older version of this library; release again")
+        raise ReparamError(
+            f"{path} is not as it was written, or of an older version of this library{place}; release again"
+        )
     return manifest
 
 
@@ -122,8 +144,13 @@ def write_probe(folder: Path, outputs: Sequence[np.ndarray]) -> None:
 
 
 def _read_probe(path: Path) -> list[np.ndarray]:
-    with one_sentence(f"{path}: it cannot be read"), np.load(path, allow_pickle=False) as arrays:
-        return [arrays[f"arr_{i}"] for i in range(len(arrays.files))]
+    with one_sentence(f"{path}: it cannot be read"):
+        with zipfile.ZipFile(path) as file:
+            # As `write_probe` writes it, so that what it holds is no larger than the file.
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in file.infolist()):
+                raise ReparamError(f"{path}: it is no probe that a release wrote")
+        with np.load(path, allow_pickle=False) as arrays:
+            return [arrays[f"arr_{i}"] for i in range(len(arrays.files))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -151,18 +178,21 @@ class CheckReport(Report):
 def check_files(folder: Folder, manifest: Mapping[str, Any]) -> dict[str, int]:
     """Return file -> bytes where a folder holds the files of its manifest, unchanged, and no other.
 
-    Raises `ReparamError` with the name of the first file that is missing, changed or foreign.
+    Nothing is read but files in the folder itself: a link, wherever it leads, is refused. Raises `ReparamError` with
+    the name of the first file that is missing, changed or foreign.
     """
     folder, files = Path(folder), manifest["files"]
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():
+            raise ReparamError(f"{path} is a link, and a release holds none; copy the folder again, with its files")
+        if path.name not in files and path.name != MANIFEST:
+            raise ReparamError(f"{path} does not belong to the release; {MANIFEST} does not name it")
     for name in sorted(files):
         path = folder / name
         if not path.is_file():
             raise ReparamError(f"{path} is missing; copy the folder again")
-        if digest(path) != files[name]:
+        if path.stat().st_size != files[name]["bytes"] or digest(path) != files[name]:
             raise ReparamError(f"{path} is not as it was written ({MANIFEST} has another hash); copy the folder again")
-    for path in sorted(folder.iterdir()):
-        if path.name not in files and path.name != MANIFEST:
-            raise ReparamError(f"{path} does not belong to the release; {MANIFEST} does not name it")
     return {name: entry["bytes"] for name, entry in files.items()}
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import paddle
 import pytest
 import yaml
+from helpers import smallest_manifest
 from paddle import nn
 from sklearn.datasets import load_digits
 from test_onnx import needs_onnx
@@ -14,7 +15,7 @@ from paddle_reparam.errors import ReparamError
 from paddle_reparam.export import ExportOptions, Normalization, export_inference
 from paddle_reparam.onnx_export import ONNX_FILE, OnnxModel, export_onnx
 from paddle_reparam.quantization import export_int8, kernel_range, quantization_report, quantize_onnx
-from paddle_reparam.released import write_manifest
+from paddle_reparam.released import digest, write_manifest
 
 SPEC = [[None, 1, 8, 8]]
 
@@ -217,7 +218,7 @@ def project(tmp_path, monkeypatch):
 def release_of(folder):
     folder.mkdir()
     (folder / ONNX_FILE).write_text("")
-    write_manifest(folder, {"input": {"normalization": None}, "quantization": {"kernels": []}})
+    write_manifest(folder, smallest_manifest({ONNX_FILE: digest(folder / ONNX_FILE)}))
 
 
 def test_what_is_wrong_is_one_sentence(project, capsys):

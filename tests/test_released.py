@@ -1,7 +1,10 @@
 """A released folder that is checked again later: every file, and what each form computes."""
 
+import hashlib
+import importlib
 import json
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import paddle
@@ -11,8 +14,19 @@ from paddle import nn
 
 from paddle_reparam import check_release, checkpoints, release, replace
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import ExportOptions, InferenceModel, Normalization, OutputSpec, program_file
-from paddle_reparam.released import MANIFEST, PLAIN_WEIGHTS, PROBE, digest, read_manifest, write_manifest
+from paddle_reparam.export import ExportOptions, InferenceModel, Normalization, OutputSpec, one_sentence, program_file
+from paddle_reparam.flops import ModelSize
+from paddle_reparam.predict import ImageClassifier, preprocess
+from paddle_reparam.quantization import KernelRange, QuantizationReport
+from paddle_reparam.released import (
+    MANIFEST,
+    PLAIN_WEIGHTS,
+    PROBE,
+    digest,
+    probe_input,
+    read_manifest,
+    write_manifest,
+)
 
 SPEC = [[None, 3, 16, 16]]
 PIXELS = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1 / 255)
@@ -206,3 +220,130 @@ def test_options_that_make_no_sense_are_refused(make, message):
 
 def test_the_manifest_is_json_for_others(original):
     assert json.loads((original / MANIFEST).read_text())["files"].keys() >= {PROBE, PLAIN_WEIGHTS}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Manifests that were sealed again
+
+
+ODD = (
+    None, True, -1, 0, 0.5, 10**30, 1e308, float("nan"), float("inf"), "", "x", "../x", "/", "\x1b[2J", "\ud800",
+    [], [None], [[]], {}, {"name": "x"},
+)  # fmt: skip
+
+
+def places_of(value, path=()):
+    """Yield the path of every value inside a nested one."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield (*path, key)
+        yield from places_of(inner, (*path, key))
+
+
+def changed(manifest, path, value):
+    """Return a copy with another value at a path; without it where that is `...`."""
+    manifest = json.loads(json.dumps(manifest))
+    parent = manifest
+    for key in path[:-1]:
+        parent = parent[key]
+    if value is ...:
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = value
+    return manifest
+
+
+def seal(folder, manifest):
+    """Write any manifest with the seal that fits it, as anybody can."""
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    manifest = {**manifest, "seal": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+
+
+def use(folder, manifest):
+    """Use a release as the commands do, but for running its network."""
+    ImageClassifier(folder)
+    if "quantization" in manifest:
+        QuantizationReport([KernelRange(**kernel) for kernel in manifest["quantization"]["kernels"]]).worst(5)
+    str(ModelSize(**manifest["size"]["fused"]))
+    np.empty([1, *manifest["input"]["shape"][0][1:]], manifest["input"]["dtype"])
+    OutputSpec(manifest["output"]["activation"], tuple(manifest["output"]["keys"]))
+    Normalization.from_dict(manifest["input"]["normalization"])
+    probe_input(manifest["input"], manifest["probe"]["scale"])
+
+
+def test_a_manifest_of_another_form_is_one_sentence_whatever_it_says(copied, monkeypatch):
+    monkeypatch.setattr("paddle_reparam.predict.InferenceModel", lambda folder: None)
+    steps = [{"ResizeImage": {"size": [8, 8]}}, {"CropImage": {"size": 8}}, {"ToCHWImage": {}},
+             {"NormalizeImage": {"mean": [0.0] * 3, "std": [1.0] * 3, "scale": 1.0, "order": ""}}]  # fmt: skip
+    good = read_manifest(copied)
+    good["input"].update(preprocessing=steps, normalization={**asdict(PIXELS), "mean": list(PIXELS.mean)})
+    good["labels"] = ["a", None]
+    write_manifest(copied, good)
+    good = read_manifest(copied)
+    image = np.zeros([9, 9, 3], np.uint8)
+    sentences = []
+    generator = np.random.default_rng(0)
+    for path in places_of(good):
+        for value in (..., *generator.choice(np.array(ODD, object), 4, replace=False)):
+            seal(copied, changed(good, path, value))
+            try:
+                manifest = read_manifest(copied)
+                use(copied, manifest)
+                with one_sentence("as `predict` does"):
+                    preprocess(image, manifest["input"]["preprocessing"])
+            except ReparamError as error:
+                sentences.append(str(error))
+    assert len(sentences) > 300
+    assert not [sentence for sentence in sentences if "\n" in sentence]
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("files",), []),
+        (("files", "../plain.pdparams"), {"bytes": 1, "sha256": "0" * 64}),
+        (("files", "/etc/hostname"), {"bytes": 1, "sha256": "0" * 64}),
+        (("files", "a\\b"), {"bytes": 1, "sha256": "0" * 64}),
+        (("input", "shape"), [[None, 3, 2**15, 2**15]]),
+        (("input", "shape"), [3, 16, 16]),
+        (("input", "dtype"), "object"),
+        (("input", "normalization"), {**asdict(PIXELS), "mean": [0.5], "std": [0.5]}),
+        (("input", "preprocessing"), [{"ResizeImage": {"size": 10**6}}]),
+        (("labels",), "cat"),
+        (("output", "activation"), "relu"),
+        (("probe", "tolerance"), 1.0),
+        (("probe", "tolerance"), float("inf")),
+        (("probe", "scale"), 0.0),
+        (("quantization",), ...),
+    ],
+)  # fmt: skip
+def test_what_a_manifest_cannot_say_is_refused_before_anything_is_read(copied, monkeypatch, path, value):
+    manifest = changed(read_manifest(copied), path, value)
+    with pytest.raises(ReparamError, match=r"is nothing that a manifest can hold"):
+        write_manifest(copied, manifest)
+    seal(copied, manifest)
+    monkeypatch.setattr(importlib.import_module("paddle_reparam.released"), "digest", None)
+    for read in (check_release, ImageClassifier):
+        with pytest.raises(ReparamError, match=rf"is not as it was written, or of an older version .*\({path[0]}"):
+            read(copied)
+
+
+def test_links_are_refused_before_anything_is_read(copied, monkeypatch):
+    outside = copied.parent / "outside"
+    (copied / PROBE).rename(outside)
+    (copied / PROBE).symlink_to(outside)
+    monkeypatch.setattr(importlib.import_module("paddle_reparam.released"), "digest", None)
+    with pytest.raises(ReparamError, match=rf"{PROBE} is a link"):
+        check_release(copied)
+    (copied / PROBE).unlink()
+    (copied / MANIFEST).rename(outside)
+    (copied / MANIFEST).symlink_to(outside)
+    with pytest.raises(ReparamError, match="is no release"):
+        check_release(copied)
+
+
+def test_a_probe_that_would_grow_when_it_is_read_is_refused(copied):
+    np.savez_compressed(copied / PROBE, np.zeros([2, 5], "float32"))
+    seal_again(copied, PROBE)
+    with pytest.raises(ReparamError, match="it is no probe that a release wrote"):
+        check_release(copied)

@@ -33,7 +33,7 @@ from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.ppcls import setup
 from paddle_reparam.ppcls.errors import ConfigError
 from paddle_reparam.registry import get_layer
-from paddle_reparam.released import MANIFEST, read_manifest
+from paddle_reparam.released import MANIFEST, check_files, read_manifest
 from paddle_reparam.report import Report
 from paddle_reparam.timing import FEWEST_ROUNDS
 
@@ -156,6 +156,7 @@ def contenders_of(
             program_file(path)
             if (path / MANIFEST).is_file():
                 manifest = read_manifest(path)
+                check_files(path, manifest)
                 [[_, *shape]] = manifest["input"]["shape"]
                 known = {"dtype": manifest["input"]["dtype"], "size": ModelSize(**manifest["size"]["fused"])}
         yield Contender(path.name, "exported", path, tuple(shape), **known)

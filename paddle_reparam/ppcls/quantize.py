@@ -13,7 +13,7 @@ from ..errors import exit_code
 from ..export import Normalization
 from ..onnx_export import ONNX_FILE
 from ..quantization import KernelRange, QuantizationReport, export_int8
-from ..released import read_manifest
+from ..released import check_files, read_manifest
 from . import setup
 from .command import add_override, read_config
 from .errors import ConfigError
@@ -56,6 +56,7 @@ def _quantize(given: argparse.Namespace) -> None:
         raise ConfigError(f"{given.output} exists already and is kept; name another file")
     config = read_config(given.config, given.override)
     manifest = read_manifest(given.release)
+    check_files(given.release, manifest)
     kernels = manifest["quantization"]["kernels"]
     print(QuantizationReport([KernelRange(**kernel) for kernel in kernels]).worst(_WORST))
     normalization = Normalization.from_dict(manifest["input"]["normalization"])
