@@ -1,7 +1,10 @@
 """Going on from checkpoints without a record: right, or one sentence before the first step; one training a folder."""
 
-import multiprocessing
+import contextlib
+import errno
+import os
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -18,6 +21,7 @@ setup()
 
 from paddle_reparam.ppcls import resuming, saving  # noqa: E402
 from paddle_reparam.ppcls.command import main  # noqa: E402
+from paddle_reparam.ppcls.errors import ConfigError  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -217,31 +221,58 @@ def test_states_find_their_parameters_by_the_names_of_the_state_dict(kind):
 # Two trainings in one folder
 
 
-def hold(folder, held):
-    with saving.only_training_in(folder):
-        held.set()
-        time.sleep(60)
+@contextlib.contextmanager
+def held_by_another_process(folder):
+    """Yield, with a function that kills it, while another process holds a folder, and its child lives longer.
+
+    The workers of a loader do so.
+    """
+    ready, write = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with saving.only_training_in(folder):
+            child = os.fork()
+            if child:
+                os.write(write, b"%d" % child)
+            time.sleep(60)
+            os._exit(0)
+    child = int(os.read(ready, 20))
+    try:
+        yield lambda: (os.kill(process, signal.SIGKILL), os.waitpid(process, 0))
+    finally:
+        for each in (process, child):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(each, signal.SIGKILL)
 
 
 def test_a_second_training_in_a_folder_says_so(place, config, capsys):
-    context = multiprocessing.get_context("fork")
-    held = context.Event()
-    process = context.Process(target=hold, args=(place.root / "shared", held), daemon=True)
-    process.start()
-    try:
-        assert held.wait(60)
+    with held_by_another_process(place.root / "shared") as kill:
         arguments = place.arguments(config, "shared")
         fails(capsys, 2, "another training is running in", main, "train", arguments)
-    finally:
-        process.kill()
-        process.join(60)
-    assert main("train", arguments) == 0
+        assert [path.name for path in (place.root / "shared").iterdir()] == [saving.LOCK]
+        kill()
+        assert main("train", arguments) == 0
 
 
 def test_a_folder_is_free_again(tmp_path):
     for _ in range(2):
-        with saving.only_training_in(tmp_path), pytest.raises(OutputExists), saving.only_training_in(tmp_path):
+        with saving.only_training_in(tmp_path):
             pass
+    with held_by_another_process(tmp_path), pytest.raises(OutputExists), saving.only_training_in(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file cannot be written to"), saving.only_training_in(tmp_path / "file"):
+        pass
+
+    def without_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(saving.fcntl, "lockf", without_locks)
+    with saving.only_training_in(tmp_path):
+        pass
 
 
 def test_an_optimizer_of_another_network():

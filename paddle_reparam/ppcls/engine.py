@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import random
 from typing import Any
@@ -39,15 +40,20 @@ class Engine(PaddleClasEngine):
         self.sparsity_settings = sparse.read_section(config) if mode == "train" else None
         self.monitor_settings = monitoring.read_section(config) if mode == "train" else None
         self.best: dict[str, Any] | None = None
-        with strict_loading(config, mode):
-            super().__init__(config, mode)
-        failures.clear()
-        network = getattr(self.model, "_layers", self.model)
-        check_weights(network, config)
-        if mode in ("eval", "infer"):
-            watch_outputs(network)
-        for split, loader in self._loaders().items():
-            check_samples(loader, config["Arch"].get("class_num"), split)
+        with contextlib.ExitStack() as held:
+            if mode == "train":
+                # Before PaddleClas opens its logs there.
+                held.enter_context(saving.only_training_in(config["Global"]["output_dir"]))
+            with strict_loading(config, mode):
+                super().__init__(config, mode)
+            failures.clear()
+            network = getattr(self.model, "_layers", self.model)
+            check_weights(network, config)
+            if mode in ("eval", "infer"):
+                watch_outputs(network)
+            for split, loader in self._loaders().items():
+                check_samples(loader, config["Arch"].get("class_num"), split)
+            self._output_folder = held.pop_all()
         if mode == "train":
             self.goes_on_by_itself = goes_on_by_itself
             self._plain_train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
@@ -63,7 +69,7 @@ class Engine(PaddleClasEngine):
         """Train, from `Global.checkpoints` where that is set."""
         resume = functools.partial(resuming.resume, config=self.config, on_resume=self._resume)
         with (
-            saving.only_training_in(self.config["Global"]["output_dir"]),
+            self._output_folder,
             strict_loading(self.config, self.mode, resume),
             saving.whole_checkpoints(engine_module, self._states),
             monitoring.progress(self),

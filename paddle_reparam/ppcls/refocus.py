@@ -24,7 +24,7 @@ from ..export import one_sentence
 from ..registry import Registry
 from ..release import PLAIN_WEIGHTS, digest, release
 from ..report import Report, format_table
-from . import setup
+from . import saving, setup
 from .command import add_override, read_config
 from .errors import ConfigError
 from .reparam import build_train_form, image_shape, read_output
@@ -137,6 +137,20 @@ def refocus(
     _build(stage_two(config, chosen, ""))
     file = None if weights in (None, PRETRAINED) else _fitting_file(baseline, weights)
     _claim(folder, config, variant, digest(file)["sha256"] if file else weights)
+    with saving.only_training_in(folder):
+        return _train_both(baseline, config, folder, weights, variant, file, source)
+
+
+def _train_both(
+    baseline: dict[str, Any],
+    config: dict[str, Any],
+    folder: Path,
+    weights: str | None,
+    variant: str,
+    file: Path | None,
+    source: Mapping[str, Any] | None,
+) -> RefocusReport:
+    """Do what `refocus` does in a folder that is claimed; `file` holds the plain network's weights where they exist."""
     curves = {}
     if file is None:
         file = folder / "baseline.pdparams"
@@ -145,7 +159,7 @@ def refocus(
         else:
             _copy_file(_train(baseline, folder / "baseline"), file)
             curves["baseline"] = read_curve(folder / "baseline")
-    second = stage_two(config, chosen, str(file))
+    second = stage_two(config, VARIANTS[variant], str(file))
     second["Global"]["output_dir"] = str(folder / "stage_two")
     text = yaml.safe_dump(_plain(second), sort_keys=False)
     checkpoints.atomic_write(folder / STAGE_TWO, lambda path: path.write_text(text, encoding="utf-8"))
@@ -333,7 +347,6 @@ def _write_plain(baseline: dict[str, Any], second: dict[str, Any], trained: Path
 
 def _train(config: dict[str, Any], folder: Path) -> Path:
     """Train, or go on, or do nothing where all epochs are done; return the weights after the last epoch."""
-    from . import saving
     from .engine import Engine
 
     config = _copy(config)

@@ -207,7 +207,7 @@ def as_tensors(states: Any) -> Any:
 
 @contextlib.contextmanager
 def only_training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep other trainings out of a folder: two would take away what the other has begun to save.
+    """Keep trainings of other processes out of a folder: two would take away what the other has begun to save.
 
     Raises `OutputExists` where one is running there. The system lets go of the folder when a process ends, however it
     ends; where it cannot lock files, nothing is kept out.
@@ -219,13 +219,14 @@ def only_training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
         Path(folder).mkdir(parents=True, exist_ok=True)
         file = open(Path(folder) / LOCK, "a")  # noqa: SIM115 - it is closed below
     except OSError as error:
-        raise ConfigError(f"Global.output_dir {folder}: it cannot be written to ({error.strerror})") from error
+        raise ConfigError(f"the output folder {folder} cannot be written to ({error.strerror})") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # The kind of lock that the workers of a loader do not inherit: they may outlive a killed training.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
             raise OutputExists(
-                f"another training is running in {folder}; wait for its end, or set another Global.output_dir"
+                f"another training is running in {folder}; wait for its end, or name another output folder"
             ) from None
         except OSError:
             pass  # a file system without locks
