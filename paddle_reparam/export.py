@@ -16,12 +16,14 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 from paddle.inference import Config, create_predictor
+from paddle.nn.utils.spectral_norm_hook import SpectralNorm
+from paddle.nn.utils.weight_norm_hook import WeightNorm
 
 from .errors import ReparamError
 from .memory import give_back
 from .old_programs import HAS_NEW_PROGRAMS, old_programs
 from .rewrite import copy_model
-from .tracing import InputSpec, flatten_outputs
+from .tracing import InputSpec, flatten_outputs, walk
 from .verify import NETWORK_TOLERANCE, VerifyReport, verify
 
 Folder = Union[str, "os.PathLike[str]"]
@@ -175,6 +177,28 @@ def _programs_of(file_format: str | None) -> contextlib.AbstractContextManager[N
     return old_programs() if file_format == "pdmodel" else contextlib.nullcontext()
 
 
+@paddle.no_grad()
+def _with_plain_weights(model: nn.Layer) -> nn.Layer:
+    """Give layers under weight norm or spectral norm, in place, the weight that these compute as a parameter.
+
+    Paddle's tracing would store that of the last forward pass, which a weight file that was loaded since has not seen.
+    """
+    for _, layer in walk(model):
+        for key, hook in list(layer._forward_pre_hooks.items()):
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                hook(layer, ())
+                weight = getattr(layer, hook.name)
+                del layer._forward_pre_hooks[key]
+                delattr(layer, hook.name)
+                for suffix in ("_g", "_v", "_u", "_orig"):
+                    layer._parameters.pop(hook.name + suffix, None)
+                    layer._buffers.pop(hook.name + suffix, None)
+                parameter = layer.create_parameter(weight.shape, dtype=weight.dtype)
+                parameter.set_value(weight)
+                layer.add_parameter(hook.name, parameter)
+    return model
+
+
 def export_inference(
     model: nn.Layer,
     folder: Folder,
@@ -199,7 +223,7 @@ def export_inference(
     if options.dynamic_size:
         shape[2:] = [None] * len(shape[2:])
     # Paddle's tracing puts rewritten forward methods on the layers, so it gets copies of those.
-    network = ExportedNetwork(copy_model(model, share_tensors=True), output, options.normalization)
+    network = ExportedNetwork(_with_plain_weights(copy_model(model, share_tensors=True)), output, options.normalization)
     spec = paddle.static.InputSpec(shape=shape, dtype=options.input_dtype(model), name="x")
     with one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -111,6 +111,21 @@ def test_gradients_are_those_of_the_grouped_convolution(case, train_base):
         assert relative_error(actual, expected) < 1e-12
 
 
+@every_shape
+@pytest.mark.parametrize("wanted", [0, 1])
+def test_each_gradient_can_be_had_alone(case, wanted):
+    tensors = [paddle.randn(shape, dtype="float64") for shape in (conv_of(case).weight.shape, case[5])]
+    for tensor in tensors:
+        tensor.stop_gradient = False
+    [expected] = paddle.grad(refocused_by_convolution(*tensors).square().sum(), [tensors[wanted]])
+    [actual] = paddle.grad(refocused(*tensors).square().sum(), [tensors[wanted]])
+    assert relative_error(actual, expected) < 1e-12
+    tensors[1 - wanted].stop_gradient = True
+    refocused(*tensors).square().sum().backward()
+    assert relative_error(tensors[wanted].grad, expected) < 1e-12
+    assert tensors[1 - wanted].grad is None
+
+
 def test_the_pieces_of_a_large_dense_kernel_fit_together(monkeypatch):
     monkeypatch.setattr(refconv, "_PLANES_AT_ONCE", 5)
     layer = layer_of((3, 4, (3, 3), 1, 3, None))  # 12 planes: 5, 5 and 2

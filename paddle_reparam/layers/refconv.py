@@ -224,27 +224,45 @@ def _squared(matrix: np.ndarray, like: paddle.Tensor) -> paddle.Tensor:
 
 def _refocus_planes_3x3(base: paddle.Tensor, refocus: paddle.Tensor) -> paddle.Tensor:
     """Return T for planes that are not mixed: `[N, 9]` and `[N, 9]` to `[N, 9]`."""
-    if paddle.in_dynamic_mode():
-        return _RefocusPlanes3x3.apply(base, refocus)
-    return _combine(_squared(_A, base), base, _squared(_R, base), refocus, _squared(_C, base))
+    if not paddle.in_dynamic_mode():
+        return _combine(_squared(_A, base), base, _squared(_R, base), refocus, _squared(_C, base))
+    change = _OfRefocus.apply(refocus, base.detach())
+    if base.stop_gradient or not paddle.is_grad_enabled():
+        return change
+    return change + _OfBase.apply(base, refocus.detach())
 
 
-class _RefocusPlanes3x3(PyLayer):
-    """The transform in pieces that fit the cache; it keeps its inputs alone for the backward pass."""
+# The transform in pieces that fit the cache, which keeps its inputs alone for the backward pass. There is one for each
+# of the two gradients: Paddle refuses what a PyLayer returns for an input that is frozen or not asked for.
+
+
+class _OfRefocus(PyLayer):
+    """The transform, with a gradient for the refocusing weight."""
 
     @staticmethod
-    def forward(ctx: Any, base: paddle.Tensor, refocus: paddle.Tensor) -> paddle.Tensor:
-        ctx.save_for_backward(base, refocus)
+    def forward(ctx: Any, refocus: paddle.Tensor, base: paddle.Tensor) -> paddle.Tensor:
+        ctx.save_for_backward(base)
         return _in_pieces(_squared(_A, base), base, _squared(_R, base), refocus, _squared(_C, base))
 
     @staticmethod
-    def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor | None, paddle.Tensor]:
-        base, refocus = ctx.saved_tensor()
-        of_refocus = _in_pieces(_squared(_A, base), base, _squared(_C.T, base), gradient, _squared(_R.T, base))
-        if base.stop_gradient:
-            return None, of_refocus
-        of_base = _in_pieces(_squared(_R, base), refocus, _squared(_C.T, base), gradient, _squared(_A.T, base))
-        return of_base, of_refocus
+    def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, None]:
+        [base] = ctx.saved_tensor()
+        return _in_pieces(_squared(_A, base), base, _squared(_C.T, base), gradient, _squared(_R.T, base)), None
+
+
+class _OfBase(PyLayer):
+    """Zeros, which have what the gradient of the transform is for the base weight."""
+
+    @staticmethod
+    def forward(ctx: Any, base: paddle.Tensor, refocus: paddle.Tensor) -> paddle.Tensor:
+        ctx.save_for_backward(refocus)
+        return paddle.zeros_like(base)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, None]:
+        [refocus] = ctx.saved_tensor()
+        of_base = _in_pieces(_squared(_R, refocus), refocus, _squared(_C.T, refocus), gradient, _squared(_A.T, refocus))
+        return of_base, None
 
 
 def _in_pieces(
