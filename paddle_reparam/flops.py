@@ -113,6 +113,29 @@ def _convolution_with_bias(x: Shape, weight: Shape, _bias: Shape, *rest: Any) ->
     return _convolution(x, weight, *rest)
 
 
+def _transposed_convolution(
+    x: Shape, weight: Shape, strides: Shape, paddings: Shape, output_padding: Shape, output_size: Shape, algorithm: str,
+    groups: int, dilations: Shape, data_format: str,
+) -> tuple:  # fmt: skip
+    """Return (shape of the output, multiply-adds): each number of the input meets the whole kernel."""
+    axes = range(1, len(x) - 1) if data_format in ("NHWC", "NDHWC") else range(2, len(x))
+    paddings = [p for p in paddings for _ in range(2)] if len(paddings) == len(strides) else list(paddings)
+    output, channel = list(x), 1 if axes[0] == 2 else -1
+    if x[channel] != weight[0]:
+        raise ReparamError(f"a transposed kernel of shape {weight} got an input of shape {x}")
+    output[channel] = weight[1] * groups
+    for i, axis in enumerate(axes):
+        reach = dilations[i] * (weight[2 + i] - 1) + 1
+        padding = 0 if algorithm == "VALID" else paddings[2 * i] + paddings[2 * i + 1]
+        if algorithm == "SAME":
+            # Paddle pads as a convolution of the same size would be padded, and drops the dilation.
+            reach = weight[2 + i]
+            padding = max((-(-x[axis] // strides[i]) - 1) * strides[i] + reach - x[axis], 0)
+        size = (x[axis] - 1) * strides[i] + reach - padding
+        output[axis] = output_size[i] if output_size else size + (output_padding[i] if output_padding else 0)
+    return output, math.prod(x) * math.prod(weight[1:])
+
+
 def _matmul(x: Shape, y: Shape, transpose_x: bool = False, transpose_y: bool = False, **_: Any) -> tuple:
     """Return (shape of the output, multiply-adds) of a matrix product with NumPy's broadcasting."""
     rows = [] if len(x) == 1 else [x[-1 if transpose_x else -2]]
@@ -134,6 +157,10 @@ _ALIASES = {"input": "x", "other": "y"}
 _COUNTED: list[tuple[Any, str, Callable[..., tuple]]] = [
     *[(_C_ops, name, _convolution) for name in ("conv2d", "depthwise_conv2d", "conv3d")],
     (_C_ops, "depthwise_conv2d_bias", _convolution_with_bias),
+    *[
+        (_C_ops, name, _transposed_convolution)
+        for name in ("conv2d_transpose", "depthwise_conv2d_transpose", "conv3d_transpose")
+    ],
     *[(_C_ops, name, _linear) for name in ("linear", "linear_v2")],
     *[(_C_ops, name, _matmul) for name in ("bmm", "matmul")],
     (paddle.Tensor, "__matmul__", _matmul),

@@ -17,6 +17,26 @@ from .tensors import assign, to_float64
 BATCH_NORMS = (nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm, nn.BatchNorm)
 
 
+#: Paddle's convolutions, and what an affine per output channel can be folded into.
+CONVOLUTIONS = (nn.Conv1D, nn.Conv2D, nn.Conv3D, nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose)
+FOLDABLE = (*CONVOLUTIONS, nn.Linear)
+# Their weights begin with the inputs: [in, out / groups, ...].
+_INPUTS_FIRST = (nn.Conv1DTranspose, nn.Conv2DTranspose, nn.Conv3DTranspose, nn.Linear)
+
+
+def is_convolution(layer: nn.Layer) -> bool:
+    """Tell whether a layer convolves: one of Paddle's, a subclass, or a kernel in what calls itself a convolution."""
+    weight = layer._parameters.get("weight")
+    named = "Conv" in type(layer).__name__ and weight is not None and len(weight.shape) > 2
+    return isinstance(layer, CONVOLUTIONS) or named
+
+
+def channel_axis(layer: nn.Layer, axes: int) -> int:
+    """Return which of so many axes counts the channels in what a convolution, BN or `nn.Linear` puts out."""
+    data_format = getattr(layer, "_data_format", None) or getattr(layer, "_data_layout", "NCHW")
+    return axes - 1 if isinstance(layer, nn.Linear) or data_format.endswith("C") else 1
+
+
 def read_bn_affine(bn: nn.Layer) -> tuple[np.ndarray, np.ndarray]:
     """Return (scale, shift), each `[channels]` in float64, of one of `BATCH_NORMS` in eval mode.
 
@@ -29,9 +49,14 @@ def read_bn_affine(bn: nn.Layer) -> tuple[np.ndarray, np.ndarray]:
     return kernels.bn_affine(weight, bias, mean, variance, bn._epsilon)
 
 
-def fold_into(conv: nn.Conv2D, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (kernel, bias) in float64 of a convolution followed by scale * y + shift per channel."""
-    return kernels.fold_affine(to_float64(conv.weight), to_float64(conv.bias), scale, shift)
+def fold_into(layer: nn.Layer, scale: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (weight, bias) in float64 of one of `FOLDABLE` followed by scale * y + shift per channel."""
+    weight, bias = to_float64(layer.weight), to_float64(layer.bias)
+    if not isinstance(layer, _INPUTS_FIRST):
+        return kernels.fold_affine(weight, bias, scale, shift)
+    groups = getattr(layer, "_groups", 1)
+    rows, bias = kernels.fold_affine(kernels.swap_channels(weight, groups), bias, scale, shift)
+    return kernels.swap_channels(rows, groups), bias
 
 
 def affine_of_layer_norm(norm: nn.LayerNorm) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +102,8 @@ class ConvGeometry:
     def of(conv: nn.Conv2D) -> ConvGeometry:
         """Read a `paddle.nn.Conv2D`; what is no plain convolution raises `UnsupportedConv`."""
         if type(conv) is not nn.Conv2D and not getattr(conv, "computes_plain_convolution", False):
-            raise UnsupportedConv(f"{type(conv).__name__} is not paddle.nn.Conv2D itself; its forward may do more")
+            other = "its forward may do more" if isinstance(conv, nn.Conv2D) else "layers stand in for that alone"
+            raise UnsupportedConv(f"{type(conv).__name__} is not paddle.nn.Conv2D itself; {other}")
         if "weight" not in conv._parameters:
             raise UnsupportedConv("its weight is computed by a hook (weight norm, spectral norm); remove that first")
         height, width = as_pair(conv._kernel_size)

@@ -1,6 +1,7 @@
 """Arithmetic on convolution kernels, in float64 and on numpy arrays.
 
-A kernel is `[out_channels, in_channels / groups, height, width]`, a bias `[out_channels]`. Every function takes arrays
+A kernel is `[out_channels, in_channels / groups, height, width]`, or has another number of axes where the text says so
+with dots, a bias `[out_channels]`. Every function takes arrays
 of any float type and returns float64; the one cast back to the layer's own type happens where the result is stored.
 """
 
@@ -30,7 +31,10 @@ def bn_affine(weight: Array | None, bias: Array | None, mean: Array, variance: A
 
 
 def fold_affine(kernel: Array, bias: Array | None, scale: Array, shift: Array) -> tuple:
-    """Return (kernel, bias) of the convolution followed by scale * y + shift per output channel, for any groups."""
+    """Return (kernel, bias) of the convolution followed by scale * y + shift per output channel, for any groups.
+
+    The kernel is `[out_channels, ...]`.
+    """
     kernel, scale, shift = _f64(kernel), _f64(scale), _f64(shift)
     if scale.shape != kernel.shape[:1]:
         raise ReparamError(
@@ -38,7 +42,18 @@ def fold_affine(kernel: Array, bias: Array | None, scale: Array, shift: Array) -
             f"it needs one factor for each of the {kernel.shape[0]} output channels"
         )
     bias = np.zeros_like(shift) if bias is None else _f64(bias)
-    return kernel * scale[:, None, None, None], bias * scale + shift
+    return kernel * scale.reshape([-1] + [1] * (kernel.ndim - 1)), bias * scale + shift
+
+
+def swap_channels(kernel: Array, groups: int) -> Array:
+    """Return the kernel of a transposed convolution, `[in, out / groups, ...]`, as `[out, in / groups, ...]`; and back.
+
+    It is its own inverse. The matrix of a fully connected layer, `[in, out]`, is one of one group.
+    """
+    kernel = _f64(kernel)
+    first, second = kernel.shape[0] // groups, kernel.shape[1]
+    swapped = kernel.reshape(groups, first, second, *kernel.shape[2:]).swapaxes(1, 2)
+    return swapped.reshape(groups * second, first, *kernel.shape[2:])
 
 
 def fold_input_affine(kernel: Array, bias: Array | None, scale: Array, shift: Array, groups: int) -> tuple:

@@ -14,7 +14,16 @@ from paddle import nn
 
 from . import kernels, sparsity
 from .errors import ReparamError, UnsupportedConv
-from .geometry import BATCH_NORMS, ConvGeometry, affine_of_layer_norm, fold_into, read_bn_affine
+from .geometry import (
+    BATCH_NORMS,
+    FOLDABLE,
+    ConvGeometry,
+    affine_of_layer_norm,
+    channel_axis,
+    fold_into,
+    is_convolution,
+    read_bn_affine,
+)
 from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from .registry import get_layer
 from .report import Report, format_table
@@ -169,7 +178,7 @@ def replace(
         closed = isinstance(layer, ReparamLayer) and (layer.is_repped or not layer.is_block)
         if closed or isinstance(layer, InferenceForm):
             inside.update({id(child): type(layer).__name__ for _, child in walk(layer)})
-        if not isinstance(layer, nn.Conv2D):
+        if isinstance(layer, (ReparamLayer, InferenceForm)) or not is_convolution(layer):
             continue
         try:
             if id(layer) in inside:
@@ -273,14 +282,17 @@ class Activation(nn.Layer):
 
 
 def _fold_batch_norms(model: nn.Layer, report: RewriteReport, inputs: list[Any]) -> None:
-    """Fold every BN that is the only reader of a convolution's (or an inference form's) output into it."""
+    """Fold every BN that alone reads what a convolution, an `nn.Linear` or an inference form puts out into that."""
     places = _places(model)
     inside = {id(c) for layer, _ in places.values() if isinstance(layer, InferenceForm) for _, c in walk(layer)}
     producers = [
         layer
         for layer, _ in places.values()
-        if isinstance(layer, InferenceForm) or (type(layer) is nn.Conv2D and id(layer) not in inside)
+        if isinstance(layer, (InferenceForm, *FOLDABLE)) or is_convolution(layer)
+        if id(layer) not in inside or isinstance(layer, InferenceForm)
     ]
+    axes: dict[str, int] = {}
+    visit_outputs(model, inputs, lambda path, output: axes.update({path: output.ndim}))
     norms = [layer for layer, _ in places.values() if isinstance(layer, BATCH_NORMS)]
     flow = trace_flow(model, producers, norms, inputs)
     followed = {consumer: producer for producer, consumer in flow.followed_by.items()}
@@ -292,8 +304,18 @@ def _fold_batch_norms(model: nn.Layer, report: RewriteReport, inputs: list[Any])
             if flow.calls[id(bn)] != 1:
                 raise UnsupportedConv(f"this BN is called {flow.calls[id(bn)]} times in a forward pass")
             if id(bn) not in followed:
-                raise UnsupportedConv("this BN is not the only reader of one convolution's output")
+                raise UnsupportedConv("this BN is not the only reader of one convolution's or linear layer's output")
             producer, producer_paths = places[followed[id(bn)]]
+            plain = type(producer) in FOLDABLE or getattr(producer, "computes_plain_convolution", False)
+            if not (plain or isinstance(producer, InferenceForm)):
+                raise UnsupportedConv(
+                    f"{producer_paths[0]}, which it follows, is a {type(producer).__name__}, whose forward may do more "
+                    "than Paddle's own layers"
+                )
+            if len({channel_axis(layer, axes[path]) for layer in (producer, bn)}) > 1:
+                raise UnsupportedConv(
+                    f"it normalises along another axis than that of the channels of {producer_paths[0]}"
+                )
             if _has_hooks(bn) or _has_hooks(producer):
                 raise UnsupportedConv("forward hooks on it or on its convolution would be lost; remove them first")
             _refuse_shared(producer, owners)
@@ -301,8 +323,16 @@ def _fold_batch_norms(model: nn.Layer, report: RewriteReport, inputs: list[Any])
             if isinstance(producer, InferenceForm):
                 producer.absorb_affine(scale, shift)
             else:
-                kernel, bias = fold_into(producer, scale, shift)
-                new_layers[id(producer)] = ConvGeometry.of(producer).make_conv(kernel, bias)
+                weight, bias = fold_into(producer, scale, shift)
+                if isinstance(producer, nn.Conv2D):
+                    new_layers[id(producer)] = ConvGeometry.of(producer).make_conv(weight, bias)
+                else:
+                    assign(producer.weight, weight)
+                    if producer.bias is None:
+                        producer.bias = producer.create_parameter(
+                            [bias.size], dtype=producer.weight.dtype, is_bias=True
+                        )
+                    assign(producer.bias, bias)
         except ReparamError as reason:
             report.skipped.append((path, str(reason)))
         else:
@@ -416,9 +446,10 @@ def reparameterize(
 
     Fuses the layers of this library and PaddleClas' own (`re_parameterize`, `rep`). With `fold_bn`, also every BN that
     in a forward pass on `input_spec` (shapes with None for the batch; [None, 3, 224, 224] unless told) is the only
-    reader of a convolution's output, and every BN or LayerNorm that one 1x1 convolution or `nn.Linear` alone reads.
-    With `fixed_size`, layers also take the form that is best for the height and width of `input_spec`; the new model
-    is then right for images of that size only. What is fused has Paddle's defaults for training, nothing frozen.
+    reader of the output of a convolution of any kind or of an `nn.Linear`, and every BN or LayerNorm that one 1x1
+    convolution or `nn.Linear` alone reads. With `fixed_size`, layers also take the form that is best for the height and
+    width of `input_spec`; the new model is then right for images of that size only. What is fused has Paddle's defaults
+    for training, nothing frozen.
     Raises `ReparamError` for a model in training mode and where nothing was fused.
     """
     if model.training:
@@ -432,7 +463,8 @@ def reparameterize(
     if fold_bn or fixed_size:
         inputs = sample_inputs(input_spec or IMAGENET_INPUT, batch=1, seed=0, like=fused)
     if fold_bn:
-        _drop_unused(fused, blocks, inputs, report)
+        if blocks:
+            _drop_unused(fused, blocks, inputs, report)
         _fold_batch_norms(fused, report, inputs)
         _fold_into_readers(fused, report, inputs)
     if fixed_size:
@@ -441,7 +473,7 @@ def reparameterize(
         raise ReparamError(
             f"{type(model).__name__} has nothing to fuse: no layer of this library or of PaddleClas in train form"
             + (
-                ", and no BN that follows a convolution"
+                ", and no BN that could be folded" + "".join(f"; {path}: {why}" for path, why in report.skipped[:5])
                 if fold_bn
                 else "; fold_bn=True would fold plain conv + BN pairs"
             )

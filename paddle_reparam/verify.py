@@ -14,7 +14,7 @@ import paddle
 from paddle import nn
 
 from .errors import NothingProven, ReparamError
-from .geometry import BATCH_NORMS
+from .geometry import BATCH_NORMS, FOLDABLE
 from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from .report import Report, format_table
 from .tracing import (
@@ -298,7 +298,7 @@ def first_difference(
     """
     places_a, places_b = _places(a), _places(b)
     norms = [layer for layer in places_a.values() if isinstance(layer, BATCH_NORMS)]
-    producers = [layer for layer in places_a.values() if isinstance(layer, (nn.Conv2D, ReparamLayer, InferenceForm))]
+    producers = [layer for layer in places_a.values() if isinstance(layer, (*FOLDABLE, ReparamLayer, InferenceForm))]
     followed_by = trace_flow(a, producers, norms, inputs).followed_by
     changed = {id(layer) for path, layer in places_a.items() if not isinstance(places_b.get(path), type(layer))}
 

@@ -20,7 +20,8 @@ from paddle_reparam.export import (
     program_file,
 )
 from paddle_reparam.flops import measure
-from paddle_reparam.rewrite import reparameterize
+from paddle_reparam.rewrite import reparameterize, replace
+from paddle_reparam.verify import verify
 
 SPEC = [[None, 3, 16, 16]]
 
@@ -36,6 +37,23 @@ def small_net(classes=5):
     return net
 
 
+class Segmenter(nn.Layer):
+    """A network of maps with transposed convolutions and BNs behind them."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2D(3, 8, 3, stride=2, padding=1, bias_attr=False)
+        self.norm = nn.BatchNorm2D(8)
+        self.up = nn.Conv2DTranspose(8, 6, 3, stride=2, padding=1, output_padding=1, groups=2, bias_attr=False)
+        self.up_norm = nn.BatchNorm2D(6)
+        self.wide = nn.Conv2DTranspose(6, 4, 3, padding=2, dilation=2)
+        self.wide_norm = nn.BatchNorm2D(4)
+
+    def forward(self, x):
+        x = F.relu(self.up_norm(self.up(F.relu(self.norm(self.stem(x))))))
+        return self.wide_norm(self.wide(x))
+
+
 def flip_a_weight(folder, tensor):
     """Change the sign of the first number of a tensor in an export's weights."""
     path = program_file(folder).with_suffix(WEIGHTS_SUFFIX)
@@ -47,6 +65,20 @@ def flip_a_weight(folder, tensor):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Exports
+
+
+def test_transposed_convolutions_are_folded_and_exported(tmp_path):
+    net = Segmenter()
+    replace(net, "RefConv2D")
+    randomise_batch_norms(net)
+    net.eval()
+    fused, report = reparameterize(net, fold_bn=True, input_spec=SPEC)
+    assert report.left_over == {}
+    assert [what for _, what in report.touched[1:]] == ["folded into stem", "folded into up", "folded into wide"]
+    assert verify(net, fused, SPEC).passed
+    export_inference(fused, tmp_path / "out", SPEC)
+    reports = check_export(tmp_path / "out", net, SPEC)
+    assert [name for name, report in reports.items() if not report.passed] == []
 
 
 @pytest.mark.parametrize("activation", [None, "softmax", "sigmoid"])

@@ -37,6 +37,39 @@ def test_convolutions_have_the_shape_that_paddle_computes(options, with_bias):
     assert as_array(F.conv2d(x, weight, bias, **options) - expected).max() == 0  # and all is as it was
 
 
+TRANSPOSED = [
+    {}, {"padding": 1}, {"padding": [0, 1, 2, 1], "stride": 2}, {"padding": "SAME", "stride": 2},
+    {"padding": "SAME", "dilation": 2}, {"padding": "VALID", "stride": 3}, {"dilation": 2, "padding": 2},
+    {"stride": [2, 1], "output_padding": [1, 0]}, {"groups": 2, "stride": 2, "padding": 1, "output_padding": 1},
+    {"stride": 2, "data_format": "NHWC"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", TRANSPOSED, ids=str)
+def test_transposed_convolutions_have_the_shape_that_paddle_computes(options):
+    x = paddle.randn([2, 9, 8, 4] if options.get("data_format") == "NHWC" else [2, 4, 9, 8])
+    layer = nn.Conv2DTranspose(4, 6, 3, **options)
+    macs = []
+    with _watch(macs.append):
+        output = layer(x)
+    assert output.shape == layer(x).shape
+    assert macs == [x.size * 6 // options.get("groups", 1) * 9]
+
+
+def test_convolutions_of_one_and_three_axes_are_counted():
+    layers = [
+        (nn.Conv1D(4, 6, 3), [4, 9], 7 * 6 * 4 * 3),
+        (nn.Conv1DTranspose(4, 6, 3, stride=2), [4, 9], 9 * 6 * 4 * 3),
+        (nn.Conv2DTranspose(4, 4, 3, groups=4), [4, 9, 8], 9 * 8 * 4 * 9),
+        (nn.Conv3D(4, 6, 3), [4, 5, 5, 5], 27 * 6 * 4 * 27),
+        (nn.Conv3DTranspose(4, 6, 3), [4, 5, 5, 5], 125 * 6 * 4 * 27),
+    ]
+    for layer, shape, macs in layers:
+        layer.eval()
+        size = measure(layer, [[None, *shape]])
+        assert (size.macs_per_image, size.uncounted) == (macs, []), type(layer).__name__
+
+
 @pytest.mark.parametrize(
     ("x", "y", "options", "inner"),
     [

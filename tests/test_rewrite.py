@@ -6,6 +6,7 @@ import paddle.nn.functional as F
 import pytest
 from helpers import randomise_batch_norms, relative_error
 from paddle import nn
+from paddle.vision.ops import DeformConv2D
 
 from paddle_reparam.errors import ReparamError, UnknownName
 from paddle_reparam.layers.base import InferenceForm
@@ -163,6 +164,35 @@ class Shared(nn.Layer):
     def forward(self, x):
         x = self.tied_too(self.tied(self.again(self.first(x))))
         return self.by_name["pair"][0](self.by_name["a"](self.listed[0](x)))
+
+
+class OtherConvolutions(nn.Layer):
+    """What is no Conv2D, by a convolution's name or class."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Conv1D(3, 3, 3)
+        self.up = nn.Conv2DTranspose(3, 3, 2, stride=2)
+        self.volume = nn.Conv3D(3, 3, 3)
+        self.deformable = DeformConv2D(3, 3, 3)
+        self.head = nn.Linear(3, 2)
+
+
+def test_convolutions_of_every_kind_are_reported():
+    model = OtherConvolutions()
+    with pytest.raises(ReparamError) as error:
+        replace(model, "RefConv2D")
+    for name in ("Conv1D", "Conv2DTranspose", "Conv3D", "DeformConv2D"):
+        assert f"{name} is not paddle.nn.Conv2D itself" in str(error.value)
+    assert "its 4 convolutions were skipped" in str(error.value)
+    model.conv = nn.Conv2D(3, 3, 3)
+    report = replace(model, "RefConv2D", init="zero")
+    assert [path for path, _ in report.skipped] == ["rows", "up", "volume", "deformable"]
+    assert report.coverage == 0.2
+    # A layer of this library is no convolution that was left out.
+    model.more = nn.Conv2D(3, 3, 3)
+    report = replace(model, "RefConv2D", init="zero", train_base=True)
+    assert [path for path, _ in report.skipped] == ["rows", "up", "volume", "deformable"]
 
 
 def test_shared_layers_stay_shared_and_tied_weights_are_refused():
@@ -387,6 +417,73 @@ def test_inference_forms_take_the_form_for_one_size():
     assert isinstance(fused[1], Smaller)
     assert isinstance(fused[3], Scale)
     assert isinstance(model[1], Scale)
+
+
+FOLDED = [
+    (nn.Conv1D, nn.BatchNorm1D, {"groups": 2}, [4, 9]),
+    (nn.Conv1D, nn.BatchNorm1D, {"data_format": "NLC"}, [9, 4]),
+    (nn.Conv1DTranspose, nn.BatchNorm1D, {"groups": 2, "stride": 2, "output_padding": 1}, [4, 9]),
+    (nn.Conv2DTranspose, nn.BatchNorm2D, {"groups": 2, "stride": 2, "output_padding": 1, "dilation": 2}, [4, 9, 8]),
+    (nn.Conv2DTranspose, nn.BatchNorm2D, {"stride": 2, "padding": [0, 1, 1, 2], "data_format": "NHWC"}, [9, 8, 4]),
+    (nn.Conv2DTranspose, nn.BatchNorm2D, {"stride": 2, "padding": "SAME"}, [4, 9, 8]),
+    (nn.Conv3D, nn.BatchNorm3D, {"groups": 2}, [4, 5, 6, 4]),
+    (nn.Conv3DTranspose, nn.BatchNorm3D, {"groups": 2, "stride": 2}, [4, 3, 2, 3]),
+    (nn.Conv3DTranspose, nn.BatchNorm3D, {"data_format": "NDHWC"}, [3, 2, 3, 4]),
+    (nn.Linear, nn.BatchNorm1D, {}, [4]),
+    (nn.Linear, nn.BatchNorm1D, {"data_format": "NLC"}, [6, 4]),
+]
+
+
+@pytest.mark.parametrize(("layer", "norm", "options", "shape"), FOLDED, ids=lambda v: getattr(v, "__name__", str(v)))
+@pytest.mark.parametrize("bias", [None, False])
+def test_a_bn_folds_into_whatever_convolves(layer, norm, options, shape, bias):
+    formats = {k: v for k, v in options.items() if k == "data_format"}
+    sizes = (4, 6) if layer is nn.Linear else (4, 6, 3)
+    options = {} if layer is nn.Linear else options
+    model = nn.Sequential(layer(*sizes, bias_attr=bias, **options), norm(6, **formats), nn.ReLU())
+    model.to(dtype="float64")
+    randomise_batch_norms(model, 1)
+    if bias is None:
+        model[0].bias.set_value(paddle.randn([6], "float64"))
+    model.eval()
+    state = state_of(model)
+    fused, report = reparameterize(model, fold_bn=True, input_spec=[[None, *shape]])
+    assert (report.touched, report.skipped, report.left_over) == ([("1", "folded into 0")], [], {})
+    x = paddle.randn([2, *shape], "float64")
+    assert relative_error(fused(x), model(x)) < 1e-12
+    assert verify(model, fused, [[None, *shape]], tolerance=1e-12).passed
+    assert_same_state(model, state)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (lambda: nn.Linear(4, 6), [6, 4]),
+        (lambda: nn.Conv2D(4, 6, 3, data_format="NHWC"), [8, 8, 4]),
+        (lambda: nn.Conv2DTranspose(4, 6, 3, data_format="NHWC"), [4, 4, 4]),
+    ],
+    ids=["Linear", "Conv2D", "Conv2DTranspose"],
+)
+def test_a_bn_along_another_axis_stays(layer, shape):
+    """As many numbers along one axis as channels: folding would compute something else, and fit."""
+    norm = nn.BatchNorm1D(6) if len(shape) == 2 else nn.BatchNorm2D(6)
+    with pytest.raises(ReparamError, match="1: it normalises along another axis than that of the channels of 0"):
+        reparameterize(build(nn.Sequential, layer(), norm), fold_bn=True, input_spec=[[None, *shape]])
+
+
+def test_a_bn_behind_what_may_do_more_than_a_convolution_is_left_with_that_reason():
+    class Halved(nn.Conv2DTranspose):
+        def forward(self, x):
+            return super().forward(x) / 2
+
+    normed = nn.utils.weight_norm(nn.Conv2D(4, 4, 3))
+    model = build(nn.Sequential, Halved(4, 4, 3), nn.BatchNorm2D(4), normed, nn.BatchNorm2D(4), RefConv2D(4, 4, 3))
+    model[4].weight.set_value(paddle.randn([4, 4, 3, 3]))
+    fused, report = reparameterize(model, fold_bn=True, input_spec=[[None, 4, 9, 8]])
+    reasons = dict(report.skipped)
+    assert "0, which it follows, is a Halved, whose forward may do more" in reasons["1"]
+    assert "forward hooks on it or on its convolution" in reasons["3"]
+    assert verify(model, fused, [[None, 4, 9, 8]]).passed
 
 
 def test_folding_does_not_depend_on_the_caller_s_gradients():
