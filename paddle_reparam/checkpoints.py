@@ -9,6 +9,7 @@ import io
 import json
 import os
 import secrets
+import stat
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,6 +30,8 @@ from .report import Report, format_table
 _CHECKSUM = "paddle_reparam.sha256"
 # Deflate makes a file of zeros a thousand times smaller; weights hardly shrink. Below this size nobody is hurt.
 _ALWAYS_UNPACKED = 1 << 28
+# Axes of an entry -> the one that counts the classes where it is a classifier's: a bias, a Linear, a 1x1 convolution.
+_CLASS_AXIS = {1: 0, 2: 1, 4: 0}
 _FROM_SAFETENSORS = {
     "BOOL": "b1", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8",
     "U8": "u1", "BF16": "u2", "F16": "f2", "F32": "f4", "F64": "f8",
@@ -37,17 +40,36 @@ _FROM_SAFETENSORS = {
 
 @dataclass(frozen=True)
 class LoadReport(Report):
-    """What `load_into` did: the entries that were loaded, those left as they were, the percentage of the first."""
+    """What `load_into` did: the entries that were loaded, those left as they were, the percentage of the first.
+
+    `missing` are those that the file may lack, `fresh` those that were not to be loaded.
+    """
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
     coverage: float
+    fresh: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        total = len(self.loaded) + len(self.missing)
+        total = len(self.loaded) + len(self.missing) + len(self.fresh)
         rows = [["loaded", len(self.loaded), ""], ["left as they were", len(self.missing), _listed(self.missing)]]
+        if self.fresh:
+            rows.append(["fresh, as they were drawn", len(self.fresh), _listed(self.fresh)])
         table = format_table(["entries of the model", "count", "names"], rows)
         return f"{table}\ncoverage {self.coverage:.1f} % of {total}"
+
+
+def weight_file(path: str | os.PathLike[str]) -> str:
+    """Return the file that a path names, with or without its suffix `.pdparams`; raises `MissingFile` for none."""
+    path = os.fspath(path)
+    for file in (path, f"{path}.pdparams"):
+        if os.path.isfile(file):
+            return file
+    if os.path.isdir(path):
+        inside = sorted(Path(path).glob("*.pdparams"))
+        hint = f", such as {inside[0]}" if inside else ""
+        raise MissingFile(f"{path} is a folder and no weight file; name a file{hint}")
+    raise MissingFile(f"there is no weight file {path} or {path}.pdparams")
 
 
 def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
@@ -62,6 +84,9 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Raises `CheckpointError`, and nothing else, where the file cannot be read.
     """
     try:
+        # Of a pipe nobody knows when it ends.
+        if not stat.S_ISREG(mode := os.stat(path).st_mode) and not stat.S_ISDIR(mode):
+            raise CheckpointError(f"{path}: it is no file but a device or a pipe")
         data = Path(path).read_bytes()
     except FileNotFoundError as error:
         raise MissingFile(f"{path}: it cannot be read ({error.strerror})") from error
@@ -168,7 +193,10 @@ def form_of(names: Iterable[str]) -> Literal["train", "fused"]:
 
 
 def load_into(
-    model: nn.Layer, path_or_state: str | os.PathLike[str] | Mapping[str, Any], may_miss: Sequence[str] = ()
+    model: nn.Layer,
+    path_or_state: str | os.PathLike[str] | Mapping[str, Any],
+    may_miss: Sequence[str] = (),
+    fresh: bool | Sequence[str] = False,
 ) -> LoadReport:
     """Load a weight file, or a state dict of Tensors or arrays, into a model: all of it or nothing.
 
@@ -176,28 +204,79 @@ def load_into(
     `"*.convmap.weight"` where a plain baseline goes into RefConv layers. Float types are cast to the model's. Masks of
     dynamic sparse training that the file carries become buffers of the model.
 
+    `fresh` is for another number of classes. True leaves the classifier as the model drew it: what differs from the
+    file in the number of outputs alone. Shell patterns, such as `["head.*"]`, say which entries are not loaded, of
+    whatever shape, and what of the file is not looked at. Where the file has a mask for a parameter that stays fresh, a
+    new one is drawn, as dense as that.
+
     Raises `CheckpointError` with the entries that are missing, extra or of another shape or type, and the share in
-    percent of the model's entries that fit; the model is then unchanged.
+    percent of the model's entries that fit; also where `fresh` leaves nothing fresh. The model is then unchanged.
     """
-    if isinstance(may_miss, str):
-        raise CheckpointError(f"may_miss is a list of patterns: write [{may_miss!r}]")
+    for name, patterns in (("may_miss", may_miss), ("fresh", fresh)):
+        if isinstance(patterns, str):
+            raise CheckpointError(f"{name} is a list of patterns: write [{patterns!r}]")
     from_file = isinstance(path_or_state, (str, os.PathLike))
-    where = str(path_or_state) if from_file else "the state"
-    arrays = load(path_or_state) if from_file else _to_arrays(path_or_state)
-    adopted = sparsity.adopt_masks(model, arrays)
+    where = weight_file(path_or_state) if from_file else "the state"
+    arrays = load(where) if from_file else _to_arrays(path_or_state)
+    left = _left_fresh(model.state_dict(use_hook=False), arrays, fresh)
+    wanted = {name: array for name, array in arrays.items() if name not in left}
+    adopted = sparsity.adopt_masks(model, wanted)
     try:
-        return _load_arrays(model, arrays, may_miss, where)
+        report = _load_arrays(model, wanted, may_miss, left if fresh else None, where)
     except CheckpointError:
         sparsity.drop_buffers(model, adopted)
         raise
+    shares = {
+        name[: -len(sparsity.SUFFIX)]: float(np.mean(arrays[name]))
+        for name in left
+        if name in arrays and name.endswith(sparsity.SUFFIX)
+    }
+    sparsity.draw_anew(model, shares)
+    return report
 
 
-def _load_arrays(model: nn.Layer, arrays: Mapping[str, np.ndarray], may_miss: Sequence[str], where: str) -> LoadReport:
-    own = model.state_dict(use_hook=False)
+def _left_fresh(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray], fresh: bool | Sequence[str]) -> set[str]:
+    """Return the entries of the model and of a file that `fresh` speaks of, and the masks of its parameters."""
+    if fresh is True:
+        found = _classifier(own, arrays)
+        left = set() if found is None else set(found[0])
+    else:
+        left, names = set(), [*own, *(name for name in arrays if name not in own)]
+        for pattern in fresh or ():
+            matching = fnmatch.filter(names, pattern)
+            if not matching:
+                raise CheckpointError(f"fresh {pattern!r} is the name of no entry of the model")
+            left.update(matching)
+    return left | {f"{name}{sparsity.SUFFIX}" for name in left}
+
+
+def _classifier(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[list[str], int, int] | None:
+    """Return (names, file's number of classes, model's) where the shapes differ in the number of outputs alone.
+
+    More than one layer may count them: auxiliary classifiers, heads that are distilled. Where a layer within the
+    network is wider, the layer behind it has more inputs, and this is None.
+    """
+    shapes = {name: (list(arrays[name].shape), list(own[name].shape)) for name in own if name in arrays}
+    different = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    counts = set()
+    for theirs, ours in different.values():
+        axes = [axis for axis, sizes in enumerate(zip(theirs, ours)) if sizes[0] != sizes[1]]
+        if len(theirs) != len(ours) or axes != [_CLASS_AXIS.get(len(ours))]:
+            return None
+        counts.add((theirs[axes[0]], ours[axes[0]]))
+    return (list(different), *counts.pop()) if len(counts) == 1 else None
+
+
+def _load_arrays(
+    model: nn.Layer, arrays: Mapping[str, np.ndarray], may_miss: Sequence[str], left: set[str] | None, where: str
+) -> LoadReport:
+    """Load arrays; of what is `left` fresh there must be some, unless it is None."""
+    everything = model.state_dict(use_hook=False)
     for pattern in may_miss:
-        if not fnmatch.filter(own, pattern):
+        if not fnmatch.filter(everything, pattern):
             raise CheckpointError(f"may_miss {pattern!r} is the name of no entry of the model")
 
+    own = {name: tensor for name, tensor in everything.items() if name not in (left or ())}
     missing = [name for name in own if name not in arrays]
     extra = [name for name in arrays if name not in own]
     both = [name for name in own if name in arrays]
@@ -216,13 +295,22 @@ def _load_arrays(model: nn.Layer, arrays: Mapping[str, np.ndarray], may_miss: Se
     coverage = 100.0 * len(loaded) / max(len(own), 1)
     if any(faults.values()):
         lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names]
+        others = any(names for kind, names in faults.items() if kind != "of another shape")
+        hint = _form_hint(arrays, own) or ("" if others else _class_hint(own, arrays))
         raise CheckpointError(
-            f"{where}: {_form_hint(arrays, own)}it does not fit the model, which is unchanged: "
+            f"{where}: {hint}it does not fit the model, which is unchanged: "
             f"{len(loaded)} of the model's {len(own)} entries fit ({coverage:.1f} %)\n  " + "\n  ".join(lines)
         )
+    if left is not None and not left:
+        raise CheckpointError(
+            f"{where}: it fits the model as it is, so there is no classifier to leave fresh; leave fresh out"
+        )
+    if left and not loaded:
+        raise CheckpointError(f"{where}: nothing of it would be loaded: fresh names every entry of the model")
     for name in loaded:
         own[name].set_value(cast[name])
-    return LoadReport(tuple(loaded), tuple(missing), coverage)
+    fresh = tuple(name for name in everything if name not in own)
+    return LoadReport(tuple(loaded), tuple(missing), 100.0 * len(loaded) / max(len(everything), 1), fresh)
 
 
 #: Published names of what a BN keeps -> Paddle's; the counter has no counterpart.
@@ -286,10 +374,14 @@ def fit_exactly(model: nn.Layer, arrays: Mapping[str, np.ndarray], what: str) ->
     }
     if any(faults.values()):
         lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names]
-        raise CheckpointError(
-            f"the published weights are not those of {what}; give the options that they were trained with\n  "
-            + "\n  ".join(lines)
-        )
+        found = None if faults["missing"] or faults["left over"] else _classifier(own, arrays)
+        advice = "give the options that they were trained with"
+        if found is not None:
+            advice = (
+                f"they are of {found[1]} classes: convert them without class_num, and load the file with fresh=True "
+                "(in a config: Arch.fresh beside Arch.pretrained)"
+            )
+        raise CheckpointError(f"the published weights are not those of {what}; {advice}\n  " + "\n  ".join(lines))
     return {key: np.ascontiguousarray(arrays[key].astype(_type_name(own[key]))) for key in own}
 
 
@@ -314,6 +406,17 @@ def _form_hint(arrays: Mapping[str, Any], own: Mapping[str, Any]) -> str:
             "plain model, or name in may_miss what a plain baseline lacks; "
         )
     return ""
+
+
+def _class_hint(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    found = _classifier(own, arrays)
+    if found is None:
+        return ""
+    names, theirs, ours = found
+    return (
+        f"it is of {theirs} classes and the model of {ours}: fresh=True leaves {_listed(names)} as the model drew them "
+        "(in a config: Arch.fresh beside Arch.pretrained, Global.fresh beside Global.pretrained_model); without it "
+    )
 
 
 def _listed(names: Sequence[str]) -> str:

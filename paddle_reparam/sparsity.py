@@ -300,6 +300,25 @@ def adopt_masks(model: nn.Layer, state: Mapping[str, Any]) -> list[str]:
     return new
 
 
+def draw_anew(model: nn.Layer, shares: Mapping[str, float]) -> None:
+    """Give parameters, by path, masks in which a share stays, at random places, and clear the weights they hide.
+
+    For parameters that were drawn anew in a network whose other masks came from a file. A parameter that has a mask
+    keeps it. All processes draw the same.
+    """
+    names = [(path, layer, name) for path, layer in walk(model) for name in layer._parameters]
+    for i, (prefix, layer, name) in enumerate(names):
+        place = Place(f"{prefix}.{name}" if prefix else name, layer, name)
+        if place.path not in shares or place.mask is not None:
+            continue
+        size = math.prod(place.parameter.shape)
+        count = max(1, round(shares[place.path] * size))
+        if count < size:
+            mask = draw_mask(place.parameter.shape, count, np.random.default_rng([0, i]))
+            layer.register_buffer(name + SUFFIX, paddle.to_tensor(mask))
+            _keep_only(place.parameter, mask)
+
+
 def remove_masks(model: nn.Layer) -> None:
     """Take the masks and the step counter away; the weights stay as they are, zeros included."""
     names = [place.path + SUFFIX for place in masked_places(model)]

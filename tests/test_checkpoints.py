@@ -5,6 +5,7 @@ import io
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -16,9 +17,9 @@ import pytest
 from paddle import nn
 from weight_files import DATA, assert_same, expected, read_or_refuse, refusal
 
-from paddle_reparam import checkpoints, registry
+from paddle_reparam import checkpoints, registry, sparsity
 from paddle_reparam.checkpoints import LoadReport, atomic_write, form_of, load, load_into, save
-from paddle_reparam.errors import CheckpointError, ReparamError
+from paddle_reparam.errors import CheckpointError, MissingFile, ReparamError
 from paddle_reparam.layers.base import ReparamLayer
 
 PADDLE_FILES = sorted(DATA.glob("*.pdparams"))
@@ -529,3 +530,93 @@ def test_a_plain_baseline_goes_into_a_refconv_model():
     report = load_into(model, baseline, may_miss=("*.convmap.weight",))
     assert (report.loaded, report.missing) == (("0.weight",), ("0.convmap.weight",))
     np.testing.assert_array_equal(model[0].weight.numpy(), conv.weight.numpy())
+
+
+# --- another number of classes --------------------------------------------------------------------------------------
+
+
+class TwoHeads(nn.Layer):
+    """A body, and two classifiers: a fully connected layer and a 1x1 convolution."""
+
+    def __init__(self, classes: int, width: int = 4) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, width), nn.BatchNorm1D(width))
+        self.head = nn.Linear(width, classes)
+        self.aux = nn.Conv2D(width, classes, 1)
+
+
+def test_the_classifier_of_another_number_of_classes_stays_fresh(tmp_path):
+    save(TwoHeads(7).state_dict(), tmp_path / "seven.pdparams")
+    model = TwoHeads(2)
+    drawn, published = state_of(model), load(tmp_path / "seven.pdparams")
+    heads = ["aux.bias", "aux.weight", "head.bias", "head.weight"]
+    with pytest.raises(CheckpointError, match="it is of 7 classes and the model of 2: fresh=True leaves head.weight"):
+        load_into(model, tmp_path / "seven")
+    assert_same(state_of(model), drawn)
+    report = load_into(model, tmp_path / "seven", fresh=True)
+    assert sorted(report.fresh) == heads
+    assert "fresh, as they were drawn 4 head.weight, head.bias" in re.sub(" +", " ", str(report))
+    assert sorted(report.loaded) == [name for name in sorted(drawn) if name not in heads]
+    assert_same(state_of(model), {name: (drawn if name in heads else published)[name] for name in drawn})
+
+
+def test_named_entries_stay_fresh_whatever_their_shape():
+    state, model = state_of(TwoHeads(2)), TwoHeads(2)
+    drawn = state_of(model)
+    report = load_into(model, {**state, "of.another.task": np.ones(3)}, fresh=["head.*", "of.another.*"])
+    assert report.fresh == ("head.weight", "head.bias")
+    now = state_of(model)
+    assert all(np.array_equal(now[name], (drawn if name.startswith("head") else state)[name]) for name in now)
+    assert report.coverage == pytest.approx(100 * (len(now) - 2) / len(now))
+
+
+@pytest.mark.parametrize(
+    ("saved", "fresh", "message"),
+    [
+        (TwoHeads(2), True, "there is no classifier to leave fresh; leave fresh out"),
+        (TwoHeads(2), ["heads.*"], "fresh 'heads.*' is the name of no entry of the model"),
+        (TwoHeads(2), "head.*", r"fresh is a list of patterns: write \['head.\*'\]"),
+        (TwoHeads(2), ["*"], "nothing of it would be loaded"),
+        (TwoHeads(7), ["head.*"], r"2 of another shape: aux.weight"),
+        # A layer within the network is wider: that is another network.
+        (TwoHeads(7, width=5), True, r"of another shape: body.0.weight"),
+        (nn.Linear(3, 2), True, "0 of the model's 10 entries fit"),
+    ],
+)
+def test_fresh_that_cannot_be_meant(saved, fresh, message):
+    model = TwoHeads(2)
+    drawn = state_of(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_into(model, saved.state_dict(), fresh=fresh)
+    assert_same(state_of(model), drawn)
+
+
+def test_masks_of_what_stays_fresh_are_drawn_anew():
+    saved, model = TwoHeads(40, width=10), TwoHeads(8, width=10)
+    sparsity.add_masks(saved, 0.5, "uniform", where=["body.0.weight", "head.weight"])
+    drawn = state_of(model)
+    report = load_into(model, saved.state_dict(), fresh=True)
+    assert "head.weight" in report.fresh
+    masks = {place.path: place.read_mask() for place in sparsity.masked_places(model)}
+    assert np.array_equal(masks.pop("body.0.weight"), saved.body[0].weight_mask.numpy())
+    [(name, mask)] = masks.items()
+    # As dense as the file's: exactly half of 10 x 8.
+    assert (name, mask.shape, mask.sum()) == ("head.weight", (10, 8), 40)
+    assert np.array_equal(model.head.weight.numpy(), np.where(mask, drawn["head.weight"], 0))
+    again = TwoHeads(8, width=10)
+    load_into(again, saved.state_dict(), fresh=["head.weight", "head.bias", "aux.*"])
+    assert np.array_equal(again.head.weight_mask.numpy(), mask)
+
+
+def test_weights_are_found_without_their_suffix(tmp_path):
+    save(small_model().state_dict(), tmp_path / "latest.pdparams")
+    load_into(small_model(), tmp_path / "latest")
+    with pytest.raises(MissingFile, match=f"{tmp_path} is a folder and no weight file; name a file, such as .*latest"):
+        load_into(small_model(), tmp_path)
+    with pytest.raises(MissingFile, match="there is no weight file .*newest or .*newest.pdparams"):
+        load_into(small_model(), tmp_path / "newest")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.pdparams")
+    assert refusal(tmp_path / "model.pdparams") == "it is no file but a device or a pipe"
