@@ -19,11 +19,11 @@ from paddle.inference import Config, create_predictor
 from paddle.nn.utils.spectral_norm_hook import SpectralNorm
 from paddle.nn.utils.weight_norm_hook import WeightNorm
 
-from .errors import ReparamError
+from .errors import NothingProven, ReparamError
 from .memory import give_back
 from .old_programs import HAS_NEW_PROGRAMS, old_programs
 from .rewrite import copy_model
-from .tracing import InputSpec, flatten_outputs, walk
+from .tracing import InputSpec, flatten_outputs, input_shapes, walk
 from .verify import NETWORK_TOLERANCE, VerifyReport, verify
 
 Folder = Union[str, "os.PathLike[str]"]
@@ -46,9 +46,9 @@ _SMALLEST_PROBABILITY = 1e-25
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """What an exported network puts out: `keys` pick from a network's dicts, `activation` follows ("softmax",
-    "sigmoid", "identity" or None). Of a list the first entry is taken, and of a dict before an activation "logits", as
-    PaddleClas does; None leaves a dict as it is.
+    """What an exported network puts out: `keys` pick from a network's dicts, `activation` follows ("softmax" over the
+    classes, which are axis 1; "sigmoid"; "identity" or None). Where either is asked for, the first entry of a list is
+    taken, and of a dict before an activation "logits", as PaddleClas does. Without both, all that a network puts out.
     """
 
     activation: str | None = None
@@ -129,20 +129,91 @@ class ExportedNetwork(nn.Layer):
             self.register_buffer("factor", paddle.to_tensor(factor))
             self.register_buffer("shift", paddle.to_tensor(shift))
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def forward(self, x: Any) -> Any:
         if self.takes_pixels:
             x = x.astype("float32") * self.factor + self.shift
-        outputs = self.network(x)
-        if isinstance(outputs, (list, tuple)):
+        # Several inputs come as one list; a dict is what the network itself takes.
+        outputs = self.network(*x) if isinstance(x, (list, tuple)) else self.network(x)
+        if isinstance(outputs, (list, tuple)) and (self.keys or self.activation is not None):
             outputs = outputs[0]
         for key in self.keys:
             outputs = outputs[key]
         if self.activation is not None:
+            if isinstance(outputs, (list, tuple)):
+                outputs = outputs[0]
             if isinstance(outputs, dict):
                 outputs = outputs["logits"]
-            if self.activation != "identity":
-                outputs = getattr(F, self.activation)(outputs)
+            if self.activation == "softmax":
+                outputs = F.softmax(outputs, axis=1)
+            elif self.activation == "sigmoid":
+                outputs = F.sigmoid(outputs)
         return outputs
+
+
+def kept_outputs(outputs: Any, output: OutputSpec) -> dict[str, paddle.Tensor]:
+    """Return path -> tensor of those parts of a network's output that are exported, before the activation.
+
+    Paths are like `0` and `Student.logits`. Raises `ReparamError` for a key that the output lacks, and for what no
+    activation can follow.
+    """
+    parts = _named_parts(outputs, ())
+    if not parts:
+        raise ReparamError(f"the network puts out {type(outputs).__name__} and no tensor; there is nothing to export")
+    wanted = [*output.keys, *(["logits"] if output.activation is not None else [])]
+    if not wanted:
+        return {".".join(path): tensor for path, tensor in parts.items()}
+    prefix, here = (), outputs
+    for number, key in enumerate(["", *wanted]):
+        if number and isinstance(here, dict):
+            if key not in here:
+                raise ReparamError(f"the network's output has no {key!r}; it has {', '.join(map(str, here))}")
+            here, prefix = here[key], (*prefix, str(key))
+        elif number and number <= len(output.keys):
+            raise ReparamError(f"the network's output is no dict from which {key!r} could be taken")
+        if isinstance(here, (list, tuple)) and here and (number == 0 or output.activation is not None):
+            here, prefix = here[0], (*prefix, "0")
+    kept = {".".join(path): tensor for path, tensor in parts.items() if path[: len(prefix)] == prefix}
+    if output.activation is not None:
+        for path, tensor in kept.items():
+            if len(kept) > 1 or not tensor.is_floating_point() or tensor.ndim < 2:
+                raise ReparamError(
+                    f"{output.activation} follows one tensor of numbers [N, classes, ...]; the network's output "
+                    f"{path or 'itself'} is {len(kept)} of the shape {list(tensor.shape)} and type {tensor.dtype}"
+                )
+    return kept
+
+
+def left_out(outputs: Any, output: OutputSpec) -> list[str]:
+    """Return the paths of what a network puts out and its export does not; raises as `kept_outputs` does."""
+    kept = kept_outputs(outputs, output)
+    return [path for parts in _named_parts(outputs, ()) if (path := ".".join(parts)) not in kept]
+
+
+def _named_parts(outputs: Any, path: tuple[str, ...]) -> dict[tuple[str, ...], paddle.Tensor]:
+    """Return path -> tensor, in the order of `flatten_outputs`."""
+    if isinstance(outputs, paddle.Tensor):
+        return {path: outputs}
+    items: Any = ()
+    if isinstance(outputs, dict):
+        items = [(key, outputs[key]) for key in sorted(outputs, key=str)]
+    elif isinstance(outputs, (list, tuple)):
+        items = enumerate(outputs)
+    return {key: tensor for name, item in items for key, tensor in _named_parts(item, (*path, str(name))).items()}
+
+
+def reference_outputs(network: nn.Layer, inputs: Sequence[Any], output: OutputSpec) -> list[np.ndarray]:
+    """Return what an export of a network is to put out, without the layer that is exported: `kept_outputs`, and the
+    activation in float64.
+    """
+    with paddle.no_grad():
+        kept = [tensor.numpy() for tensor in kept_outputs(network(*inputs), output).values()]
+    if output.activation == "softmax":
+        scores = [array.astype(np.float64) for array in kept]
+        powers = [np.exp(array - array.max(axis=1, keepdims=True)) for array in scores]
+        return [(p / p.sum(axis=1, keepdims=True)).astype(array.dtype) for p, array in zip(powers, kept)]
+    if output.activation == "sigmoid":
+        return [(0.5 * (1.0 + np.tanh(0.5 * array.astype(np.float64)))).astype(array.dtype) for array in kept]
+    return kept
 
 
 @dataclass(frozen=True)
@@ -208,32 +279,55 @@ def export_inference(
 ) -> list[Path]:
     """Write a network in eval mode for Paddle Inference, with a dynamic batch, and return the files written.
 
-    `input_spec` holds one shape with None for the batch, e.g. `[[None, 3, 224, 224]]`; the input has the dtype of the
-    parameters, or of the pixels where `options` has a normalisation. The files are called `inference` with the suffixes
-    of the format. The model stays as it is.
+    `input_spec` holds a shape for each input with None for the batch, e.g. `[[None, 3, 224, 224]]`, or name -> shape
+    for a network that takes one dict; inputs have the dtype of the parameters, or of the pixels where `options` has a
+    normalisation. They are called x, or x0, x1 and so on, or as in the dict. The files are called `inference` with the
+    suffixes of the format. The model stays as it is.
     Raises `ReparamError` for a model in training mode and where the network cannot be exported.
     """
     if model.training:
         raise ReparamError("the model is in training mode; call model.eval() before exporting")
-    if len(input_spec) != 1:
-        raise ReparamError(f"a network with one input can be exported, this one has {len(input_spec)}")
+    specs = _paddle_specs(input_spec, options, options.input_dtype(model))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shape = list(getattr(input_spec[0], "shape", input_spec[0]))
-    if options.dynamic_size:
-        shape[2:] = [None] * len(shape[2:])
     # Paddle's tracing puts rewritten forward methods on the layers, so it gets copies of those.
     network = ExportedNetwork(_with_plain_weights(copy_model(model, share_tensors=True)), output, options.normalization)
-    spec = paddle.static.InputSpec(shape=shape, dtype=options.input_dtype(model), name="x")
     with one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with _programs_of(options.file_format):
-            paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[spec])
+            paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[specs])
     program = program_file(folder)
     if program.suffix == ".pdmodel":
         with _programs_of("pdmodel"):
             _add_biases_by_axis(program)
     return sorted(path for path in folder.iterdir() if path.name.startswith(f"{FILE_NAME}."))
+
+
+def input_names(input_spec: InputSpec) -> list[str]:
+    """Return what the inputs of an export are called, in the order of `input_shapes`."""
+    names = list(input_shapes(input_spec))
+    if isinstance(input_spec, Mapping):
+        return [str(name) for name in names]
+    return ["x"] if len(names) == 1 else [f"x{number}" for number in names]
+
+
+def in_order(names: Sequence[str]) -> list[str]:
+    """Return the names of an export's inputs in the order in which `run` takes them, that of `input_names`."""
+    numbered = all(name[:1] == "x" and name[1:].isdigit() for name in names)
+    return sorted(names, key=(lambda name: int(name[1:])) if numbered else None)
+
+
+def _paddle_specs(input_spec: InputSpec, options: ExportOptions, dtype: str) -> Any:
+    """Return the inputs of an export as Paddle describes them: one, a list of several, or a dict."""
+    if options.normalization is not None and len(input_shapes(input_spec)) != 1:
+        raise ReparamError("pixels can be normalised for a network with one input; this one has several")
+    specs = {}
+    for name, (key, shape) in zip(input_names(input_spec), input_shapes(input_spec).items()):
+        sizes = [*shape[:2], *([None] * len(shape[2:]) if options.dynamic_size else shape[2:])]
+        specs[key] = paddle.static.InputSpec(shape=sizes, dtype=dtype, name=name)
+    if isinstance(input_spec, Mapping):
+        return specs
+    return specs[0] if len(specs) == 1 else list(specs.values())
 
 
 def _add_biases_by_axis(path: Path) -> None:
@@ -341,10 +435,11 @@ class InferenceModel:
                 config.enable_new_ir(True)
             config.enable_memory_optim()
             self._predictor = create_predictor(config)
+            self.inputs = in_order(self._predictor.get_input_names())
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        """Return the outputs for the inputs, in the order in which the network takes them."""
-        names = self._predictor.get_input_names()
+        """Return the outputs for the inputs, in the order of `inputs`, their names."""
+        names = self.inputs
         if len(names) != len(inputs):
             raise ReparamError(f"{self.name}: it takes {len(names)} inputs ({names}), not {len(inputs)}")
         with one_sentence(f"{self.name}: Paddle Inference cannot run it"):
@@ -378,25 +473,34 @@ def comparable(outputs: Sequence[np.ndarray], output: OutputSpec) -> list[np.nda
 
 
 class _Comparable(nn.Layer):
-    """A function's `comparable` outputs for random inputs, which become pixels where it takes those."""
+    """`comparable` outputs for random inputs, which become pixels where those are taken.
+
+    `outputs_of` returns the arrays that a network or an export gives for its inputs.
+    """
 
     def __init__(
-        self, function: Callable[..., Any], output: OutputSpec, normalization: Normalization | None, dtype: str
+        self,
+        function: Callable[..., Any],
+        outputs_of: Callable[[Any, Sequence[Any]], list[np.ndarray]],
+        output: OutputSpec,
+        dtype: str | None,
     ) -> None:
         super().__init__()
-        self.function = function
-        self.output = output
-        self.takes_pixels = normalization is not None
-        self.dtype = dtype
+        self.function, self.outputs_of, self.output = function, outputs_of, output
+        self.dtype_of_pixels = dtype
 
-    def forward(self, x: paddle.Tensor) -> list[paddle.Tensor]:
-        if self.takes_pixels:
-            x = paddle.clip(paddle.round(127.5 + 64.0 * x), 0.0, 255.0).astype(self.dtype)
-        outputs = [tensor.numpy() for tensor in flatten_outputs(self.function(x))]
-        return [paddle.to_tensor(array) for array in comparable(outputs, self.output)]
+    def forward(self, *inputs: Any) -> list[paddle.Tensor]:
+        if self.dtype_of_pixels is not None:
+            inputs = (paddle.clip(paddle.round(127.5 + 64.0 * inputs[0]), 0.0, 255.0).astype(self.dtype_of_pixels),)
+        arrays = self.outputs_of(self.function, inputs)
+        return [paddle.to_tensor(array) for array in comparable(arrays, self.output)]
 
 
-class _OfPixels(nn.Layer):
+def _exported_outputs(function: Callable[..., Any], inputs: Sequence[Any]) -> list[np.ndarray]:
+    return [tensor.numpy() for tensor in flatten_outputs(function(*flatten_outputs(inputs)))]
+
+
+class OfPixels(nn.Layer):
     """A network behind a normalisation of its own, computed as PaddleClas does."""
 
     def __init__(self, network: nn.Layer, normalization: Normalization) -> None:
@@ -408,7 +512,7 @@ class _OfPixels(nn.Layer):
         )
 
     def forward(self, x: paddle.Tensor) -> Any:
-        return self.network((x * self.scale - self.mean) / self.std)
+        return self.network((x.astype("float32") * self.scale - self.mean) / self.std)
 
 
 def check_export(
@@ -430,11 +534,18 @@ def check_export(
     `ReparamError` where it cannot be loaded or run, and `NothingProven` where the outputs hardly depend on the input,
     unless `must_depend` is False.
     """
-    behind = model if normalization is None else _OfPixels(model, normalization)
+    behind = model if normalization is None else OfPixels(model, normalization)
     behind.eval()
-    reference = _Comparable(ExportedNetwork(behind, output), output, normalization, "float32")
+    reference = _Comparable(
+        behind,
+        lambda network, inputs: reference_outputs(network, inputs, output),
+        output,
+        None if normalization is None else "float32",
+    )
     reference.eval()
-    taken = "" if normalization is None else normalization.dtype
+    taken = None if normalization is None else normalization.dtype
+    if not batch_sizes:
+        raise NothingProven("there are no batch sizes to compare an export at")
     ways: dict[str, Callable[[], Callable[..., Any]]] = {
         "paddle.jit.load": lambda: load_program(folder),
         "Predictor, oneDNN": lambda: InferenceModel(folder, onednn=True, keep_shapes=False),
@@ -444,10 +555,10 @@ def check_export(
     reports = {}
     for name, load in ways.items():
         # One after the other, as each holds the weights.
-        compared = _Comparable(load(), output, normalization, taken)
+        compared = _Comparable(load(), _exported_outputs, output, taken)
         for size in batch_sizes:
             reports[f"{name}, batch {size}"] = verify(
-                reference, lambda x, f=compared: f(x), input_spec, 2, size, tolerance, must_depend
+                reference, lambda *inputs, f=compared: f(*inputs), input_spec, 2, size, tolerance, must_depend
             )
         del compared
         give_back()

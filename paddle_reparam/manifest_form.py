@@ -15,7 +15,7 @@ from .errors import ReparamError
 
 Form = Callable[[Any, str], None]
 
-#: Numbers that a sample of one input may have: the probe, made of two samples, then takes less than a gigabyte.
+#: Numbers that a sample of all inputs may have: the probe, made of two samples, then takes less than a gigabyte.
 LARGEST_INPUT = 2**24
 #: What a release may call the same function, relative.
 LARGEST_TOLERANCE = 0.1
@@ -169,8 +169,10 @@ def _input_shape(value: Any, place: str) -> None:
 
 
 def _input(value: Any, place: str) -> None:
-    """Take `input`, whose normalisation is for as many channels as the network takes."""
+    """Take `input`, whose names are those of its shapes and whose normalisation is for one input's channels."""
     _INPUT(value, place)
+    _require(value["names"] is None or len(value["names"]) == len(value["shape"]), f"{place}.names")
+    _require(sum(math.prod(shape[1:]) for shape in value["shape"]) <= LARGEST_INPUT, f"{place}.shape")
     taken = value["normalization"]
     if taken is not None:
         channels = [shape[1:2] for shape in value["shape"]]
@@ -200,7 +202,9 @@ _STEP = either(
 _INPUT = record(
     {
         # One shape for each input.
-        "shape": list_of(_input_shape, 1, 1),
+        "shape": list_of(_input_shape, 1, 64),
+        # Their names, where the network takes one dict of them.
+        "names": nothing_or(list_of(text, 1, 64)),
         "dtype": one_of("uint8", "float16", "float32", "float64"),
         "size": one_of("fixed", "dynamic"),
         "normalization": nothing_or(record({
@@ -227,6 +231,7 @@ MANIFEST_FORM = record(
         "input": _input,
         "output": record({
             "activation": one_of(None, "softmax", "sigmoid", "identity"), "keys": list_of(text, 0, 64),
+            "left_out": list_of(text),
         }),
         "plain_weights": record(
             {"file": nothing_or(plain_name), "why_none": nothing_or(text)}, {"arch": nothing_or(record({"name": text}))}

@@ -15,7 +15,7 @@ import numpy as np
 import paddle
 
 from .errors import ReparamError
-from .export import FILE_NAME, WEIGHTS_SUFFIX, Folder, one_sentence, program_file
+from .export import FILE_NAME, WEIGHTS_SUFFIX, Folder, in_order, one_sentence, program_file
 
 ONNX_FILE = f"{FILE_NAME}.onnx"
 #: What writes, checks and runs it.
@@ -112,7 +112,7 @@ class OnnxModel:
             options.intra_op_num_threads = threads
             options.log_severity_level = 3
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.inputs = [node.name for node in self._session.get_inputs()]
+        self.inputs = in_order([node.name for node in self._session.get_inputs()])
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """Return the outputs for the inputs, in the order in which the network takes them."""

@@ -122,6 +122,8 @@ class ImageClassifier:
         manifest = read_manifest(folder)
         check_files(folder, manifest)
         self.shape, self.size = manifest["input"]["shape"][0][1:], manifest["input"]["size"]
+        if len(manifest["input"]["shape"]) != 1:
+            raise ReparamError(f"{folder}: its network takes several inputs, and no image alone")
         self.dtype = manifest["input"]["dtype"]
         self.steps, self.labels = manifest["input"].get("preprocessing"), manifest.get("labels")
         if self.steps is None:

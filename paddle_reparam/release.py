@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
 import os
 import platform
 import secrets
@@ -38,6 +37,8 @@ from .export import (
     OutputSpec,
     check_export,
     export_inference,
+    input_names,
+    left_out,
     one_sentence,
 )
 from .flops import ModelSize, measure
@@ -45,10 +46,20 @@ from .geometry import BATCH_NORMS
 from .memory import give_back
 from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, onnx_versions
 from .quantization import quantization_report
-from .released import MANIFEST, PLAIN_WEIGHTS, PROBE, digest, probe_input, probe_output, write_manifest, write_probe
+from .released import (
+    MANIFEST,
+    PLAIN_WEIGHTS,
+    PROBE,
+    digest,
+    probe_hash,
+    probe_inputs,
+    probe_output,
+    write_manifest,
+    write_probe,
+)
 from .report import Report, format_table
 from .rewrite import RewriteReport, reparameterize
-from .tracing import InputSpec, walk
+from .tracing import InputSpec, input_shapes, sample_inputs, unchanged, walk
 from .verify import NETWORK_TOLERANCE, VerifyReport, verify
 
 #: The files that Paddle Inference needs.
@@ -107,6 +118,8 @@ class ReleaseReport(Report):
     def _notes(self) -> str:
         notes = [f"largest relative error {max(c.relative_error for c in self.checks.values()):.1e}"]
         plain = self.manifest["plain_weights"]
+        left_out = self.manifest["output"]["left_out"]
+        notes += [f"put out by the network, but not by the export: {', '.join(left_out)}"] if left_out else []
         notes += [f"no plain weight file: {plain['why_none']}"] if plain["why_none"] else []
         for form, size in (("train form", self.train), ("fused", self.fused)):
             notes += [f"not counted, {form}: {', '.join(size.uncounted)}"] if size.uncounted else []
@@ -136,11 +149,12 @@ def release(
     and shapes of `stock`, the freshly built network without layers of this library) and `manifest.json`. The weights
     must fit the model strictly. The train form is compared with the fused network layer by layer, with `stock` loaded
     from `plain.pdparams`, and with what was exported: by `paddle.jit.load` and by the Predictor, with and without
-    oneDNN, at batch sizes 1 and 3. `input_spec` holds one shape with None for the batch; the export takes images of
-    that size, and layers take the form that is fastest for it, unless `options` ask for a dynamic size: then all is
-    compared at a second, larger size too. `facts` goes into the manifest beside what is measured
-    here, and `texts` (name -> content) are more files; `progress` gets one line for each step done.
-    `check_release` checks the folder later.
+    oneDNN, at batch sizes 1 and 3. `input_spec` holds the shape of each input with None for the batch, by name for a
+    network that takes one dict; the export takes images of that size, and layers take the form that is fastest for it,
+    unless `options` ask for a dynamic size: then all is compared at a second, larger size too. All that the network
+    puts out is exported, unless `output` picks from it; the manifest says what was left out. `facts` goes into the
+    manifest beside what is measured here, and `texts` (name -> content) are more files; `progress` gets one line for
+    each step done. `check_release` checks the folder later.
 
     With `dry_run` nothing is written. A folder that stands there is kept, with `OutputExists`, unless `force`: then
     the old one, which must be a release too, stays whole until the new one takes its place. Raises `ReparamError`
@@ -158,6 +172,9 @@ def release(
         if before != source:
             raise ReparamError(f"{weights}: it changed while it was read; wait until it is written and run again")
         model.eval()
+
+    with step("run the network"), paddle.no_grad(), unchanged(model):
+        unused = left_out(model(*sample_inputs(input_spec, 1, seed=0, like=model)), output)
 
     def fuse() -> tuple[nn.Layer, RewriteReport]:
         return reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=not options.dynamic_size)
@@ -191,12 +208,13 @@ def release(
         },
         "source": {"weights": {"name": str(weights), **source}},
         "input": {
-            "shape": [list(getattr(spec, "shape", spec)) for spec in input_spec],
+            "shape": list(input_shapes(input_spec).values()),
+            "names": input_names(input_spec) if isinstance(input_spec, Mapping) else None,
             "dtype": options.input_dtype(model),
             "size": "dynamic" if options.dynamic_size else "fixed",
             "normalization": None if options.normalization is None else asdict(options.normalization),
         },
-        "output": {"activation": output.activation, "keys": list(output.keys)},
+        "output": {"activation": output.activation, "keys": list(output.keys), "left_out": unused},
         "batch_norm_epsilons": _epsilons(model),
         "size": {"train_form": asdict(train_size), "fused": asdict(fused_size)},
         "fusing": fusing.to_dict(),
@@ -233,12 +251,13 @@ def release(
                 for name, report in check_export(temporary, model, second, output, (2,), tolerance, **loose).items():
                     check(f"{name}, {_size(second)}", report)
         scale = 1.0 if options.normalization else checks[_LAST_CHECK].input_scale
-        probe = probe_input(manifest["input"], scale)
-        write_probe(temporary, probe_output(model, probe, output, options.normalization))
+        probe = probe_inputs(manifest["input"], scale)
+        of_network = probe_output(model, probe, manifest["input"]["names"], output, options.normalization)
+        write_probe(temporary, of_network)
         written[PROBE] = digest(temporary / PROBE)
         manifest["probe"] = {
             "scale": scale,
-            "input_sha256": hashlib.sha256(probe.tobytes()).hexdigest(),
+            "input_sha256": probe_hash(probe),
             "tolerance": max(report.tolerance for report in checks.values()),
         }
         manifest["files"] = written
@@ -256,12 +275,15 @@ _LAST_CHECK = "Predictor, no oneDNN, batch 3"
 
 def _larger(input_spec: InputSpec) -> InputSpec:
     """Return the spec of larger images of another shape, as large as every network's strides divide."""
-    return [[*shape[:2], *(size + 32 * more for more, size in enumerate(shape[2:], 1))]
-            for shape in (list(getattr(spec, "shape", spec)) for spec in input_spec)]  # fmt: skip
+    larger = {
+        name: [*shape[:2], *(size + 32 * more for more, size in enumerate(shape[2:], 1))]
+        for name, shape in input_shapes(input_spec).items()
+    }
+    return larger if isinstance(input_spec, Mapping) else list(larger.values())
 
 
 def _size(input_spec: InputSpec) -> str:
-    return "x".join(map(str, input_spec[0][2:]))
+    return ", ".join("x".join(map(str, shape[2:])) for shape in input_shapes(input_spec).values() if shape[2:])
 
 
 def _ways(folder: Folder, options: ExportOptions) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,20 +18,21 @@ from paddle import nn
 from . import checkpoints
 from .errors import ReparamError
 from .export import (
-    ExportedNetwork,
     Folder,
     InferenceModel,
     Normalization,
+    OfPixels,
     OutputSpec,
     comparable,
     load_program,
     one_sentence,
     program_file,
+    reference_outputs,
 )
 from .manifest_form import MANIFEST_FORM, Misfit
 from .onnx_export import ONNX_FILE, OnnxModel, need
 from .report import Report, format_table
-from .tracing import flatten_outputs
+from .tracing import flatten_outputs, unchanged
 from .verify import compare_outputs
 
 MANIFEST = "manifest.json"
@@ -122,20 +124,39 @@ def _probe_pixels(shape: Sequence[int]) -> np.ndarray:
     return ((z ^ (z >> np.uint64(31))) & np.uint64(255)).astype(np.uint8).reshape(shape)
 
 
-def probe_input(description: Mapping[str, Any], scale: float) -> np.ndarray:
-    """Return the probe for a manifest's `input`: pixels, or numbers of the standard deviation `scale`."""
-    [shape] = description["shape"]
-    pixels = _probe_pixels([_BATCH, *shape[1:]])
+def probe_inputs(description: Mapping[str, Any], scale: float) -> list[np.ndarray]:
+    """Return the probe for a manifest's `input`, an array for each: pixels, or numbers of the deviation `scale`."""
+    shapes = [[_BATCH, *shape[1:]] for shape in description["shape"]]
+    # One after the other out of one row, so that no two are alike.
+    ends = np.cumsum([math.prod(shape) for shape in shapes])
+    parts = np.split(_probe_pixels([int(ends[-1])]), ends[:-1])
+    pixels = [part.reshape(shape) for part, shape in zip(parts, shapes)]
     if description["normalization"] is None:
-        pixels = (pixels.astype(np.float64) - 127.5) / 73.9 * scale
-    return pixels.astype(description["dtype"])
+        pixels = [(part.astype(np.float64) - 127.5) / 73.9 * scale for part in pixels]
+    return [part.astype(description["dtype"]) for part in pixels]
 
 
-def probe_output(model: nn.Layer, probe: np.ndarray, output: OutputSpec, normalization: Normalization | None) -> Any:
-    """Return the list of arrays that a network in eval mode gives for the probe."""
-    network = ExportedNetwork(model, output, normalization)
-    with paddle.no_grad():
-        return [tensor.numpy() for tensor in flatten_outputs(network(paddle.to_tensor(probe)))]
+def probe_hash(probe: Sequence[np.ndarray]) -> str:
+    """Return the sha256 of a probe's numbers."""
+    return hashlib.sha256(b"".join(part.tobytes() for part in probe)).hexdigest()
+
+
+def probe_output(
+    model: nn.Layer,
+    probe: Sequence[np.ndarray],
+    names: Sequence[str] | None,
+    output: OutputSpec,
+    normalization: Normalization | None,
+) -> list[np.ndarray]:
+    """Return the arrays that an export of a network in eval mode is to give for the probe.
+
+    `names` are those of its inputs, for a network that takes one dict of them.
+    """
+    network = model if normalization is None else OfPixels(model, normalization)
+    network.eval()
+    tensors: list[Any] = [paddle.to_tensor(part) for part in probe]
+    with unchanged(model):
+        return reference_outputs(network, tensors if names is None else [dict(zip(names, tensors))], output)
 
 
 def write_probe(folder: Path, outputs: Sequence[np.ndarray]) -> None:
@@ -207,8 +228,8 @@ def check_release(folder: Folder, stock: nn.Layer | None = None) -> CheckReport:
     files = check_files(folder, manifest)
     folder = Path(folder)
     probe, output = manifest["probe"], OutputSpec(manifest["output"]["activation"], tuple(manifest["output"]["keys"]))
-    x, expected = probe_input(manifest["input"], probe["scale"]), _read_probe(folder / PROBE)
-    if hashlib.sha256(x.tobytes()).hexdigest() != probe["input_sha256"]:
+    x, expected = probe_inputs(manifest["input"], probe["scale"]), _read_probe(folder / PROBE)
+    if probe_hash(x) != probe["input_sha256"]:
         raise ReparamError(f"{folder}: the probe's input is not what it was when {MANIFEST} was written")
     report = CheckReport(files, probe["tolerance"], {})
 
@@ -223,17 +244,17 @@ def check_release(folder: Folder, stock: nn.Layer | None = None) -> CheckReport:
 
     program = program_file(folder).name
     with paddle.no_grad(), one_sentence(f"{folder / program}: it cannot be run"):
-        loaded = flatten_outputs(load_program(folder)(paddle.to_tensor(x)))
+        loaded = flatten_outputs(load_program(folder)(*map(paddle.to_tensor, x)))
     compare("paddle.jit.load", program, [tensor.numpy() for tensor in loaded])
     for way, onednn in (("Predictor, oneDNN", True), ("Predictor, no oneDNN", False)):
-        compare(way, program, InferenceModel(folder, onednn=onednn).run(x))
+        compare(way, program, InferenceModel(folder, onednn=onednn).run(*x))
     if ONNX_FILE in files:
         try:
             need("onnxruntime")
         except ReparamError as missing:
             report.not_run[ONNX_FILE] = str(missing)
         else:
-            compare("onnxruntime", ONNX_FILE, OnnxModel(folder / ONNX_FILE).run(x))
+            compare("onnxruntime", ONNX_FILE, OnnxModel(folder / ONNX_FILE).run(*x))
     if PLAIN_WEIGHTS in files:
         if stock is None:
             report.not_run[PLAIN_WEIGHTS] = "the stock network was not given"
@@ -243,5 +264,7 @@ def check_release(folder: Folder, stock: nn.Layer | None = None) -> CheckReport:
             with one_sentence(f"{folder / PLAIN_WEIGHTS}: the stock network cannot load it"):
                 checkpoints.load_into(stock, folder / PLAIN_WEIGHTS)
             normalization = Normalization.from_dict(manifest["input"]["normalization"])
-            compare(PLAIN_WEIGHTS, PLAIN_WEIGHTS, probe_output(stock, x, output, normalization))
+            compare(
+                PLAIN_WEIGHTS, PLAIN_WEIGHTS, probe_output(stock, x, manifest["input"]["names"], output, normalization)
+            )
     return report

@@ -90,8 +90,14 @@ def smallest_manifest(files: dict) -> dict:
     )
     return {
         "files": files,
-        "input": {"shape": [[None, 3, 8, 8]], "dtype": "float32", "size": "fixed", "normalization": None},
-        "output": {"activation": "softmax", "keys": []},
+        "input": {
+            "shape": [[None, 3, 8, 8]],
+            "names": None,
+            "dtype": "float32",
+            "size": "fixed",
+            "normalization": None,
+        },
+        "output": {"activation": "softmax", "keys": [], "left_out": []},
         "plain_weights": {"file": None, "why_none": "there is none"},
         "probe": {"scale": 1.0, "input_sha256": "0" * 64, "tolerance": 1e-4},
         "quantization": {"kernels": []},

@@ -1,17 +1,22 @@
 """Exports that are checked after they are written."""
 
+import tempfile
+import types
 import weakref
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 import pytest
-from helpers import randomise_batch_norms, relative_error
+from helpers import as_array, missing_for_onnx, randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam import release, save
+from paddle_reparam import check_release, export, release, save
 from paddle_reparam.errors import NothingProven, ReparamError
 from paddle_reparam.export import (
+    FORMATS,
     WEIGHTS_SUFFIX,
+    ExportOptions,
     InferenceModel,
     OutputSpec,
     check_export,
@@ -20,7 +25,9 @@ from paddle_reparam.export import (
     program_file,
 )
 from paddle_reparam.flops import measure
+from paddle_reparam.old_programs import HAS_NEW_PROGRAMS
 from paddle_reparam.rewrite import reparameterize, replace
+from paddle_reparam.tracing import flatten_outputs
 from paddle_reparam.verify import verify
 
 SPEC = [[None, 3, 16, 16]]
@@ -214,7 +221,7 @@ def broken():
     ("call", "message"),
     [
         (lambda net, folder: export_inference(net.train() or net, folder, SPEC), r"call model.eval\(\)"),
-        (lambda net, folder: export_inference(net, folder, SPEC * 2), "one input"),
+        (lambda net, folder: export_inference(net, folder, SPEC * 2), "cannot be exported: .* positional"),
         (lambda net, folder: export_inference(broken(), folder, SPEC), "Breaks cannot be exported: .*out of order"),
         (lambda net, folder: OutputSpec("tanh"), "softmax, sigmoid, identity or None"),
         (lambda net, folder: measure(net.train() or net, SPEC), r"call model.eval\(\)"),
@@ -266,3 +273,150 @@ def test_a_bias_is_added_where_onednn_takes_it_into_the_convolution(tmp_path):
         assert [op.attr("axis") for op in ops if op.type == "elementwise_add"][:2] == [1, 1]
         assert "reshape2" not in [op.type for op in ops]
     assert all(report.passed for report in check_export(tmp_path, net, SPEC).values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a network takes and puts out
+
+
+class Maps(nn.Layer):
+    """Two maps and a score, as a list, a tuple or a dict of them."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.conv, self.other, self.form = nn.Conv2D(3, 4, 3), nn.Conv2D(3, 5, 3), form
+
+    def forward(self, x):
+        a, b = self.conv(x), self.other(x)
+        score = a.mean([2, 3])
+        return {"list": [a, b, score], "tuple": (a, (b, score)), "dict": {"z": a, "b": [b, score]}}[self.form]
+
+
+def checked_release(net, folder, spec, **options):
+    net.eval()
+    with tempfile.TemporaryDirectory() as place:
+        save(net.state_dict(), f"{place}/weights.pdparams")
+        report = release(net, f"{place}/weights.pdparams", folder, spec, progress=lambda line: None, **options)
+    check_release(folder)
+    return report
+
+
+class Fused(nn.Layer):
+    """A network with something to fuse in front."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.first, self.bn, self.net = nn.Conv2D(3, 3, 1), nn.BatchNorm2D(3), net
+
+    def forward(self, x):
+        return self.net(self.bn(self.first(x)))
+
+
+@pytest.mark.parametrize("form", ["list", "tuple", "dict"])
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_all_that_a_network_puts_out_is_exported(tmp_path, form, file_format):
+    if file_format == "json" and not HAS_NEW_PROGRAMS:
+        pytest.skip("Paddle 2 writes .pdmodel only")
+    net = Fused(Maps(form))
+    report = checked_release(net, tmp_path / "out", SPEC, options=ExportOptions(file_format))
+    assert report.manifest["output"]["left_out"] == []
+    x = paddle.randn([2, 3, 16, 16])
+    outputs = InferenceModel(tmp_path / "out").run(x.numpy())
+    expected = flatten_outputs(net(x))
+    assert len(outputs) == len(expected) == 3
+    assert max(relative_error(a, b) for a, b in zip(outputs, expected)) < 1e-5
+
+
+def test_what_is_left_out_is_said(tmp_path):
+    net = Fused(Maps("list"))
+    report = checked_release(net, tmp_path / "out", SPEC, output=OutputSpec("softmax"))
+    assert report.manifest["output"]["left_out"] == ["1", "2"]
+    assert "put out by the network, but not by the export: 1, 2" in str(report)
+    (maps,) = InferenceModel(tmp_path / "out").run(np.zeros([1, 3, 16, 16], "float32"))
+    assert relative_error(maps.sum(1), np.ones([1, 14, 14])) < 1e-5
+
+
+def test_an_export_that_lacks_an_output_is_noticed(tmp_path):
+    net = Maps("list")
+    net.eval()
+    export_inference(net, tmp_path, SPEC, OutputSpec("identity"))
+    with pytest.raises(ReparamError, match="puts out 3 tensors, the second 1"):
+        check_export(tmp_path, net, SPEC)
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+def test_classes_are_axis_1(tmp_path, activation):
+    net = Fused(nn.Conv2D(3, 4, 3))
+    checked_release(net, tmp_path / "out", SPEC, output=OutputSpec(activation))
+    x = paddle.randn([2, 3, 16, 16])
+    (actual,) = InferenceModel(tmp_path / "out").run(x.numpy())
+    scores = as_array(net(x))
+    powers = np.exp(scores)
+    expected = powers / powers.sum(1, keepdims=True) if activation == "softmax" else 1 / (1 + np.exp(-scores))
+    assert relative_error(actual, expected) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", [lambda x, axis: F.softmax(x, axis=-1), lambda x, axis: F.softmax(2 * x, axis=axis)])
+def test_another_activation_than_the_exported_one_is_noticed(tmp_path, monkeypatch, wrong):
+    """The reference is not built by the code that it checks."""
+    net = nn.Sequential(nn.Conv2D(3, 4, 3))
+    net.eval()
+    softmax = OutputSpec("softmax")
+    monkeypatch.setattr(export, "F", types.SimpleNamespace(softmax=wrong, sigmoid=F.sigmoid))
+    export_inference(net, tmp_path, SPEC, softmax)
+    assert not any(report.passed for report in check_export(tmp_path, net, SPEC, softmax).values())
+
+
+class TwoInputs(nn.Layer):
+    """Takes an image and two numbers, as two arguments or in a dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.linear = nn.Conv2D(3, 4, 3), nn.BatchNorm2D(4), nn.Linear(2, 4)
+
+    def forward(self, image, scale=None):
+        if isinstance(image, dict):
+            image, scale = image["image"], image["scale"]
+        return self.bn(self.conv(image)).mean([2, 3]) - self.linear(scale)
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ([[None, 3, 16, 16], [None, 2]], ["x0", "x1"]),
+        ({"scale": [None, 2], "image": [None, 3, 16, 16]}, ["image", "scale"]),
+    ],
+)
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_networks_with_several_inputs(tmp_path, spec, names, file_format):
+    if file_format == "json" and not HAS_NEW_PROGRAMS:
+        pytest.skip("Paddle 2 writes .pdmodel only")
+    net = TwoInputs()
+    report = checked_release(net, tmp_path / "out", spec, options=ExportOptions(file_format))
+    assert report.manifest["input"]["names"] == (names if isinstance(spec, dict) else None)
+    model = InferenceModel(tmp_path / "out")
+    assert model.inputs == names
+    image, scale = paddle.randn([2, 3, 16, 16]), paddle.randn([2, 2])
+    assert relative_error(model.run(image.numpy(), scale.numpy())[0], net(image, scale)) < 1e-5
+
+
+@pytest.mark.skipif(bool(missing_for_onnx()), reason=missing_for_onnx() or "nothing is missing")
+@pytest.mark.parametrize("spec", [[[None, 3, 16, 16], [None, 2]], {"scale": [None, 2], "image": [None, 3, 16, 16]}])
+def test_onnx_files_with_several_inputs(tmp_path, spec):
+    report = checked_release(TwoInputs(), tmp_path / "out", spec, options=ExportOptions(onnx=True))
+    assert report.checks["onnxruntime, batch 3"].passed
+
+
+@pytest.mark.parametrize(
+    ("net", "output", "message"),
+    [
+        (Maps("dict"), OutputSpec("softmax"), "has no 'logits'; it has z, b"),
+        (Maps("dict"), OutputSpec(None, ("features",)), "has no 'features'; it has z, b"),
+        (Maps("list"), OutputSpec(None, ("features",)), "no dict from which 'features'"),
+        (nn.Sequential(nn.Flatten(0)), OutputSpec("softmax"), "follows one tensor of numbers"),
+    ],
+)
+def test_outputs_that_cannot_be_picked(tmp_path, net, output, message):
+    with pytest.raises(ReparamError, match=message):
+        checked_release(Fused(net), tmp_path / "out", SPEC, output=output)
+    assert not (tmp_path / "out").exists()

@@ -23,7 +23,7 @@ from paddle_reparam.released import (
     PLAIN_WEIGHTS,
     PROBE,
     digest,
-    probe_input,
+    probe_inputs,
     read_manifest,
     write_manifest,
 )
@@ -268,7 +268,7 @@ def use(folder, manifest):
     np.empty([1, *manifest["input"]["shape"][0][1:]], manifest["input"]["dtype"])
     OutputSpec(manifest["output"]["activation"], tuple(manifest["output"]["keys"]))
     Normalization.from_dict(manifest["input"]["normalization"])
-    probe_input(manifest["input"], manifest["probe"]["scale"])
+    probe_inputs(manifest["input"], manifest["probe"]["scale"])
 
 
 def test_a_manifest_of_another_form_is_one_sentence_whatever_it_says(copied, monkeypatch):
