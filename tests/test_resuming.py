@@ -103,6 +103,8 @@ ODD_OPTIMIZERS = [
     with_schedule(lambda s: {**s, "last_epoch": "three"}),
     with_schedule(lambda s: {**s, "last_epoch": None}),
     with_schedule(lambda s: {**s, "last_epoch": float("nan")}),
+    with_schedule(lambda s: {**s, "last_epoch": -3}),
+    with_schedule(lambda s: {**s, "last_epoch": 10**30}),
     with_schedule(lambda s: {**s, "last_lr": [0.1]}),
     with_entry(master_weights=[]),
     with_entry(master_weights={"another": np.zeros([2], "float32")}),
@@ -121,6 +123,8 @@ ODD_STATES = [
     with_entry(epoch=float("nan")),
     with_entry(epoch=float("inf")),
     with_entry(epoch=10**30),
+    with_entry(epoch=1 << 20000),
+    with_entry(metric=-(1 << 20000)),
     with_entry(epoch=7),
     with_entry(epoch=[1]),
     with_entry(metric="good"),
@@ -168,8 +172,13 @@ def test_a_copied_checkpoint_goes_on_as_the_uninterrupted_run(place, config, sav
     assert train_as_a_process_of_its_own(place.arguments(config, "resumed", *resume)) == 0
     # In the same process Paddle gives the second network's parameters other names.
     assert main("train", place.arguments(config, "renamed", *resume)) == 0
+    # What PaddleClas writes of a run, and older versions of it as a Tensor.
+    theirs = without_record(saved, place.root / "theirs")
+    paddle.save({"metric": paddle.to_tensor([0.5]), "epoch": 1}, f"{theirs}.pdstates")
+    resume = (f"Global.checkpoints={theirs}", "Global.epochs=2")
+    assert main("train", place.arguments(config, "of_paddleclas", *resume)) == 0
     expected = weights(place.saved("two"))
-    for run in ("resumed", "renamed"):
+    for run in ("resumed", "renamed", "of_paddleclas"):
         assert weights(place.saved(run)) == expected
 
 
@@ -210,11 +219,84 @@ def test_states_find_their_parameters_by_the_names_of_the_state_dict(kind):
     keys = first.state_dict()
     state = {k: v.numpy() for k, v in optimizer.state_dict().items()}
     names = {keys[key].name: tensor.name for key, tensor in second.state_dict().items()}
-    other.set_state_dict(saving.as_tensors(resuming.fit_optimizer("x.pdopt", other, state, names)))
+    resuming.load_optimizer("x.pdopt", other, state, names)
     for entries in zip(optimizer._accumulators.values(), other._accumulators.values()):
         for key, parameter in keys.items():
             mine, theirs = entries[0][parameter.name], entries[1][second.state_dict()[key].name]
             assert mine.numpy().tobytes() == theirs.numpy().tobytes()
+
+
+def arrays(state):
+    if isinstance(state, dict):
+        return {key: arrays(value) for key, value in state.items()}
+    return state.numpy() if isinstance(state, paddle.Tensor) else state
+
+
+def test_an_optimizer_of_another_network():
+    layer, other, wider = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 3)
+    build = paddle.optimizer.Momentum
+    optimizer = build(parameters=layer.parameters())
+    layer(paddle.ones([1, 2])).sum().backward()
+    optimizer.step()
+    state = arrays(optimizer.state_dict())
+    with pytest.raises(CheckpointError, match="which this optimizer does not train"):
+        resuming.load_optimizer("x.pdopt", build(parameters=other.parameters()), state)
+    names = {old.name: new.name for old, new in zip(layer.parameters(), wider.parameters())}
+    with pytest.raises(CheckpointError, match=r"has the shape \[2, 2\], and must have \[2, 3\]"):
+        resuming.load_optimizer("x.pdopt", build(parameters=wider.parameters()), state, names)
+
+
+@pytest.mark.parametrize("kind", ["Momentum", "Adam"])
+def test_parameters_that_never_had_a_gradient_are_known_at_the_first_step(kind):
+    used, unused = nn.Linear(2, 2), nn.Linear(2, 2)
+    parameters = [*used.parameters(), *unused.parameters()]
+
+    def step(optimizer, *layers):
+        sum(layer(paddle.ones([1, 2])).sum() for layer in layers).backward()
+        optimizer.step()
+        optimizer.clear_grad()
+
+    build = getattr(paddle.optimizer, kind)
+    first = build(parameters=parameters)
+    step(first, used)
+    state = arrays(first.state_dict())
+    second, third = build(parameters=parameters), build(parameters=parameters)
+    resuming.load_optimizer("x.pdopt", second, state)
+    step(second, used)
+    step(second, used, unused)
+    resuming.load_optimizer("x.pdopt", third, state)
+    before = [parameter.numpy().tobytes() for parameter in parameters]
+    with pytest.raises(CheckpointError, match=f"it has nothing of {unused.weight.name}, which is trained"):
+        step(third, used, unused)
+    assert [parameter.numpy().tobytes() for parameter in parameters] == before
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Momentum", "AdamW"])
+def test_float32_copies_of_what_is_trained_in_another_type(kind):
+    """Paddle has no step for them on a CPU; the copies and what is kept of them are there before it."""
+
+    def build(layer):
+        layer.to(dtype="bfloat16")
+        rate = {"learning_rate": 0.1, "multi_precision": True}
+        return getattr(paddle.optimizer, kind)(parameters=layer.parameters(), **rate)
+
+    first, second = nn.Linear(3, 3), nn.Linear(3, 3)
+    before, after = build(first), build(second)
+    for number, tensor in enumerate(resuming._entries(before, first.parameters()).values()):
+        tensor.set_value(np.full(tensor.shape, number, "float32"))
+    state = arrays(before.state_dict())
+    names = {old.name: new.name for old, new in zip(first.parameters(), second.parameters())}
+    resuming.load_optimizer("x.pdopt", after, state, names)
+    for old, new in zip(first.parameters(), second.parameters()):
+        pairs = [(before._master_weights[old.name], after._master_weights[new.name])]
+        for entry in before._accumulators:
+            pairs.append((before._get_accumulator_master(entry, old), after._get_accumulator_master(entry, new)))
+        for kept, loaded in pairs:
+            assert kept.numpy().tobytes() == loaded.numpy().tobytes()
+    if kind != "SGD":
+        del state["master_weights"]
+        with pytest.raises(CheckpointError, match="it has no master weight of"):
+            resuming.load_optimizer("x.pdopt", build(second), state, names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -273,14 +355,3 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
     monkeypatch.setattr(saving.fcntl, "lockf", without_locks)
     with saving.only_training_in(tmp_path):
         pass
-
-
-def test_an_optimizer_of_another_network():
-    layer, other = nn.Linear(2, 2), nn.Linear(2, 3)
-    build = paddle.optimizer.Momentum
-    optimizer = build(parameters=layer.parameters())
-    layer(paddle.ones([1, 2])).sum().backward()
-    optimizer.step()
-    state = {k: v.numpy() for k, v in optimizer.state_dict().items()}
-    with pytest.raises(CheckpointError, match="it has no .*; it is of another network"):
-        resuming.fit_optimizer("x.pdopt", build(parameters=other.parameters()), state)

@@ -272,10 +272,10 @@ def test_which_states_are_of_another_optimizer(saved, used):
     by_name[saved].step()
     state = {k: v.numpy() if isinstance(v, paddle.Tensor) else v for k, v in by_name[saved].state_dict().items()}
     if saved == used or {saved, used} == {"Adam", "AdamW"}:
-        resuming.fit_optimizer("latest.pdopt", by_name[used], state)
+        resuming.load_optimizer("latest.pdopt", by_name[used], state)
     else:
         with pytest.raises(CheckpointError, match="it is of another optimizer than the config's"):
-            resuming.fit_optimizer("latest.pdopt", by_name[used], state)
+            resuming.load_optimizer("latest.pdopt", by_name[used], state)
 
 
 def test_a_resumed_run_needs_no_unpickling(place, config, uninterrupted, monkeypatch):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import paddle
 from paddle import nn
 from paddle.base import framework
 from paddle.base.layer_helper import LayerHelper
@@ -39,7 +41,7 @@ def resume(
     load_weights([getattr(net, "_layers", net), loss], trained, config, mode="resuming")
     if average is not None:
         load_weights([getattr(average, "_layers", average), None], f"{prefix}.pdparams", config, mode="resuming")
-    run = saving.read_states(f"{prefix}.pdstates")
+    run = _with_numbers(saving.read_states(f"{prefix}.pdstates"))
     check_run_states(f"{prefix}.pdstates", run, config["Global"]["epochs"])
     path = f"{prefix}.pdopt"
     states = saving.read_states(path)
@@ -47,10 +49,8 @@ def resume(
     if len(states) != len(optimizers):
         raise CheckpointError(f"{path}: it is of {len(states)} optimizers, the config has {len(optimizers)}")
     names = _names_now(trained, [getattr(net, "_layers", net), getattr(loss, "_layers", loss)])
-    # What was saved by this library is whole; parameters that never had a gradient have no entries there.
-    whole = saving.has_record(prefix)
     for optimizer, state in zip(optimizers, states):
-        optimizer.set_state_dict(saving.as_tensors(fit_optimizer(path, optimizer, state, names, whole)))
+        load_optimizer(path, optimizer, state, names)
     logger.info(f"training goes on from {prefix}")
     return on_resume(run)
 
@@ -67,7 +67,7 @@ def check_run_states(path: str, states: Any, epochs: int) -> None:
     if best is not None:
         counts["best.epoch"], metrics["best.metric"] = best["epoch"], best["metric"]
     for name, value in counts.items():
-        if not _is_number(value) or value != int(value) or not 0 <= value < 1 << 53:
+        if not _is_count(value):
             raise CheckpointError(f"{path}: its {name} is {_shown(value)}; it must be a whole number from 0 on")
     for name, value in metrics.items():
         if not _is_number(value):
@@ -79,11 +79,24 @@ def check_run_states(path: str, states: Any, epochs: int) -> None:
         )
 
 
+def _with_numbers(states: Any) -> Any:
+    """Return states with numbers in the place of arrays of one: some versions of PaddleClas write a metric so."""
+    if isinstance(states, dict):
+        return {key: _with_numbers(value) for key, value in states.items()}
+    return states.item() if isinstance(states, np.ndarray) and states.size == 1 else states
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _is_count(value: Any) -> bool:
+    return _is_number(value) and value == int(value) and 0 <= value < 1 << 53
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 128:  # Python refuses to write out the largest.
+        return f"a number of {value.bit_length()} bits"
     plain = isinstance(value, (int, float, str))
     return textwrap.shorten(repr(value), 60, placeholder="...") if plain else f"a value of type {_kind(value)}"
 
@@ -103,62 +116,99 @@ def _names_now(weights: str, layers: Sequence[Any]) -> dict[str, str]:
     return {name: now[key] for key, name in saving.read_parameter_names(weights).items() if key in now}
 
 
-def fit_optimizer(
-    path: str, optimizer: Any, state: Any, names: Mapping[str, str] | None = None, partial: bool = False
-) -> dict[str, Any]:
-    """Return a saved state under the names that an optimizer's own entries have now.
+@paddle.no_grad()
+def load_optimizer(path: str, optimizer: Any, state: Any, names: Mapping[str, str] | None = None) -> None:
+    """Give an optimizer its saved state, all of it or an error before its first step.
 
-    `names` maps a parameter's saved name to its present one, where they differ. With `partial` a parameter may have no
-    entries at all. Raises `CheckpointError` for what is of another optimizer or network, is missing, is left over, has
-    another shape or type, or is not finite: Paddle would find that out at the first step, or never.
+    `names` maps a parameter's saved name to its present one; without it they are the same. A parameter without entries
+    is one that never had a gradient; if it has one at the first step, that is an error too.
+
+    Raises `CheckpointError` for what is of another optimizer or network, is missing, is left over, has another shape or
+    type, or is not finite: Paddle would find that out in the middle of the first step, or never.
     """
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: it holds {_shown(state)} where the states of an optimizer by name are needed")
     inner = inner_optimizer(optimizer)
     _check_kind(path, inner, state)
-    names = names or {}
-    entries: dict[str, Any] = {}
+    by_name = {p.name: p for p in _parameters(inner)}
+    names = names or {name: name for name in by_name}
+    # (parameter, what is kept of it) -> its saved value
+    saved: dict[tuple[str, str], Any] = {}
     for key, value in state.items():
         if key in ("LR_Scheduler", "master_weights"):
             continue
-        stem = re.sub(r"_\d+$", "", key)
-        owner = max((old for old in names if stem.startswith(f"{old}_")), key=len, default=None)
-        if owner is not None:
-            stem = names[owner] + stem[len(owner) :]
-        if stem in entries:
-            raise CheckpointError(f"{path}: it has two entries for {stem}")
-        entries[stem] = value
-    parameters = [p for p in _parameters(inner) if not p.stop_gradient]
-    if partial:
-        parameters = [p for p in parameters if any(stem.startswith(f"{p.name}_") for stem in entries)]
-    # What Paddle would make at the first step: it knows best which entries there are, and of which shapes.
-    if inner.helper is None:
-        inner.helper = LayerHelper(type(inner).__name__)
-    inner._create_accumulators(framework.default_main_program().global_block(), parameters)
-    fitted: dict[str, Any] = {}
-    for kind, by_parameter in inner._accumulators.items():
-        for name, own in by_parameter.items():
-            stem = f"{name}_{kind}"
-            if stem not in entries:
-                raise CheckpointError(f"{path}: it has no {stem}; it is of another network, or not whole")
-            fitted[own.name] = _fit(f"{path}: its {stem}", entries.pop(stem), own)
-    if entries:
-        raise CheckpointError(f"{path}: it has {next(iter(entries))}, which this network does not have")
+        entry = _split(key, names)
+        if entry in saved:
+            raise CheckpointError(f"{path}: it has two entries for the {entry[1]} of {entry[0]}")
+        saved[entry] = value
+    masters = state.get("master_weights", {})
+    _check_type(f"{path}: its master_weights", masters, dict)
+    saved.update({(names.get(name, name), _MASTER): value for name, value in masters.items()})
+    for name, kind in saved:
+        if name not in by_name:
+            raise CheckpointError(f"{path}: it has {kind} of {name}, which this optimizer does not train")
+    known = {name for name, _ in saved}
+    own = _entries(inner, [parameter for name, parameter in by_name.items() if name in known])
+    fitted = []
+    for (name, kind), tensor in own.items():
+        if (name, kind) not in saved:
+            raise CheckpointError(f"{path}: it has no {kind} of {name}; it is of another network, or not whole")
+        fitted.append((tensor, _fit(f"{path}: its {kind} of {name}", saved.pop((name, kind)), tensor)))
+    for name, kind in saved:
+        raise CheckpointError(f"{path}: it has {kind} of {name}, which this optimizer does not keep")
     if isinstance(inner._learning_rate, LRScheduler):
-        saved = state.get("LR_Scheduler")
-        _check_like(f"{path}: its LR_Scheduler", saved, inner._learning_rate.state_dict())
-        fitted["LR_Scheduler"] = saved
-    if "master_weights" in state:
-        by_name = {p.name: p for p in _parameters(inner)}
-        masters = state["master_weights"]
-        _check_type(f"{path}: its master_weights", masters, dict)
-        fitted["master_weights"] = {}
-        for old, value in masters.items():
-            name = names.get(old, old)
-            if name not in by_name:
-                raise CheckpointError(f"{path}: it has the master weight {old}, which this network does not have")
-            fitted["master_weights"][name] = _fit(f"{path}: its master weight {old}", value, by_name[name], "float32")
-    return fitted
+        schedule = state.get("LR_Scheduler")
+        _check_like(f"{path}: its LR_Scheduler", schedule, inner._learning_rate.state_dict())
+        inner._learning_rate.set_state_dict(schedule)
+    # In place: Paddle knows an entry by the name of its tensor.
+    for tensor, value in fitted:
+        tensor.set_value(value)
+    if own:
+        _require_at_first_step(path, inner, known)
+
+
+_MASTER = "master weight"
+
+
+def _split(key: str, names: Mapping[str, str]) -> tuple[str, str]:
+    """Return an entry's parameter, by its present name where that is known, and what of it the entry is."""
+    # Paddle numbers what it names, and keeps the moments of a float32 copy where it trains in another type.
+    parts = re.sub(r"_\d+$", "", re.sub(r"_fp32_master_\d+_", "_", key)).split("_")
+    for end in range(len(parts) - 1, 0, -1):
+        owner = "_".join(parts[:end])
+        if owner in names:
+            return names[owner], "_".join(parts[end:])
+    return parts[0], "_".join(parts[1:])
+
+
+def _entries(optimizer: Any, parameters: list[Any]) -> dict[tuple[str, str], Any]:
+    """Return (parameter, what is kept of it) -> tensor, as Paddle makes them at the first step.
+
+    It knows best which there are, and of which shapes.
+    """
+    if optimizer.helper is None:
+        optimizer.helper = LayerHelper(type(optimizer).__name__)
+    optimizer._create_accumulators(framework.default_main_program().global_block(), parameters)
+    masters = getattr(optimizer, "_master_weights", {})
+    entries = {(name, _MASTER): tensor for name, tensor in masters.items()}
+    names = {p.name: p.name for p in parameters}
+    for by_parameter in optimizer._accumulators.values():
+        entries.update({_split(tensor.name, names): tensor for tensor in by_parameter.values()})
+    return entries
+
+
+def _require_at_first_step(path: str, optimizer: Any, known: set[str]) -> None:
+    """Let an optimizer's first step raise `CheckpointError` where it moves a parameter that nothing was saved of."""
+    create = optimizer._create_accumulators
+
+    def checked(block: Any, parameters: Any) -> None:
+        del optimizer._create_accumulators
+        for parameter in parameters["params"] if isinstance(parameters, dict) else parameters:
+            if parameter.name not in known:
+                raise CheckpointError(f"{path}: it has nothing of {parameter.name}, which is trained; it is not whole")
+        create(block, parameters)
+
+    optimizer._create_accumulators = checked
 
 
 def _parameters(optimizer: Any) -> list[Any]:
@@ -173,10 +223,10 @@ def _check_type(what: str, value: Any, kind: type) -> None:
         raise CheckpointError(f"{what} is {_shown(value)}, and must be {needed}")
 
 
-def _fit(what: str, value: Any, own: Any, dtype: str | None = None) -> np.ndarray:
+def _fit(what: str, value: Any, own: Any) -> np.ndarray:
     """Return a saved array in the shape of the one that it is for; one number may have any number of axes."""
     _check_type(what, value, np.ndarray)
-    shape, dtype = list(own.shape), dtype or str(own.dtype).rsplit(".", 1)[-1]
+    shape, dtype = list(own.shape), str(own.dtype).rsplit(".", 1)[-1]
     # Paddle hands over bfloat16 as its bits.
     if str(value.dtype) != ("uint16" if dtype == "bfloat16" else dtype):
         raise CheckpointError(f"{what} is an array of {value.dtype}, and must be of {dtype}")
@@ -184,7 +234,7 @@ def _fit(what: str, value: Any, own: Any, dtype: str | None = None) -> np.ndarra
         raise CheckpointError(f"{what} has the shape {list(value.shape)}, and must have {shape}")
     if value.dtype.kind == "f" and not np.isfinite(value).all():
         raise CheckpointError(f"{what} holds numbers that are not finite; take an earlier checkpoint")
-    return value.reshape(shape)
+    return np.array(value).reshape(shape)
 
 
 def _check_like(what: str, saved: Any, own: Any) -> None:
@@ -195,6 +245,8 @@ def _check_like(what: str, saved: Any, own: Any) -> None:
             if key not in saved:
                 raise CheckpointError(f"{what} has no {key}; it is of another schedule than the config's")
             _check_like(f"{what}.{key}", saved[key], value)
+    elif what.endswith(".last_epoch") and not _is_count(saved):
+        raise CheckpointError(f"{what} is {_shown(saved)}, and must be a whole number from 0 on")
     elif _is_number(own) and not _is_number(saved):
         raise CheckpointError(f"{what} is {_shown(saved)}, and must be a number")
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-import numpy as np
 import paddle
 
 from .. import pickles
@@ -168,12 +167,6 @@ def require_whole(prefix: str) -> None:
             )
 
 
-def has_record(prefix: str) -> bool:
-    """Tell whether a set of files has the record with which this library saves it."""
-    path = Path(prefix)
-    return any((folder / f"{path.name}{RECORD}").is_file() for folder in (path.parent, path.parent.parent))
-
-
 def read_states(path: str) -> Any:
     """Return what a `.pdopt` or `.pdstates` file holds, without running anything in it.
 
@@ -194,15 +187,6 @@ def _read(path: str, read: Callable[[bytes], Any]) -> Any:
         raise error.at(path) from None
     except Exception as error:
         raise CheckpointError(f"{path}: it is truncated or damaged ({type(error).__name__}: {error})") from error
-
-
-def as_tensors(states: Any) -> Any:
-    """Return nested states with Tensors in the place of arrays, as optimizers take them."""
-    if isinstance(states, np.ndarray):
-        return paddle.to_tensor(np.array(states))
-    if isinstance(states, dict):
-        return {key: as_tensors(value) for key, value in states.items()}
-    return [as_tensors(value) for value in states] if isinstance(states, list) else states
 
 
 @contextlib.contextmanager
