@@ -63,33 +63,38 @@ def export_onnx(folder: Folder) -> Path:
         unread = [tensor for tensor in model.graph.initializer if tensor.name not in read]
         for tensor in unread:
             model.graph.initializer.remove(tensor)
-        _mend_pads(model.graph, _pad_values(program_file(folder)))
+        _mend_pads(model.graph, program_file(folder))
+        _mend_group_norms(model.graph, program_file(folder))
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, str(path))
     return path
 
 
-def _pad_values(program: Path) -> list[float]:
-    """Return what an exported program pads maps with, in the order in which it does."""
+def _attributes(program: Path, operator: str, name: str) -> list[float]:
+    """Return an attribute of all operators of one kind in an exported program, in the order in which it runs them."""
     if program.suffix == ".pdmodel":
         description = paddle.framework.core.ProgramDesc(program.read_bytes())
         block = description.block(0)
         operators = [block.op(i) for i in range(block.op_size())]
-        return [operator.attr("value") for operator in operators if operator.type() == "pad3d"]
+        return [each.attr(name) for each in operators if each.type() == operator]
     found: list[dict[str, Any]] = []
 
     def look(entries: dict[str, Any]) -> dict[str, Any]:
-        if str(entries.get("#")).endswith(".pad3d"):
+        if str(entries.get("#")).endswith(f".{operator}"):
             found.append({attribute["N"]: attribute["AT"]["D"] for attribute in entries["A"]})
         return entries
 
     json.loads(program.read_text(encoding="utf-8"), object_hook=look)
-    return [attributes["pad_value"] for attributes in found]
+    return [attributes[name] for attributes in found]
 
 
-def _mend_pads(graph: Any, values: list[float]) -> None:
-    """Write the values to pad with into a graph: paddle2onnx 2.1 writes whatever lies in memory there."""
+# Where paddle2onnx 2.1 writes whatever lies in memory, the value of the program is written.
+
+
+def _mend_pads(graph: Any, program: Path) -> None:
+    """Write the values that maps are padded with into a graph."""
     helper = need("onnx").numpy_helper
+    values = _attributes(program, "pad3d", "value" if program.suffix == ".pdmodel" else "pad_value")
     constants = {node.output[0]: node.attribute[0].t for node in graph.node if node.op_type == "Constant"}
     pads = [node for node in graph.node if node.op_type == "Pad" and ".pad3d." in node.output[0]]
     if len(pads) != len(values):
@@ -98,6 +103,18 @@ def _mend_pads(graph: Any, values: list[float]) -> None:
         if len(node.input) > 2:  # the other ways to pad take no value
             tensor = constants[node.input[2]]
             tensor.CopyFrom(helper.from_array(np.full_like(helper.to_array(tensor), value), tensor.name))
+
+
+def _mend_group_norms(graph: Any, program: Path) -> None:
+    """Write the epsilons of group norms, which are instance norms between two reshapes there, into a graph."""
+    epsilons = _attributes(program, "group_norm", "epsilon")
+    nodes = [node for node in graph.node if node.op_type == "InstanceNormalization"]
+    nodes = [node for node in nodes if ".instance_norm." not in node.output[0]]
+    if len(nodes) != len(epsilons):
+        raise ReparamError(f"its {len(nodes)} group norms are not the {len(epsilons)} of the program")
+    for node, epsilon in zip(nodes, epsilons):
+        del node.attribute[:]
+        node.attribute.append(need("onnx").helper.make_attribute("epsilon", float(epsilon)))
 
 
 class OnnxModel:

@@ -1,17 +1,33 @@
 """What Paddle, its exports and their converters do where a good guess is wrong, met by a network of one's own."""
 
 import paddle
+import paddle.nn.functional as F
 import pytest
-from helpers import randomise_batch_norms, relative_error
+from helpers import missing_for_onnx, randomise_batch_norms, relative_error
 from paddle import nn
 from paddle.nn.utils import spectral_norm, weight_norm
 
-from paddle_reparam import checkpoints, save
+from paddle_reparam import checkpoints, release, save
+from paddle_reparam.errors import ReparamError
 from paddle_reparam.export import FORMATS, ExportOptions, export_inference, load_program
 from paddle_reparam.old_programs import HAS_NEW_PROGRAMS
+from paddle_reparam.onnx_export import OnnxModel, export_onnx
 
-SPEC = [[None, 3, 8, 8]]
+needs_onnx = pytest.mark.skipif(bool(missing_for_onnx()), reason=missing_for_onnx() or "all there")
+needs_json = pytest.mark.skipif(not HAS_NEW_PROGRAMS, reason="Paddle 3 alone writes .json programs")
+JSON = ExportOptions("json") if HAS_NEW_PROGRAMS else None
+PDMODEL, ONNX = ExportOptions("pdmodel"), ExportOptions(onnx=True)
+SPEC = [[None, 3, 9, 9]]
 every_format = pytest.mark.parametrize("file_format", FORMATS if HAS_NEW_PROGRAMS else FORMATS[1:])
+
+
+class Function(nn.Layer):
+    def __init__(self, function, **options):
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, x):
+        return self.function(x, **self.options)
 
 
 def around(*layers):
@@ -27,7 +43,7 @@ def around(*layers):
 def test_a_weight_that_is_computed_before_each_pass_is_exported_as_loaded(tmp_path, norm, file_format):
     """Tracing alone stores the weight of the last pass as a constant: the random one of before the loading."""
     trained = around(norm(nn.Conv2D(4, 4, 3)))
-    x = paddle.randn([2, 3, 8, 8])
+    x = paddle.randn([2, 3, 9, 9])
     expected = trained(x)
     save(trained.state_dict(), tmp_path / "weights.pdparams")
     model = around(norm(nn.Conv2D(4, 4, 3)))
@@ -37,3 +53,43 @@ def test_a_weight_that_is_computed_before_each_pass_is_exported_as_loaded(tmp_pa
     assert relative_error(load_program(tmp_path)(x), expected) < 1e-6
     assert relative_error(model(x), expected) < 1e-6
     assert list(model.state_dict()) == names
+
+
+@needs_onnx
+@every_format
+def test_the_epsilon_of_a_group_norm_is_written_into_onnx(tmp_path, file_format):
+    """paddle2onnx 2.1 writes whatever lies in memory there; that of an instance norm it writes itself."""
+    norms = [nn.GroupNorm(2, 4, 0.3), nn.InstanceNorm2D(4, 0.0005)]
+    model = around(*norms, nn.GroupNorm(4, 4, 0.7, weight_attr=False, bias_attr=False))
+    export_inference(model, tmp_path, SPEC, options=ExportOptions(file_format))
+    x = paddle.randn([2, 3, 9, 9])
+    [actual] = OnnxModel(export_onnx(tmp_path))(x)
+    assert relative_error(actual, model(x)) < 1e-5
+
+
+CANNOT = "Paddle Inference cannot run it: NotImplementedError"
+OTHER = "Predictor, oneDNN, batch 1 is not the same function"
+OTHER_ONNX = "onnxruntime, batch 1 is not the same function"
+
+
+@pytest.mark.parametrize(
+    ("layer", "options", "message"),
+    [
+        pytest.param(Function(F.interpolate, size=[18, 18], mode="bilinear"), JSON, CANNOT, marks=needs_json),
+        pytest.param(Function(F.interpolate, size=[18, 18]), JSON, CANNOT, marks=needs_json),
+        (Function(F.interpolate, size=[4, 4]), PDMODEL, OTHER),
+        (Function(F.avg_pool2d, kernel_size=2, stride=1, padding=[0, 1, 0, 1], exclusive=False), PDMODEL, OTHER),
+        (nn.AvgPool2D(2, ceil_mode=True, exclusive=False), PDMODEL, OTHER),
+        (nn.AvgPool2D(2, 1, padding="SAME", exclusive=False), PDMODEL, OTHER),
+        pytest.param(nn.AdaptiveAvgPool2D(5), ONNX, OTHER_ONNX, marks=needs_onnx),
+        pytest.param(Function(F.interpolate, size=[5, 5], mode="area"), ONNX, OTHER_ONNX, marks=needs_onnx),
+        pytest.param(Function(F.softplus), PDMODEL, r"cannot be exported: TypeError: .*softplus\(\)", marks=needs_json),
+    ],
+)
+def test_what_becomes_another_function_on_its_way_is_refused(tmp_path, layer, options, message):
+    model = around(layer, nn.Conv2D(4, 4, 1))
+    save(model.state_dict(), tmp_path / "weights.pdparams")
+    with pytest.raises(ReparamError, match=message) as error:
+        release(model, tmp_path / "weights.pdparams", tmp_path / "out", SPEC, options=options, progress=len)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["weights.pdparams"]
