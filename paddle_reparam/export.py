@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -270,6 +271,17 @@ def _with_plain_weights(model: nn.Layer) -> nn.Layer:
     return model
 
 
+@contextlib.contextmanager
+def _static_mode() -> Iterator[None]:
+    was_dynamic = paddle.in_dynamic_mode()
+    paddle.enable_static()
+    try:
+        yield
+    finally:
+        if was_dynamic:
+            paddle.disable_static()
+
+
 def export_inference(
     model: nn.Layer,
     folder: Folder,
@@ -297,6 +309,8 @@ def export_inference(
         with _programs_of(options.file_format):
             paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[specs])
     program = program_file(folder)
+    # A pickle, for training on: `paddle.jit.load` would run what it says, Paddle Inference does not read it.
+    program.with_suffix(f"{WEIGHTS_SUFFIX}.info").unlink(missing_ok=True)
     if program.suffix == ".pdmodel":
         with _programs_of("pdmodel"):
             _add_biases_by_axis(program)
@@ -337,9 +351,7 @@ def _add_biases_by_axis(path: Path) -> None:
     know the addition of the parameter itself along an axis. Without it a MobileNetV2 with folded BNs takes 1.33 times
     as long.
     """
-    was_dynamic = paddle.in_dynamic_mode()
-    paddle.enable_static()
-    try:
+    with _static_mode():
         program = paddle.static.Program.parse_from_string(path.read_bytes())
         block = program.global_block()
         parameters = {
@@ -362,9 +374,6 @@ def _add_biases_by_axis(path: Path) -> None:
             if block.ops[index].type == "reshape2" and block.ops[index].output("Out")[0] in reshaped:
                 block._remove_op(index)
         path.write_bytes(program.desc.serialize_to_string())
-    finally:
-        if was_dynamic:
-            paddle.disable_static()
 
 
 def program_file(folder: Folder) -> Path:
@@ -454,13 +463,57 @@ class InferenceModel:
         return [paddle.to_tensor(array) for array in self.run(*(x.numpy() for x in inputs))]
 
 
-def load_program(folder: Folder) -> nn.Layer:
-    """Return an export as `paddle.jit.load` reads it, in eval mode; raises `ReparamError` where it cannot."""
-    path = program_file(folder)
-    with one_sentence(f"{folder}: paddle.jit.load cannot load it"), _programs_of(path.suffix[1:]):
-        layer = paddle.jit.load(str(path.with_suffix("")))
-        layer.eval()
-        return layer
+def _weights_of(program: Any) -> list[str]:
+    """Return the names of the parameters and buffers of a loaded program, an old one or one of Paddle 3."""
+    if isinstance(program, paddle.base.framework.Program):
+        return [variable.name for variable in program.list_vars() if variable.persistable]
+    from paddle.static.pir_io import get_pir_parameters
+
+    return [variable.name for group in get_pir_parameters(program) for variable in group]
+
+
+def _clear(scope: Any, names: Sequence[str]) -> None:
+    for variable in filter(None, map(scope.find_var, names)):
+        with contextlib.suppress(ValueError):  # where it holds no tensor
+            variable.get_tensor()._clear()
+
+
+class LoadedProgram:
+    """An exported network, run by Paddle's Executor: operator by operator, without the passes of Paddle Inference.
+
+    Called and run as an `InferenceModel` is. `paddle.jit.load` would read a program too, but it unpickles a file
+    `inference.pdiparams.info` where one lies beside it, and keeps threads for each program for ever.
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded."""
+        path = program_file(folder)
+        self.name = str(folder)
+        self._format = path.suffix[1:]
+        self._scope = paddle.static.Scope()
+        with one_sentence(f"{folder}: Paddle cannot load it"), self._inside():
+            self._executor = paddle.static.Executor(paddle.CPUPlace())
+            self._program, self._inputs, self._outputs = paddle.static.load_inference_model(
+                str(path.with_suffix("")), self._executor
+            )
+            weights = _weights_of(self._program)
+        # Paddle keeps a scope for ever, and all that is in it.
+        weakref.finalize(self, _clear, self._scope, weights).atexit = False
+
+    @contextlib.contextmanager
+    def _inside(self) -> Iterator[None]:
+        with _programs_of(self._format), _static_mode(), paddle.static.scope_guard(self._scope):
+            yield
+
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for the inputs, in the order in which the network takes them."""
+        if len(self._inputs) != len(inputs):
+            raise ReparamError(f"{self.name}: it takes {len(self._inputs)} inputs ({self._inputs}), not {len(inputs)}")
+        with one_sentence(f"{self.name}: Paddle cannot run it"), self._inside():
+            return self._executor.run(self._program, dict(zip(self._inputs, inputs)), self._outputs)
+
+    def __call__(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
+        return [paddle.to_tensor(array) for array in self.run(*(x.numpy() for x in inputs))]
 
 
 def comparable(outputs: Sequence[np.ndarray], output: OutputSpec) -> list[np.ndarray]:
@@ -528,7 +581,7 @@ def check_export(
 ) -> dict[str, VerifyReport]:
     """Compare what an export's folder holds with the model in eval mode that it was made of, for each batch size.
 
-    Loaded with `paddle.jit.load`, and in the Predictor with and without oneDNN; returns the report of each. An export
+    Run by Paddle's Executor, and by the Predictor with and without oneDNN; returns the report of each. An export
     with a normalisation gets pixels, and the model what PaddleClas makes of them. `more` load other functions to
     compare in the same way, such as an `OnnxModel`. Raises
     `ReparamError` where it cannot be loaded or run, and `NothingProven` where the outputs hardly depend on the input,
@@ -547,7 +600,7 @@ def check_export(
     if not batch_sizes:
         raise NothingProven("there are no batch sizes to compare an export at")
     ways: dict[str, Callable[[], Callable[..., Any]]] = {
-        "paddle.jit.load": lambda: load_program(folder),
+        "Executor": lambda: LoadedProgram(folder),
         "Predictor, oneDNN": lambda: InferenceModel(folder, onednn=True, keep_shapes=False),
         "Predictor, no oneDNN": lambda: InferenceModel(folder, onednn=False),
         **(more or {}),

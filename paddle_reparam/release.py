@@ -148,7 +148,7 @@ def release(
     The folder gets the files of Paddle Inference, `plain.pdparams` (where the fused network, BNs kept, has the entries
     and shapes of `stock`, the freshly built network without layers of this library) and `manifest.json`. The weights
     must fit the model strictly. The train form is compared with the fused network layer by layer, with `stock` loaded
-    from `plain.pdparams`, and with what was exported: by `paddle.jit.load` and by the Predictor, with and without
+    from `plain.pdparams`, and with what was exported: by Paddle's Executor and by the Predictor, with and without
     oneDNN, at batch sizes 1 and 3. `input_spec` holds the shape of each input with None for the batch, by name for a
     network that takes one dict; the export takes images of that size, and layers take the form that is fastest for it,
     unless `options` ask for a dynamic size: then all is compared at a second, larger size too. All that the network

@@ -20,11 +20,11 @@ from .errors import ReparamError
 from .export import (
     Folder,
     InferenceModel,
+    LoadedProgram,
     Normalization,
     OfPixels,
     OutputSpec,
     comparable,
-    load_program,
     one_sentence,
     program_file,
     reference_outputs,
@@ -32,7 +32,7 @@ from .export import (
 from .manifest_form import MANIFEST_FORM, Misfit
 from .onnx_export import ONNX_FILE, OnnxModel, need
 from .report import Report, format_table
-from .tracing import flatten_outputs, unchanged
+from .tracing import unchanged
 from .verify import compare_outputs
 
 MANIFEST = "manifest.json"
@@ -243,9 +243,7 @@ def check_release(folder: Folder, stock: nn.Layer | None = None) -> CheckReport:
             )
 
     program = program_file(folder).name
-    with paddle.no_grad(), one_sentence(f"{folder / program}: it cannot be run"):
-        loaded = flatten_outputs(load_program(folder)(*map(paddle.to_tensor, x)))
-    compare("paddle.jit.load", program, [tensor.numpy() for tensor in loaded])
+    compare("Executor", program, LoadedProgram(folder).run(*x))
     for way, onednn in (("Predictor, oneDNN", True), ("Predictor, no oneDNN", False)):
         compare(way, program, InferenceModel(folder, onednn=onednn).run(*x))
     if ONNX_FILE in files:

@@ -81,7 +81,7 @@ def check_fused_is_the_same_function(model: nn.Layer, shape: Shape, *other_shape
 
 
 def check_exports(model: nn.Layer, shape: Shape, folder: Path, forms: tuple[bool, ...] = (False, True)) -> None:
-    """`jit.load` and the Predictor, with and without oneDNN, compute what the train form does, at two batch sizes.
+    """The Executor and the Predictor, with and without oneDNN, compute what the train form does, at two batch sizes.
 
     `forms`: whether the network is fused for one size. If it is, onnxruntime computes the same too, where it is there.
     """

@@ -1,5 +1,8 @@
 """Exports that are checked after they are written."""
 
+import gc
+import os
+import pickle
 import tempfile
 import types
 import weakref
@@ -18,10 +21,10 @@ from paddle_reparam.export import (
     WEIGHTS_SUFFIX,
     ExportOptions,
     InferenceModel,
+    LoadedProgram,
     OutputSpec,
     check_export,
     export_inference,
-    load_program,
     program_file,
 )
 from paddle_reparam.flops import measure
@@ -161,7 +164,28 @@ def test_outputs_are_picked_as_paddleclas_does(tmp_path):
         ("features", OutputSpec(None, ("Student", "features")), net.net[:8](x)),
     ]:
         export_inference(net, tmp_path / name, SPEC, output)
-        assert relative_error(load_program(tmp_path / name)(x), expected) < 1e-5
+        assert relative_error(LoadedProgram(tmp_path / name)(x)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("file_format", FORMATS if HAS_NEW_PROGRAMS else ["pdmodel"])
+def test_nothing_is_unpickled_and_no_thread_stays(tmp_path, monkeypatch, file_format):
+    net = small_net()
+    export_inference(net, tmp_path, SPEC, options=ExportOptions(file_format))
+    assert not list(tmp_path.glob("*.info"))
+    # Such a file lies beside exports that others wrote.
+    (tmp_path / f"inference{WEIGHTS_SUFFIX}.info").write_bytes(b"no pickle")
+    monkeypatch.setattr(pickle, "load", lambda *arguments, **named: pytest.fail("a pickle was read"))
+    x = paddle.randn([2, 3, 16, 16])
+
+    def threads():
+        assert relative_error(LoadedProgram(tmp_path)(x)[0], net(x)) < 1e-5
+        gc.collect()
+        return len(os.listdir("/proc/self/task"))
+
+    threads()
+    before = threads()
+    assert max(threads() for _ in range(4)) <= before
+    assert paddle.in_dynamic_mode()
 
 
 def test_a_changed_weight_is_noticed_in_every_way_of_loading(tmp_path):
@@ -180,7 +204,7 @@ def test_a_fault_in_an_unlikely_class_is_noticed_behind_softmax(tmp_path):
     assert all(report.passed for report in check_export(tmp_path, net, SPEC, output).values())
     net[-1].bias.set_value(paddle.to_tensor([20.0, 0.0, 0.1, 0.0, 0.0]))
     x = paddle.randn([4, 3, 16, 16])
-    assert relative_error(load_program(tmp_path)(x), F.softmax(net(x))) < 1e-6
+    assert relative_error(LoadedProgram(tmp_path)(x)[0], F.softmax(net(x))) < 1e-6
     assert not any(report.passed for report in check_export(tmp_path, net, SPEC, output).values())
 
 
@@ -198,7 +222,7 @@ def test_a_damaged_export_is_never_taken_for_a_good_one(tmp_path):
     else:
         assert not all(report.passed for report in reports.values())
     program.write_text("{}")
-    with pytest.raises(ReparamError, match="paddle.jit.load cannot load it") as error:
+    with pytest.raises(ReparamError, match="Paddle cannot load it") as error:
         check_export(tmp_path, net, SPEC)
     assert "\n" not in str(error.value)
     program.unlink()

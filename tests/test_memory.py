@@ -15,7 +15,7 @@ from paddle_reparam.timing import in_new_process
 from paddle_reparam.verify import settle_batch_norms
 
 MIB = 2**20
-#: `paddle.jit.save` and `paddle.jit.load` of Paddle 2 hold one more.
+#: `paddle.jit.save` of Paddle 2 holds one more.
 COPIES = 3 if HAS_NEW_PROGRAMS else 4
 SPEC = [[None, 3, 8, 8]]
 

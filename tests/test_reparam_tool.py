@@ -193,7 +193,7 @@ def test_a_fault_at_any_step_leaves_nothing(trained, tmp_path, monkeypatch, faul
             spoil(folder)
 
         monkeypatch.setattr(release, "export_inference", spoiled_export)
-        message = "paddle.jit.load, batch 1 is not"
+        message = "Executor, batch 1 is not"
     elif fault == "plain":
         plain_weights = release._plain_weights
 

@@ -9,7 +9,7 @@ from helpers import as_array, randomise_batch_norms, relative_error
 from paddle import nn
 
 from paddle_reparam.errors import UnsupportedConv
-from paddle_reparam.export import InferenceModel, export_inference, load_program
+from paddle_reparam.export import InferenceModel, LoadedProgram, export_inference
 from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.layers.spconv import SPConv2D, SPConv2DFused
 
@@ -143,7 +143,7 @@ def test_every_runtime_agrees_on_every_size(tmp_path, stride):
     fused.absorb_affine(np.linspace(-1.0, 2.0, 6), np.linspace(1.0, -1.0, 6))
     for name, form in (("train", layer), ("fused", fused)):
         export_inference(form, tmp_path / name, [[None, 8, None, None]])
-        runtimes = [load_program(tmp_path / name)]
+        runtimes = [LoadedProgram(tmp_path / name)]
         runtimes += [InferenceModel(tmp_path / name, onednn=onednn) for onednn in (True, False)]
         for size in EVEN_AND_ODD:
             for batch in (1, 3):

@@ -9,7 +9,7 @@ from paddle.nn.utils import spectral_norm, weight_norm
 
 from paddle_reparam import checkpoints, release, save
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import FORMATS, ExportOptions, export_inference, load_program
+from paddle_reparam.export import FORMATS, ExportOptions, LoadedProgram, export_inference
 from paddle_reparam.old_programs import HAS_NEW_PROGRAMS
 from paddle_reparam.onnx_export import OnnxModel, export_onnx
 
@@ -50,7 +50,7 @@ def test_a_weight_that_is_computed_before_each_pass_is_exported_as_loaded(tmp_pa
     checkpoints.load_into(model, tmp_path / "weights.pdparams")
     names = list(model.state_dict())
     export_inference(model, tmp_path, SPEC, options=ExportOptions(file_format))
-    assert relative_error(load_program(tmp_path)(x), expected) < 1e-6
+    assert relative_error(LoadedProgram(tmp_path)(x)[0], expected) < 1e-6
     assert relative_error(model(x), expected) < 1e-6
     assert list(model.state_dict()) == names
 
