@@ -28,7 +28,16 @@ from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from .registry import get_layer
 from .report import Report, format_table
 from .tensors import assign, to_float64
-from .tracing import IMAGENET_INPUT, InputSpec, sample_inputs, trace_flow, visit_inputs, visit_outputs, walk
+from .tracing import (
+    IMAGENET_INPUT,
+    InputSpec,
+    sample_inputs,
+    trace_flow,
+    undisturbed_draws,
+    visit_inputs,
+    visit_outputs,
+    walk,
+)
 
 Where = Union[str, Sequence[str], Callable[[str, nn.Conv2D], bool], None]
 
@@ -439,6 +448,7 @@ def _count_left_over(model: nn.Layer) -> dict[str, int]:
     return {kind: count for kind, count in counts.items() if count}
 
 
+@undisturbed_draws()
 def reparameterize(
     model: nn.Layer, fold_bn: bool = False, input_spec: InputSpec | None = None, fixed_size: bool = False
 ) -> tuple[nn.Layer, RewriteReport]:
