@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import importlib.metadata
@@ -13,7 +14,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from ..errors import exit_code
+from ..errors import ReparamError, exit_code
 from ..export import FORMATS, ExportOptions, OutputSpec, one_sentence
 from ..release import release
 from ..released import check_release, read_manifest
@@ -91,7 +92,7 @@ def _release(given: argparse.Namespace) -> Any:
             "input": {"preprocessing": steps},
             "labels": labels,
             "versions": {"paddleclas": _version_of(ppcls)},
-            "plain_weights": {"arch": None if stock_config is None else stock_config["Arch"]},
+            "plain_weights": {"arch": _for_manifest(stock_config)},
         },
         force=given.force,
         dry_run=given.dry_run,
@@ -104,8 +105,26 @@ def _check(folder: str) -> Any:
     if arch is None:
         return check_release(folder)
     setup().utils.logger.init_logger(log_level="WARNING")
+    from .plain_arch import check_plain_arch
+
+    try:
+        check_plain_arch(arch)
+    except ReparamError as error:
+        raise error.at(f"{folder}: its manifest names a network that is not built from a manifest") from error
     with paddle.utils.unique_name.guard():
         return check_release(folder, _build({"Arch": arch}))
+
+
+def _for_manifest(stock_config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the `Arch` that `--check` builds to load the plain weights; None where it builds none."""
+    from .plain_arch import check_plain_arch
+
+    if stock_config is None:
+        return None
+    with contextlib.suppress(ReparamError):
+        check_plain_arch(stock_config["Arch"])
+        return stock_config["Arch"]
+    return None
 
 
 def build_train_form(config: dict[str, Any]) -> nn.Layer:
