@@ -1,17 +1,21 @@
 """What Paddle, its exports and their converters do where a good guess is wrong, met by a network of one's own."""
 
+from pathlib import Path
+
 import paddle
 import paddle.nn.functional as F
 import pytest
+import yaml
 from helpers import missing_for_onnx, randomise_batch_norms, relative_error
 from paddle import nn
 from paddle.nn.utils import spectral_norm, weight_norm
 
-from paddle_reparam import checkpoints, release, save
+from paddle_reparam import checkpoints, list_layers, release, save
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.export import FORMATS, ExportOptions, LoadedProgram, export_inference
 from paddle_reparam.old_programs import HAS_NEW_PROGRAMS
 from paddle_reparam.onnx_export import OnnxModel, export_onnx
+from paddle_reparam.registry import get_layer
 
 needs_onnx = pytest.mark.skipif(bool(missing_for_onnx()), reason=missing_for_onnx() or "all there")
 needs_json = pytest.mark.skipif(not HAS_NEW_PROGRAMS, reason="Paddle 3 alone writes .json programs")
@@ -93,3 +97,43 @@ def test_what_becomes_another_function_on_its_way_is_refused(tmp_path, layer, op
         release(model, tmp_path / "weights.pdparams", tmp_path / "out", SPEC, options=options, progress=len)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["weights.pdparams"]
+
+
+def test_what_sublayers_and_data_parallel_training_would_not_see():
+    """Paddle calls no `train` or `eval` of sublayers, and gives other processes no buffer that is not persistable."""
+
+    def classes(base):
+        return {base}.union(*(classes(each) for each in base.__subclasses__()))
+
+    own = [each for each in classes(nn.Layer) if each.__module__.startswith("paddle_reparam.")]
+    assert len(own) > 30
+    assert [each.__name__ for each in own if {"train", "eval"} & set(vars(each))] == []
+    for name in list_layers():
+        for conv in (nn.Conv2D(4, 8, 3, padding=1), nn.Conv2D(4, 4, 5, padding=2, groups=4)):
+            try:
+                layer = get_layer(name).layer.from_conv(conv)
+            except ReparamError:
+                continue
+            for each in layer.sublayers(include_self=True):
+                assert not each._non_persistable_buffer_names_set, name
+
+
+def test_recipes_say_what_paddleclas_would_take_otherwise():
+    """Its AdamW decays BNs and biases unless told, its CutMix draws from Beta(0.2, 0.2), and EPSILON is a share."""
+    entries = []
+
+    def collect(value):
+        for name, options in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(options, (dict, list)):
+                entries.append((name, options))
+                collect(options)
+
+    for path in sorted((Path(__file__).parents[1] / "ppcls_configs").rglob("*.yaml")):
+        collect(yaml.safe_load(path.read_text(encoding="utf-8")))
+    adam = [options for name, options in entries if name == "Optimizer" and options["name"] == "AdamW"]
+    assert len(adam) > 5
+    assert all(options["one_dim_param_no_weight_decay"] is True for options in adam)
+    mixing = [options for name, options in entries if name in ("CutmixOperator", "MixupOperator")]
+    assert mixing
+    assert all("alpha" in options for options in mixing)
+    assert {options["EPSILON"] for name, options in entries if name == "RandomErasing"} == {0.25}
