@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import unicodedata
 from collections.abc import Iterator
 
 
@@ -43,6 +44,22 @@ class OutputExists(UsageError):
     """The file or folder to write stands there already, and may not be replaced."""
 
 
+#: What a terminal does not show but obeys: controls, directions of writing, halves of characters, ends of lines.
+_NOT_SHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+#: Some scripts join letters by these two.
+_JOINERS = "\u200c\u200d"
+
+
+def printable(text: str, kept: str = "") -> str:
+    """Return a text from a file with what a terminal would obey written out, as in \\x1b, but for those in `kept`."""
+    return "".join(
+        character
+        if character in _JOINERS + kept or unicodedata.category(character) not in _NOT_SHOWN
+        else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
 @contextlib.contextmanager
 def exit_code() -> Iterator[list[int]]:
     """Print a `ReparamError` or `OSError` of the `with` block; what is given holds the exit code, 2 for wrong usage."""
@@ -50,5 +67,6 @@ def exit_code() -> Iterator[list[int]]:
     try:
         yield result
     except (ReparamError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = printable(str(error), kept="\n")
+        print(f"error: {text}", file=sys.stderr)
         result[0] = 2 if isinstance(error, UsageError) else 1

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ReparamError
+from .errors import ReparamError, printable
 from .export import Folder, InferenceModel, one_sentence
 from .released import check_files, read_manifest
 from .report import format_table
@@ -179,7 +179,7 @@ def draw_sheet(path: Path, predictions: Sequence[Prediction]) -> int:
     for axes, prediction in zip(grid, shown):
         label, probability = prediction.labels[0]
         axes.imshow(prediction.image)
-        axes.set_title(f"{label[:24]}\n{probability:.1%}", fontsize=9)
+        axes.set_title(f"{printable(label[:24])}\n{probability:.1%}", fontsize=9, parse_math=False)
     with one_sentence(f"{path}: it cannot be written"):
         figure.savefig(path, dpi=100)
     return len(shown)

@@ -9,10 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from .errors import printable
+
 
 def format_table(header: list[str], rows: list[list[Any]]) -> str:
-    """Return rows as aligned plain text; numbers are aligned to the right."""
-    cells = [[str(c) for c in row] for row in [header, *rows]]
+    """Return rows as aligned plain text; numbers are aligned to the right. Cells hold texts from files, so that what a
+    terminal would obey is written out.
+    """
+    cells = [[printable(str(c)) for c in row] for row in [header, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     right = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
 

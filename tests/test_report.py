@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from paddle_reparam.errors import ReparamError, exit_code
 from paddle_reparam.report import Report, format_table
 
 
@@ -53,3 +54,15 @@ def test_a_table_aligns_numbers_to_the_right_and_words_to_the_left():
 
 def test_a_table_without_rows_has_its_header():
     assert format_table(["layer", "what"], []).splitlines() == ["layer  what", "-----  ----"]
+
+
+def test_what_a_terminal_would_obey_is_written_out(capsys):
+    text = "a\x1b[2Jb\r\u202ec\ud800"
+    assert format_table(["label"], [[text], ["猫\u3000é\u200d"]]).splitlines()[2:] == [
+        r"a\x1b[2Jb\r\u202ec\ud800",
+        "猫\u3000é\u200d",
+    ]
+    with exit_code() as result:
+        raise ReparamError(text)
+    assert result == [1]
+    assert capsys.readouterr().err == "error: a\\x1b[2Jb\\r\\u202ec\\ud800\n"

@@ -1,8 +1,10 @@
 """Runs that are killed, and that meet what no training can go on with: what is saved stays whole, and says so."""
 
 import errno
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -388,3 +390,32 @@ def test_records_are_what_they_say(place, uninterrupted):
     content = json.loads(record.read_text())
     assert (content["epoch"], content["step"]) == (EPOCHS, 2 * EPOCHS)
     assert sorted(Path(name).suffix for name in content["files"]) == sorted(saving.SUFFIXES)
+
+
+def record_for(folder, files):
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in files}
+    path = folder / f"latest{saving.RECORD}"
+    path.write_text(json.dumps({"epoch": 1, "step": 1, "files": digests}))
+    return path
+
+
+def test_a_record_names_files_below_its_folder_alone(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "net").mkdir(parents=True)
+    names = ["net/latest.pdparams", "net/latest.pdopt", "net/latest.pdstates"]
+    for name in names:
+        (folder / name).write_bytes(b"numbers")
+        shutil.copy(folder / name, tmp_path / Path(name).name)
+    record_for(folder, names)
+    assert saving.newest(folder).prefix == folder / "net" / "latest"
+    for place in ("..", str(tmp_path)):
+        record_for(folder, [f"{place}/{Path(name).name}" for name in names])
+        assert saving.newest(folder) is None
+    (folder / "link").symlink_to(folder / "net")
+    (folder / "net" / "other.pdopt").symlink_to(tmp_path / "latest.pdopt")
+    for linked in (["link/latest.pdparams", "link/latest.pdopt"], [*names, "net/other.pdopt"]):
+        record_for(folder, linked)
+        assert saving.newest(folder) is None
+    for content in ("[]", "{}", '{"epoch": "1", "step": 1, "files": {}}', '{"epoch": 1, "step": 1, "files": []}'):
+        (folder / f"latest{saving.RECORD}").write_text(content)
+        assert saving.newest(folder) is None

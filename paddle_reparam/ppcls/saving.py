@@ -22,6 +22,8 @@ import paddle
 
 from .. import pickles
 from ..errors import CheckpointError, OutputExists, ReparamError
+from ..manifest_form import dict_of, matching, whole
+from ..manifest_form import record as record_of
 from .errors import ConfigError
 
 try:
@@ -33,6 +35,8 @@ except ImportError:  # Windows
 SUFFIXES = (".pdparams", ".pdopt", ".pdstates")
 #: A set's record: the hash of each file, by its path from the record's folder, and the epoch and step it was saved at.
 RECORD = ".record.json"
+#: Bytes of a record at most; it names three files, or a few more.
+_LARGEST_RECORD = 2**20
 #: What a running training holds of its folder.
 LOCK = ".training.lock"
 
@@ -87,7 +91,7 @@ def _finish(staging: Path, target: Path) -> None:
     for record in sorted(staging.glob(f"*{RECORD}")):
         if _read_record(record) is None:
             continue
-        names = [*json.loads(record.read_text())["files"], record.name]
+        names = [*_entries_of(record)["files"], record.name]
         for name in names:
             place = target / name
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -122,10 +126,36 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+_RECORD_FORM = record_of(
+    {
+        "epoch": whole(-1),
+        "step": whole(),
+        # Below the record's folder, one folder deep or more.
+        "files": dict_of(matching(r"[^./\\:\0][^/\\:\0]*(/[^./\\:\0][^/\\:\0]*)*"), matching("[0-9a-f]{64}")),
+    }
+)
+
+
+def _entries_of(path: Path) -> dict[str, Any]:
+    """Return what a record says; raises `ValueError` where it is none, or names a file that lies outside its folder."""
+    if path.is_symlink() or path.stat().st_size > _LARGEST_RECORD:
+        raise ValueError(f"{path} is a link, or too large")
+    try:
+        entries = json.loads(path.read_text())
+    except RecursionError as error:
+        raise ValueError(f"{path} is no record") from error
+    _RECORD_FORM(entries, "")
+    for name in entries["files"]:
+        for place in (path.parent / name, *(path.parent / parent for parent in Path(name).parents[:-1])):
+            if place.is_symlink():
+                raise ValueError(f"{place} is a link")
+    return entries
+
+
 def _read_record(path: Path) -> SavedSet | None:
     """Return the set that a record describes, or None where it is not whole."""
     try:
-        record = json.loads(path.read_text())
+        record = _entries_of(path)
         if not all(_digest(path.parent / name) == digest for name, digest in record["files"].items()):
             return None
         [weights] = [n for n in record["files"] if n.endswith(".pdparams") and f"{n[:-9]}.pdopt" in record["files"]]
@@ -139,7 +169,7 @@ def newest(folder: str | os.PathLike[str]) -> SavedSet | None:
     found = []
     for path in Path(folder).rglob(f"*{RECORD}"):
         with contextlib.suppress(OSError, ValueError, KeyError):
-            record = json.loads(path.read_text())
+            record = _entries_of(path)
             found.append((record["epoch"], record["step"], path.stat().st_mtime, path))
     for *_, path in sorted(found, reverse=True):
         saved = _read_record(path)
