@@ -30,6 +30,8 @@ class Registry:
 
     def get(self, name: str) -> Any:
         """Return what is registered under `name`, or raise `UnknownName` with the nearest names."""
+        if not isinstance(name, str):
+            raise UnknownName(f"a {self.kind} is chosen by its name, a text, not by {name!r}")
         if name not in self._entries:
             by_lower_case = {known.lower(): known for known in self._entries}
             near = difflib.get_close_matches(str(name).lower(), by_lower_case, n=3, cutoff=0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import fnmatch
 import types
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from . import kernels, sparsity
-from .errors import ReparamError, UnsupportedConv
+from .errors import ReparamError, UnsupportedConv, UsageError
 from .geometry import (
     BATCH_NORMS,
     FOLDABLE,
@@ -154,12 +155,22 @@ def copy_model(model: nn.Layer, share_tensors: bool = False) -> nn.Layer:
 # Putting layers in
 
 
-def _selector(where: Where) -> Callable[[str, nn.Conv2D], bool]:
+def _selector(where: Where, paths: list[str]) -> Callable[[str, nn.Conv2D], bool]:
     if where is None:
         return lambda path, conv: True
-    if callable(where):
+    if callable(where) and not isinstance(where, nn.Layer):
         return where
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = [where] if isinstance(where, str) else where
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(p, str) for p in patterns):
+        raise UsageError(
+            f"`where` is a pattern of paths, a list of them, or a function of (path, layer), not {where!r}"
+        )
+    for pattern in patterns:
+        if paths and not fnmatch.filter(paths, pattern):
+            near = difflib.get_close_matches(pattern, paths, n=3, cutoff=0.4) or paths[:3]
+            raise UsageError(
+                f"`where` has {pattern!r}, which no convolution's path matches; some are {', '.join(near)}"
+            )
     return lambda path, conv: any(fnmatch.fnmatchcase(path, p) for p in patterns)
 
 
@@ -177,10 +188,14 @@ def replace(
     regularizer and the exemption from clipping hold for both. Parameters get new names: a rule by name
     (`apply_decay_param_fun`) is to be written for them.
     """
+    if not isinstance(model, nn.Layer):
+        raise UsageError(f"{layer_name} is put into a network, a paddle.nn.Layer, not into {model!r}; build it first")
     layer_class = get_layer(layer_name).layer
+    layer_class.check_options(**options)
     if isinstance(model, nn.Conv2D):
         raise ReparamError(f"the model is itself a convolution; use {layer_name}.from_conv(conv) for a single one")
-    selected, owners = _selector(where), _owners(model)
+    convolutions = [path for path, layer in walk(model) if is_convolution(layer)]
+    selected, owners = _selector(where, convolutions), _owners(model)
     report, new_layers, inside = RewriteReport(), {}, {}
     for layer, paths in _places(model).values():
         path = paths[0]
@@ -462,6 +477,8 @@ def reparameterize(
     for training, nothing frozen.
     Raises `ReparamError` for a model in training mode and where nothing was fused.
     """
+    if not isinstance(model, nn.Layer):
+        raise UsageError(f"only a network, a paddle.nn.Layer, can be fused, not {model!r}")
     if model.training:
         raise ReparamError("the model is in training mode; call model.eval() before fusing")
     report = RewriteReport()

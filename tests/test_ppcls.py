@@ -13,7 +13,7 @@ import pytest
 from helpers import relative_error
 
 from paddle_reparam import checkpoints
-from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName
+from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName, UsageError
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.ppcls import locate, setup
 from paddle_reparam.ppcls.errors import ConfigError
@@ -315,9 +315,13 @@ def test_a_model_of_this_library_as_the_backbone():
         ({"layer": None}, ConfigError, "Arch.layer of ReparamModel needs a name and options"),
         ({"backbone": "MobileNetV1"}, ConfigError, "Arch.backbone of ReparamModel needs a name and options"),
         ({"layer": {"name": "RefConv"}}, UnknownName, "no layer named 'RefConv'; did you mean RefConv2D"),
-        ({"layer": {"name": "RefConv2D", "map": 3}}, ConfigError, "Arch.layer: RefConv2D has no option 'map'"),
+        (
+            {"layer": {"name": "RefConv2D", "map": 3}},
+            UnknownName,
+            "no option of RefConv2D named 'map'; did you mean map_k",
+        ),
         ({"backbone": {"name": "MobilNetV1"}}, UnknownName, "no Arch named 'MobilNetV1'; did you mean MobileNetV1"),
-        ({"where": "nowhere"}, ReparamError, "no convolution of MobileNet: .* not selected by `where`"),
+        ({"where": "nowhere"}, UsageError, "`where` has 'nowhere', which no convolution's path matches"),
         ({"pretrained": True}, ConfigError, "set Arch.backbone.pretrained: True"),
         ({"pretrained": "no/such/file"}, CheckpointError, "there is no weight file no/such/file or"),
     ],

@@ -308,7 +308,7 @@ def test_from_weights_that_paddleclas_has(place, command, baseline):
         (["-o", "Global.checkpoints=auto"], "Global.checkpoints must be null"),
         (["-o", "Metric.Eval=None"], "needs DataLoader.Eval and Metric.Eval"),
         (["-o", "Global.image_shape=None"], "Global.image_shape is None"),
-        (["-o", "Arch.layer.inti=zero"], "RefConv2D has no option 'inti'"),
+        (["-o", "Arch.layer.inti=zero"], "no option of RefConv2D named 'inti'; did you mean init"),
         (["-o", "Arch.layer=zero"], "give options of RefConv2D"),
         (["-o", "Arch.layer.name=SPConv2D"], "Arch.layer.name=SPConv2D is not this variant"),
         (["-o", "Arch.layer.base=random", "--variant", "retrain"], "this variant trains the plain network"),

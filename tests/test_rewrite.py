@@ -1,5 +1,7 @@
 """The walk: which convolutions get a layer, what is fused, which BN is folded, and what is refused by name."""
 
+import contextlib
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -8,10 +10,11 @@ from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 from paddle.vision.ops import DeformConv2D
 
-from paddle_reparam.errors import ReparamError, UnknownName
+from paddle_reparam.errors import ReparamError, UnknownName, UsageError
 from paddle_reparam.layers.base import InferenceForm
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.layers.spconv import SPConv2D
+from paddle_reparam.registry import get_layer, list_layers
 from paddle_reparam.rewrite import copy_model, reparameterize, replace
 from paddle_reparam.verify import verify
 
@@ -99,7 +102,9 @@ def test_dry_run_reports_the_same_and_changes_nothing():
 
 def test_replacing_nothing_is_an_error_with_the_reasons():
     with pytest.raises(ReparamError, match="in the place of no convolution of Net.*not selected by `where`"):
-        replace(build(), "RefConv2D", where="layer9.*")
+        replace(build(), "RefConv2D", where=lambda path, conv: False)
+    with pytest.raises(UsageError, match=r"`where` has 'block.0.0', which no .*; some are blocks.0.0"):
+        replace(build(), "RefConv2D", where=["stem", "block.0.0"])
     with pytest.raises(ReparamError, match="of Linear: it has none"):
         replace(nn.Linear(2, 2), "RefConv2D")
     with pytest.raises(ReparamError, match="use RefConv2D.from_conv"):
@@ -140,6 +145,65 @@ def test_a_frozen_convolution_stays_frozen_through_a_training_step(layer, option
     assert not any(moved[: -len(new)])
     assert any(moved[-len(new) :])
     assert base is None or np.array_equal(base.numpy(), kept)
+
+
+def test_what_is_no_network_name_or_pattern_is_refused_in_a_sentence():
+    for model in ("resnet18", None, nn.Linear):
+        with pytest.raises(UsageError, match="a paddle.nn.Layer, not into .*; build it first"):
+            replace(model, "RefConv2D")
+        with pytest.raises(UsageError, match="only a network"):
+            reparameterize(model)
+    for name in (RefConv2D, None, ["RefConv2D"]):
+        with pytest.raises(UnknownName, match="a layer is chosen by its name, a text"):
+            replace(build(), name)
+    for where in (3, [3], {"stem": 1}, nn.ReLU()):
+        with pytest.raises(UsageError, match="`where` is a pattern of paths"):
+            replace(build(), "RefConv2D", where=where)
+
+
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    2,
+    4,
+    0.5,
+    1.5,
+    10**9,
+    float("nan"),
+    float("inf"),
+    "3",
+    "zero",
+    [],
+    [3],
+    (2, 3),
+    {},
+    [None],
+)
+
+
+@pytest.mark.parametrize("name", list_layers())
+def test_options_of_layers_are_wrong_in_a_sentence(name):
+    cls = get_layer(name).layer
+    needed = {"height": 8, "width": 8, "partition": (4, 4)} if name == "RepMLP" else {}
+    convs = [
+        nn.Conv2D(4, 4, 3, padding=1),
+        nn.Conv2D(4, 4, 7, padding=3, groups=4),
+        nn.Conv2D(4, 6, 1, stride=2, data_format="NHWC"),
+    ]
+    assert cls.options is not None
+    with pytest.raises(UnknownName, match=f"no option of {name} named 'no_such'"):
+        cls.from_conv(convs[0], no_such=1)
+    for option in cls.options:
+        with pytest.raises(UnknownName, match=f"did you mean {option}"):
+            cls.from_conv(convs[0], **{f"{option}x": 1})
+        for value in VALUES:
+            if isinstance(value, int) and value > 1000 and cls.options[option].accepts(value):
+                continue  # A layer of that size is right, and does not fit.
+            for conv in convs:
+                with contextlib.suppress(ReparamError):
+                    cls.from_conv(conv, **{**needed, option: value})
 
 
 def test_an_error_in_a_layer_carries_its_path():

@@ -7,13 +7,14 @@ Layer.from_conv(conv)(x)  == conv(x)         at step 0, under `Layer.keeps_funct
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, Callable, ClassVar, NamedTuple
 
 import paddle
 from paddle import nn
 
 from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry
+from ..registry import Registry
 from ..tensors import assign, to_float64
 
 #: What PaddleClas calls on a block to fuse it in place: release 2.6 and its own blocks there, release 2.4.
@@ -24,6 +25,46 @@ FUSING_METHODS = ("re_parameterize", "rep")
 _OPTIMIZER_ATTRIBUTES = ("optimize_attr", "regularizer", "need_clip", "do_model_average")
 
 
+class Option(NamedTuple):
+    """What an option of a layer may be: in words, and as a test."""
+
+    allowed: str
+    accepts: Callable[[Any], bool]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def one_of(*names: str) -> Option:
+    """Return the option that is one of these texts."""
+    return Option(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+
+
+def or_none(option: Option) -> Option:
+    """Return the same option, which may be None as well."""
+    return Option(f"{option.allowed}, or None", lambda value: value is None or option.accepts(value))
+
+
+def several(option: Option, count: int | None = None) -> Option:
+    """Return the option that is a list of such values, of so many where `count` is given."""
+    return Option(
+        f"a list, each {option.allowed}" if count is None else f"{count} values, each {option.allowed}",
+        lambda value: (
+            isinstance(value, (list, tuple)) and count in (None, len(value)) and all(map(option.accepts, value))
+        ),
+    )
+
+
+FLAG = Option("one of True, False", lambda value: isinstance(value, bool))
+WHOLE = Option(
+    "a whole number of 1 or more", lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1
+)
+ODD = Option("one of 1, 3, 5, ... (odd)", lambda value: WHOLE.accepts(value) and value % 2 == 1)
+SHARE = Option("a number between 0 and 1", lambda value: _is_number(value) and 0 < value < 1)
+POSITIVE = Option("a number above 0", lambda value: _is_number(value) and 0 < value < float("inf"))
+
+
 class ReparamLayer(nn.Layer):
     """A convolution that is trained as something richer than what it is shipped as.
 
@@ -31,6 +72,8 @@ class ReparamLayer(nn.Layer):
     `holders`. Everything else, PaddleClas' own export protocol included, follows from these.
     """
 
+    #: The options of `build`; None: they are not checked.
+    options: ClassVar[dict[str, Option] | None] = None
     #: Which parameter or buffer of the layer starts from the convolution's "weight" and "bias", for example
     #: `{"weight": "conv.weight", "bias": "conv.bias"}`; nothing: the layer keeps its own initialisation.
     holders: ClassVar[dict[str, str]] = {}
@@ -49,6 +92,19 @@ class ReparamLayer(nn.Layer):
     def build(cls, geometry: ConvGeometry, **options: Any) -> ReparamLayer:
         """Return a new layer for a convolution's geometry, or raise `UnsupportedConv` with the reason why not."""
         raise NotImplementedError
+
+    @classmethod
+    def check_options(cls, **options: Any) -> None:
+        """Raise `UnknownName` for an option that the layer does not have, `ReparamError` for a value it cannot be."""
+        if cls.options is None:
+            return
+        known = Registry(f"option of {cls.__name__}")
+        for name, option in cls.options.items():
+            known.add(name, option)
+        for name, value in options.items():
+            option = known.get(name)
+            if not option.accepts(value):
+                raise ReparamError(f"{cls.__name__} has no {name}={value!r}; choose {option.allowed}")
 
     def take_weights(self, conv: nn.Conv2D) -> None:
         """Start from a trained convolution's weights, as far as there are `holders` for them.
@@ -102,6 +158,7 @@ class ReparamLayer(nn.Layer):
         It is in the convolution's mode, and frozen and optimized as the convolution was. Raises `UnsupportedConv` with
         the reason where the layer cannot stand in for it.
         """
+        cls.check_options(**options)
         layer = cls.build(ConvGeometry.of(conv), **options)
         layer.take_weights(conv)
         layer._take_attributes(conv)

@@ -21,7 +21,7 @@ from ..geometry import ConvGeometry, as_pair, read_bn_affine
 from ..initializers import init_fan_out_normal, init_uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
-from .base import ReparamLayer
+from .base import WHOLE, ReparamLayer, one_of, or_none
 from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, at_centre, pooled
 
 INITS = ("random", "zero")
@@ -133,6 +133,10 @@ class DCDConv2D(_ReleasedDCD):
     """
 
     fused_type = DCDConv2DFused
+    options = {  # noqa: RUF012
+        "variant": one_of(*VARIANTS), "fc_squeeze": WHOLE, "pool_size": or_none(WHOLE),
+        "latent_dimension": or_none(WHOLE), "squeezed_width": or_none(WHOLE), "init": one_of(*INITS),
+    }  # fmt: skip
     holders = {"weight": "conv.weight", "bias": "conv.bias"}  # noqa: RUF012
     keeps_function_with = {"init": "zero"}  # noqa: RUF012
     train_form_keys = ("conv.weight", "q.weight", "p.weight", "fc_phi.weight")
@@ -169,15 +173,10 @@ class DCDConv2D(_ReleasedDCD):
         init: str = "random",
     ) -> None:
         super().__init__()
-        check_choice("DCDConv2D", "variant", variant, VARIANTS)
-        check_choice("DCDConv2D", "init", init, INITS)
-        check_positive("DCDConv2D", "fc_squeeze", fc_squeeze)
+        given = {"pool_size": pool_size, "latent_dimension": latent_dimension, "squeezed_width": squeezed_width}
+        self.check_options(variant=variant, init=init, fc_squeeze=fc_squeeze, **given)
         refuse_without_centre("DCDConv2D", geometry)
         sizes = VARIANTS[variant](geometry.in_channels, geometry.out_channels, fc_squeeze)
-        given = {"pool_size": pool_size, "latent_dimension": latent_dimension, "squeezed_width": squeezed_width}
-        for option, value in given.items():
-            if value is not None:
-                check_positive("DCDConv2D", option, value)
         sizes = Sizes(*(rule if value is None else value for rule, value in zip(sizes, given.values())))
         self.conv, self.q, self.p = make_convs(geometry, sizes.latent, init=init)
         self.bn1 = nn.BatchNorm2D(sizes.latent)
@@ -223,6 +222,7 @@ class DCDLinear(_ReleasedDCD):
     """
 
     fused_type = DCDLinearFused
+    options = {}  # noqa: RUF012
     train_form_keys = ("cls.weight", "cls_q.weight", "cls_p.weight", "fc_phi.weight")
 
     def __init__(self, in_features: int, class_num: int) -> None:
@@ -297,18 +297,6 @@ def make_convs(
     for conv in convs[:2] if init == "zero" else convs:
         init_fan_out_normal(conv)
     return convs[0], convs[1], convs[2]
-
-
-def check_choice(layer: str, option: str, value: Any, choices: Any) -> None:
-    """Raise `ReparamError` where an option is none of its choices."""
-    if value not in choices:
-        raise ReparamError(f"{layer} has no {option}={value!r}; choose one of {', '.join(choices)}")
-
-
-def check_positive(layer: str, option: str, value: Any) -> None:
-    """Raise `ReparamError` where an option is no whole number of 1 or more."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ReparamError(f"{layer} has no {option}={value!r}; choose a whole number of 1 or more")
 
 
 def refuse_without_centre(layer: str, geometry: ConvGeometry) -> None:

@@ -13,13 +13,13 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from ..errors import ReparamError, UnsupportedConv
+from ..errors import UnsupportedConv
 from ..geometry import ConvGeometry, as_pair
 from ..initializers import init_fan_out_normal, init_uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
-from .base import InferenceForm, ReparamLayer
-from .dcd import INITS, check_choice, check_positive, make_convs, refuse_without_centre
+from .base import FLAG, WHOLE, InferenceForm, ReparamLayer, one_of, or_none
+from .dcd import INITS, make_convs, refuse_without_centre
 from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, mixed, pooled
 
 
@@ -32,18 +32,17 @@ def latent_dimension_of(channels: int) -> int:
 class _MatrixDCD(ReparamLayer):
     """The paper's dynamic branch: average pooling, fc, ReLU, and one fully connected layer each for Phi and Lambda."""
 
+    options = {  # noqa: RUF012
+        "latent_dimension": or_none(WHOLE), "squeezed_width": or_none(WHOLE), "channel_attention": FLAG,
+        "init": one_of(*INITS),
+    }  # fmt: skip
     holders = {"weight": "conv.weight", "bias": "conv.bias"}  # noqa: RUF012
     keeps_function_with = {"init": "zero"}  # noqa: RUF012
 
     def _add_branch(
         self, geometry: ConvGeometry, latent: int, squeezed: int | None, blocks: int, attention: bool, init: str
     ) -> None:
-        name = type(self).__name__
-        check_choice(name, "init", init, INITS)
-        if not isinstance(attention, bool):
-            raise ReparamError(f"{name} has no channel_attention={attention!r}; choose one of True, False")
         squeezed = max(geometry.in_channels // 16, 4) if squeezed is None else squeezed
-        check_positive(name, "squeezed_width", squeezed)
         self.sizes = Sizes(1, latent // blocks, squeezed)
         self.fc = nn.Sequential(_linear(geometry.in_channels, squeezed), nn.ReLU())
         self.fc_phi = _linear(squeezed, latent**2 // blocks)
@@ -87,6 +86,7 @@ class DCDMatrixConv2D(_MatrixDCD):
     """
 
     fused_type = DCDConv2DFused
+    options = {**_MatrixDCD.options, "blocks": WHOLE}  # noqa: RUF012
     train_form_keys = ("conv.weight", "q.weight", "p.weight", "fc_phi.weight", "fc_phi.bias")
 
     def __init__(
@@ -120,12 +120,14 @@ class DCDMatrixConv2D(_MatrixDCD):
         init: str = "random",
     ) -> None:
         super().__init__()
-        check_positive("DCDMatrixConv2D", "blocks", blocks)
+        self.check_options(
+            latent_dimension=latent_dimension, squeezed_width=squeezed_width, blocks=blocks,
+            channel_attention=channel_attention, init=init,
+        )  # fmt: skip
         refuse_without_centre("DCDMatrixConv2D", geometry)
         latent = latent_dimension
         if latent is None:
             latent = -(-latent_dimension_of(geometry.in_channels) // blocks) * blocks
-        check_positive("DCDMatrixConv2D", "latent_dimension", latent)
         widths = (geometry.in_channels, geometry.out_channels, latent)
         if any(width % blocks for width in widths):
             raise UnsupportedConv(
@@ -242,6 +244,10 @@ class DCDDepthwiseConv2D(_MatrixDCD):
         init: str = "random",
     ) -> None:
         super().__init__()
+        self.check_options(
+            latent_dimension=latent_dimension, squeezed_width=squeezed_width, channel_attention=channel_attention,
+            init=init,
+        )  # fmt: skip
         elements = geometry.kernel_size[0] * geometry.kernel_size[1]
         if not geometry.is_depthwise or elements == 1:
             raise UnsupportedConv(
@@ -254,7 +260,6 @@ class DCDDepthwiseConv2D(_MatrixDCD):
             )
         self.geometry = geometry
         latent = elements // 2 if latent_dimension is None else latent_dimension
-        check_positive("DCDDepthwiseConv2D", "latent_dimension", latent)
         zeros = np.zeros(geometry.out_channels) if geometry.bias else None
         self.conv = geometry.make_conv(np.zeros(geometry.weight_shape), zeros)
         self.conv.train()

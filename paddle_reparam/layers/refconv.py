@@ -16,7 +16,7 @@ from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry, as_pair
 from ..registry import register_layer
 from ..tensors import to_float64
-from .base import ReparamLayer
+from .base import FLAG, ODD, ReparamLayer, one_of
 
 INITS = ("xavier", "zero", "torch_default")
 BASES = ("pretrained", "random")
@@ -50,6 +50,9 @@ class RefConv2D(ReparamLayer):
     in the first forward pass outside of tracing, and in fusing.
     """
 
+    options = {  # noqa: RUF012
+        "map_k": ODD, "init": one_of(*INITS), "base": one_of(*BASES), "train_base": FLAG, "identity": FLAG,
+    }  # fmt: skip
     holders = {"weight": "weight", "bias": "bias"}  # noqa: RUF012
     keeps_function_with = {"init": "zero"}  # noqa: RUF012
     train_form_keys = ("convmap.weight",)
@@ -93,14 +96,7 @@ class RefConv2D(ReparamLayer):
         identity: bool = True,
     ) -> None:
         super().__init__()
-        for option, value, allowed in (("init", init, INITS), ("base", base, BASES)):
-            if value not in allowed:
-                raise ReparamError(f"RefConv2D has no {option}={value!r}; choose one of {', '.join(allowed)}")
-        for option, value in (("train_base", train_base), ("identity", identity)):
-            if not isinstance(value, bool):
-                raise ReparamError(f"RefConv2D has no {option}={value!r}; choose one of True, False")
-        if not isinstance(map_k, int) or isinstance(map_k, bool) or map_k < 1 or map_k % 2 == 0:
-            raise ReparamError(f"RefConv2D has no map_k={map_k!r}; choose one of 1, 3, 5, ... (odd)")
+        self.check_options(map_k=map_k, init=init, base=base, train_base=train_base, identity=identity)
         if geometry.kernel_size == (1, 1):
             raise UnsupportedConv("a 1x1 convolution has no spatial pattern to refocus")
         if map_k > min(geometry.kernel_size):

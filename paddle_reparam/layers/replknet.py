@@ -16,7 +16,7 @@ from ..geometry import ConvGeometry, as_pair, fold_into, read_bn_affine
 from ..initializers import uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
-from .base import ReparamLayer
+from .base import FLAG, WHOLE, ReparamLayer, one_of, or_none
 from .toeplitz import DepthwiseConv2D
 
 INITS = ("random", "zero")
@@ -38,6 +38,7 @@ class ReparamLargeKernelConv2D(ReparamLayer):
     Raises `UnsupportedConv` for an even kernel, `ReparamError` for another init, or "zero" without BNs.
     """
 
+    options = {"small_kernel": or_none(WHOLE), "init": one_of(*INITS), "bn": FLAG}  # noqa: RUF012
     holders = {"weight": "lkb_origin.conv.weight", "bias": "lkb_origin.bn.bias"}  # noqa: RUF012
     keeps_function_with = {"init": "zero"}  # noqa: RUF012
     train_form_keys = ("lkb_origin.conv.weight", "lkb_origin.bn.weight")
@@ -53,10 +54,7 @@ class ReparamLargeKernelConv2D(ReparamLayer):
         bn: bool = True,
     ) -> None:
         super().__init__()
-        if init not in INITS:
-            raise ReparamError(
-                f"ReparamLargeKernelConv2D has no init={init!r}; choose one of {', '.join(map(repr, INITS))}"
-            )
+        self.check_options(small_kernel=small_kernel, init=init, bn=bn)
         if init == "zero" and not bn:
             raise ReparamError("ReparamLargeKernelConv2D starts as zero by its BNs; choose init='random' with bn=False")
         if small_kernel is not None and small_kernel >= kernel_size:

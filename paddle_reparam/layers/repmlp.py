@@ -18,7 +18,7 @@ from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry, fold_into, read_bn_affine
 from ..registry import register_layer
 from ..tensors import assign, to_float64
-from .base import InferenceForm, ReparamLayer
+from .base import FLAG, POSITIVE, WHOLE, InferenceForm, ReparamLayer, or_none, several
 from .partitions import grouped_linear, join_partitions, pad_to_partitions, size_of, split_into_partitions
 
 #: Numbers in a processor's widest vector: in groups of no multiple of it oneDNN's convolution loses at larger batches.
@@ -166,6 +166,11 @@ class RepMLP(ReparamLayer):
     """
 
     fused_type = RepMLPFused
+    options = {  # noqa: RUF012
+        "height": or_none(WHOLE), "width": or_none(WHOLE), "partition": several(WHOLE, 2),
+        "reparam_conv_k": several(WHOLE), "fc1_fc2_reduction": POSITIVE, "fc3_groups": WHOLE,
+        "global_perceptron": FLAG, "fc3_conv_k": or_none(WHOLE), "relu": FLAG,
+    }  # fmt: skip
     keeps_function_with = None
     train_form_keys = ("fc3.weight", "fc3_bn.weight")
 

@@ -17,7 +17,7 @@ from ..geometry import ConvGeometry, fold_into, read_bn_affine
 from ..initializers import uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
-from .base import InferenceForm, ReparamLayer
+from .base import WHOLE, InferenceForm, ReparamLayer, or_none, several
 from .partitions import join_partitions, pad_to_partitions, partition_counts, size_of
 
 
@@ -140,6 +140,10 @@ class RepMLPBlock(ReparamLayer):
     """
 
     fused_type = RepMLPBlockFused
+    options = {  # noqa: RUF012
+        "partition": several(WHOLE, 2), "reparam_conv_k": or_none(several(WHOLE)), "globalperceptron_reduce": WHOLE,
+        "num_sharesets": WHOLE,
+    }  # fmt: skip
     keeps_function_with = None
     train_form_keys = ("gp.fc1.weight", "fc3.weight", "fc3_bn.weight")
 

@@ -15,7 +15,7 @@ from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry, fold_into
 from ..registry import register_layer
 from ..tensors import assign, to_float64
-from .base import InferenceForm, ReparamLayer
+from .base import FLAG, WHOLE, InferenceForm, ReparamLayer
 from .replknet import conv_bn, fold_conv_bn, forward_together
 
 
@@ -86,6 +86,7 @@ class DecomposedLargeKernelConv2D(ReparamLayer):
     """
 
     fused_type = DecomposedLargeKernelConv2DFused
+    options = {"kernel_size": WHOLE, "small_kernel": WHOLE, "bn": FLAG}  # noqa: RUF012
     # A 7x7 kernel has corners, which the cross has not, and what the BNs of trained branches do to it is not known.
     keeps_function_with = None
     train_form_keys = ("LoRA1.conv.weight", "LoRA2.conv.weight")

@@ -16,7 +16,7 @@ from ..geometry import ConvGeometry, fold_into, read_bn_affine
 from ..initializers import init_fan_out_normal
 from ..registry import register_layer
 from ..tensors import assign, to_float64
-from .base import InferenceForm, ReparamLayer
+from .base import FLAG, SHARE, InferenceForm, ReparamLayer
 
 # float32 holds no reciprocal of what is smaller than about 1e-38; the rest is room for what is multiplied with it.
 _SMALLEST_FACTOR = 1e-30
@@ -93,6 +93,7 @@ class SPConv2D(ReparamLayer):
     """
 
     fused_type = SPConv2DFused
+    options = {"ratio": SHARE, "bias": FLAG}  # noqa: RUF012
     keeps_function_with = None
     train_form_keys = ("gwc.weight", "pwc.weight", "conv1x1.weight")
 

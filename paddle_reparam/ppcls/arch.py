@@ -74,13 +74,7 @@ def ReparamModel(
     if pretrained:
         checkpoints.load_into(model, weight_file(pretrained))
     layer_name, options = _named("layer", layer)
-    try:
-        report = rewrite.replace(model, layer_name, where=where, **options)
-    except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        if unknown is None or unknown[1] not in options:
-            raise
-        raise ConfigError(f"Arch.layer: {layer_name} has no option {unknown[1]!r}") from error
+    report = rewrite.replace(model, layer_name, where=where, **options)
     logger.info(f"{layer_name} in {backbone_name}:\n{report}")
     return model
 
