@@ -137,14 +137,39 @@ def test_a_release_of_pixels_is_timed_with_its_sizes(tmp_path):
     spec = [[None, 3, 16, 16]]
     release(network, tmp_path / "weights.pdparams", tmp_path / "shipped", spec, options=options)
     output = tmp_path / "times.json"
-    assert tool.main(["infer", str(tmp_path / "shipped"), *SMALL, "--output", str(output)]) == 0
+    again = ["--rounds", "5", "--threads", "1", "--output", str(output)]
+    assert tool.main(["infer", str(tmp_path / "shipped"), *again]) == 0
     [written] = json.loads(output.read_text())["contenders"]
     assert written["shape"] == [3, 16, 16]
     assert written["parameters"] == 3 * 8 * 9 + 8 + 8 * 4 + 4
-    [contender] = tool.contenders_of(str(tmp_path / "shipped"), tmp_path, 32)
+    [contender] = tool.contenders_of(str(tmp_path / "shipped"), tmp_path, (3, 16, 16))
     images = contender.images(2)
     assert (images.shape, images.dtype) == ((2, 3, 16, 16), np.uint8)
     assert images.min() < 16 < 240 < images.max()
+
+
+def test_times_on_images_of_two_sizes_are_not_compared(tmp_path, capsys, monkeypatch):
+    network = small_network()
+    save(network.state_dict(), tmp_path / "weights.pdparams")
+    places = {}
+    for side in (16, 32):
+        places[side] = str(tmp_path / str(side))
+        release(network, tmp_path / "weights.pdparams", places[side], [[None, 3, side, side]])
+    monkeypatch.chdir(ROOT)
+    for command in ("infer", "profile"):
+        for targets, message in [
+            (
+                ["MobileNetV1_x0_25", places[16], "--size", "32"],
+                "3x16x16, and --size 32 asks for 3x32x32",
+            ),
+            ([places[16], places[32]], "32 takes images of 3x32x32, and "),
+            (["ppcls_configs/digits/spconv/ResNet20_SPConv.yaml", places[16]], "16 takes images of 3x16x16, and "),
+        ]:
+            assert tool.main([command, *targets]) == 2
+            assert message in capsys.readouterr().err
+    assert tool.images_of(["MobileNetV1_x0_25", places[16]], None) == (3, 16, 16)
+    assert tool.images_of(["MobileNetV1_x0_25"], None) == (3, 224, 224)
+    assert tool.images_of(["MobileNetV1_x0_25", places[16]], 16) == (3, 16, 16)
 
 
 def test_a_profile_is_printed_and_written(tmp_path, capsys):

@@ -79,7 +79,9 @@ def parser_of() -> argparse.ArgumentParser:
         command.add_argument(
             "--form", nargs="+", choices=benchmark.FORMS, default=["fused"], help="of names and configs"
         )
-        command.add_argument("--size", type=positive, default=224, help="side of the images, for names")
+        command.add_argument(
+            "--size", type=positive, help="side of the images; else that of the folders and configs, or 224"
+        )
     infer.add_argument("--batch", type=positive, nargs="+", default=[1])
     infer.add_argument(
         "--runtime", nargs="+", choices=sorted(benchmark.RUNTIMES), default=["onednn"],
@@ -141,15 +143,52 @@ def as_wrong_usage(what: str) -> Iterator[None]:
         raise ConfigError(f"{what}: {error}") from error
 
 
+def images_of(targets: Sequence[str], size: int | None) -> tuple[int, int, int]:
+    """Return the shape of the images that all targets are timed on: of this size, or what folders and configs say.
+
+    Raises `ConfigError` where a folder takes others: times on images of two sizes cannot be compared.
+    """
+    from paddle_reparam.ppcls.command import read_config
+    from paddle_reparam.ppcls.reparam import image_shape
+
+    known: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        path = Path(target)
+        if path.is_dir() and (path / MANIFEST).is_file():
+            with as_wrong_usage(target):
+                taken = read_manifest(path)["input"]
+            [[_, *shape], *others] = taken["shape"]
+            if others:
+                raise ConfigError(f"{target}: its network takes several inputs, and is timed on images alone")
+            if size is None or taken["size"] == "fixed":
+                known[target] = tuple(shape)
+        elif path.suffix == ".yaml" and size is None:
+            known[target] = tuple(image_shape(read_config(target)))
+    shape = (3, size, size) if size is not None else next(iter(known.values()), (3, 224, 224))
+    for target, of_target in known.items():
+        if of_target != shape:
+            asked = f"--size {size} asks for" if size is not None else f"{next(iter(known))} takes"
+            raise ConfigError(
+                f"{target} takes images of {'x'.join(map(str, of_target))}, and {asked} {'x'.join(map(str, shape))}; "
+                "times on images of two sizes cannot be compared"
+            )
+    return shape
+
+
 def contenders_of(
-    target: str, folder: Path, size: int, forms: Sequence[str] = ("fused",), onnx: bool = False, **options: Any
+    target: str,
+    folder: Path,
+    shape: tuple[int, int, int],
+    forms: Sequence[str] = ("fused",),
+    onnx: bool = False,
+    **options: Any,
 ) -> Iterator[Contender]:
     """Yield what is to be timed of a target: an exported folder as it is, or the forms of a network, exported."""
     from paddle_reparam.ppcls.arch import get_builder
     from paddle_reparam.ppcls.command import read_config
     from paddle_reparam.ppcls.reparam import build_train_form
 
-    path, shape = Path(target), (3, size, size)
+    path = Path(target)
     if path.is_dir():
         known: dict[str, Any] = {}
         with as_wrong_usage(target):
@@ -176,9 +215,10 @@ def contenders_of(
 
 def run_infer(given: argparse.Namespace) -> int:
     """Time the targets, each in its forms."""
+    shape = images_of(given.target, given.size)
     with tempfile.TemporaryDirectory() as folder:
         onnx = "onnxruntime" in given.runtime
-        contenders = [c for t in given.target for c in contenders_of(t, Path(folder), given.size, given.form, onnx)]
+        contenders = [c for t in given.target for c in contenders_of(t, Path(folder), shape, given.form, onnx)]
         report = benchmark.run(contenders, given.batch, given.runtime, given.threads, given.rounds)
     return _finish(report, given, draw_bars)
 
@@ -199,7 +239,7 @@ def sweep_of(given: argparse.Namespace) -> InferenceReport:
                 if given.of == "kernel_size":
                     found = of_kernel_size(target, place, size, value, given.channels)
                 else:
-                    found = contenders_of(target, place, size)
+                    found = contenders_of(target, place, (3, size, size))
                 for each in found:
                     each.name = name_of(target, given.of, value)
                     contenders.append(each)
@@ -220,7 +260,7 @@ def of_kernel_size(target: str, folder: Path, size: int, kernel_size: int, chann
     if target in slaks:
         # On the maps of the last stage, 7x7 for images of 224, a kernel of 13 meets everything.
         sizes = [kernel_size, kernel_size, kernel_size, min(kernel_size, 13), 5]
-        yield from contenders_of(target, folder, size, kernel_size=sizes)
+        yield from contenders_of(target, folder, (3, size, size), kernel_size=sizes)
         return
     k = kernel_size
     geometry = ConvGeometry(channels, channels, (k, k), padding=(k // 2,) * 4, groups=channels)
@@ -231,8 +271,9 @@ def of_kernel_size(target: str, folder: Path, size: int, kernel_size: int, chann
 
 def run_profile(given: argparse.Namespace) -> int:
     """Show where the time of the targets goes, and how fast they would be at the first one's rate."""
+    shape = images_of(given.target, given.size)
     with tempfile.TemporaryDirectory() as folder:
-        contenders = [c for t in given.target for c in contenders_of(t, Path(folder), given.size, given.form)]
+        contenders = [c for t in given.target for c in contenders_of(t, Path(folder), shape, given.form)]
         report = benchmark.profile_all(contenders, given.batch, given.threads, given.rounds)
     return _finish(report, given)
 
@@ -260,7 +301,9 @@ def measure_networks(given: argparse.Namespace) -> None:
         contenders = []
         for name in tqdm(names, unit=" networks"):
             forms = ("fused", "dynamic size") if name in FOR_EVERY_SIZE else ("fused",)
-            contenders += contenders_of(name if "/" not in name else str(ROOT / name), Path(folder), 224, forms)
+            contenders += contenders_of(
+                name if "/" not in name else str(ROOT / name), Path(folder), (3, 224, 224), forms
+            )
         report = benchmark.run(contenders, (1, 8), ["onednn"], given.threads, given.rounds, seconds=SECONDS)
         measured = report.to_dict()
         missed = [row for row in rows_of(measured) if row.missed]
