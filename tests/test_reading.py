@@ -1,6 +1,9 @@
 """Images that cannot be read: a run ends, says how many there are, and never counts another in their place."""
 
+import faulthandler
 import multiprocessing
+import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,23 +19,20 @@ from paddle_reparam.ppcls import setup
 
 setup()
 
-from paddle_reparam.ppcls import guards  # noqa: E402
+from paddle.io.dataloader import dataloader_iter  # noqa: E402
+from ppcls.data.dataloader.common_dataset import CommonDataset  # noqa: E402
+
+from paddle_reparam.ppcls import engine, guards  # noqa: E402
 from paddle_reparam.ppcls.command import main  # noqa: E402
 
 
 def ends(function, seconds: int = 60):
-    """Run a function that might wait for ever; fail then."""
-
-    def stop(*_):
-        raise TimeoutError("it waits for ever")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
+    """Run a function that might wait for ever, where Python looks at no signal: that ends the tests, with its place."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
     try:
         return function()
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +118,60 @@ def test_a_transform_that_fails_for_every_image(place, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_images_of_two_sizes_make_no_batch(place, trained, capsys, workers, mode):
+    """Without workers Paddle waits for ever for a batch that its reader could not make."""
+    Image.new("RGB", (20, 18)).save(place.data / "wide.png")
+    (place.data / "sizes.txt").write_text("".join(f"train_{i}.png 0\n" for i in range(5)) + "wide.png 1\n")
+    split = mode.capitalize()
+    arguments = place.arguments(
+        place.config(PLAIN), "sizes", f"DataLoader.{split}.loader.num_workers={workers}",
+        f"Global.pretrained_model={trained}", f"DataLoader.{split}.dataset.cls_label_path={place.data / 'sizes.txt'}",
+    )  # fmt: skip
+    assert ends(lambda: main(mode, arguments)) == 1
+    output = capsys.readouterr().err
+    assert f"error: DataLoader.{split}: no batch can be made (ValueError: " in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_vanish_while_it_trains(place, capsys, monkeypatch, workers):
+    """All of them, as where a network drive goes away."""
+    check = engine.check_samples
+    folder = place.root / f"vanishing_{workers}"
+    shutil.copytree(place.data, folder)
+
+    def vanish(*arguments):
+        check(*arguments)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    monkeypatch.setattr(engine, "check_samples", vanish)
+    arguments = place.arguments(
+        place.config(PLAIN), folder.name, f"DataLoader.Train.loader.num_workers={workers}",
+        "Global.eval_during_train=False", f"DataLoader.Train.dataset.image_root={folder}",
+    )  # fmt: skip
+    assert ends(lambda: main("train", arguments)) == 1
+    assert "DataLoader.Train: none of 8 images can be read, the first is" in capsys.readouterr().err
+
+
+def test_workers_that_are_killed(place, capsys, monkeypatch):
+    here, read = os.getpid(), CommonDataset.__getitem__
+
+    def killed(self, number):
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, number)
+
+    monkeypatch.setattr(CommonDataset, "__getitem__", killed)
+    monkeypatch.setattr(dataloader_iter, "MP_STATUS_CHECK_INTERVAL", 0.5)
+    arguments = place.arguments(place.config(PLAIN), "killed", "DataLoader.Train.loader.num_workers=2")
+    assert ends(lambda: main("train", arguments)) == 1
+    output = capsys.readouterr().err
+    assert "error: DataLoader.Train: its workers ended without a word" in output
+    assert "Traceback" not in output
 
 
 def test_every_data_set_of_paddleclas_is_watched():

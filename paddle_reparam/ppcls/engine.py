@@ -15,6 +15,7 @@ from ppcls.utils import logger
 from . import monitoring, resuming, saving, sparse
 from .errors import ConfigError
 from .guards import (
+    Loader,
     check_loss,
     check_samples,
     check_states,
@@ -27,6 +28,13 @@ from .loading import strict_loading
 from .validation import check_config, check_run
 
 PaddleClasEngine = engine_module.Engine
+
+#: The part of `DataLoader` -> the Engine's attribute that reads it.
+_LOADERS = {
+    "Train": "train_dataloader", "UnLabelTrain": "unlabel_train_dataloader", "Eval": "eval_dataloader",
+    "Eval.Gallery": "gallery_dataloader", "Eval.Query": "query_dataloader",
+    "Eval, gallery and query": "gallery_query_dataloader",
+}  # fmt: skip
 
 
 class Engine(PaddleClasEngine):
@@ -51,19 +59,15 @@ class Engine(PaddleClasEngine):
             check_weights(network, config)
             if mode in ("eval", "infer"):
                 watch_outputs(network)
-            for split, loader in self._loaders().items():
-                check_samples(loader, config["Arch"].get("class_num"), split)
+            for split, name in _LOADERS.items():
+                loader = getattr(self, name, None)
+                if isinstance(loader, paddle.io.DataLoader):
+                    check_samples(loader, config["Arch"].get("class_num"), split)
+                    setattr(self, name, Loader(loader, split))
             self._output_folder = held.pop_all()
         if mode == "train":
             self.goes_on_by_itself = goes_on_by_itself
             self._plain_train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
-
-    def _loaders(self) -> dict[str, Any]:
-        """Return the part of `DataLoader` -> what reads it."""
-        names = {"Train": "train", "UnLabelTrain": "unlabel_train", "Eval": "eval", "Eval.Gallery": "gallery",
-                 "Eval.Query": "query", "Eval, gallery and query": "gallery_query"}  # fmt: skip
-        found = {split: getattr(self, f"{name}_dataloader", None) for split, name in names.items()}
-        return {split: loader for split, loader in found.items() if loader is not None}
 
     def train(self) -> None:
         """Train, from `Global.checkpoints` where that is set."""
@@ -79,8 +83,8 @@ class Engine(PaddleClasEngine):
     def eval(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; an image that could not be read is an error, as no other one says anything of it."""
         result = super().eval(*args, **kwargs)
-        datasets = [loader.dataset for split, loader in self._loaders().items() if split.startswith("Eval")]
-        failures.raise_any(sum(map(len, datasets)))
+        loaders = [getattr(self, name, None) for split, name in _LOADERS.items() if split.startswith("Eval")]
+        failures.raise_any(sum(len(loader.dataset) for loader in loaders if loader is not None))
         return result
 
     def infer(self) -> None:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import nn
+from paddle.io.dataloader import fetcher
 from ppcls.utils import logger
 
 from ..datasets import why_unreadable
@@ -100,6 +101,7 @@ def watch_readers() -> None:
         for value in list(vars(module).values()):
             if inspect.isclass(value) and issubclass(value, paddle.io.Dataset) and "__getitem__" in vars(value):
                 _watch(value)
+    _watch_fetching()
 
 
 def _watch(dataset: type) -> None:
@@ -160,8 +162,8 @@ def _file_of(dataset: Any, number: int) -> str:
     return f"number {number}"
 
 
-class ImageFailures:
-    """The images that could not be read, by this process or by the workers that it started.
+class _Notes:
+    """Values that this process, or the workers that it started, wrote down.
 
     They are lines of a file without a name: writing to one does not wait for a reader, as a pipe's would.
     """
@@ -178,18 +180,33 @@ class ImageFailures:
         """Forget all of them."""
         os.ftruncate(self._file, 0)
 
+    def add(self, value: Any) -> None:
+        """Write down what JSON can hold."""
+        os.write(self._file, json.dumps(value).encode() + b"\n")
+
+    def all(self) -> list[Any]:
+        """Return what was written down."""
+        return [json.loads(line) for line in os.pread(self._file, os.fstat(self._file).st_size, 0).splitlines()]
+
+
+class ImageFailures:
+    """The images that could not be read, by this process or by the workers that it started."""
+
+    def __init__(self) -> None:
+        self._notes = _Notes()
+        self.clear = self._notes.clear
+
     def note(self, image: str, reason: str) -> None:
         """Add an image, and what went wrong with it; called in readers."""
         if os.path.isfile(image):
             # Of a file that is no image a transform would only say that there is nothing to transform.
             reason = (why_unreadable(Path(image)) or f": {reason}").partition(": ")[2]
-        os.write(self._file, json.dumps([image, reason]).encode() + b"\n")
+        self._notes.add([image, reason])
 
     def found(self) -> dict[str, str]:
         """Return image -> why it could not be read."""
         found: dict[str, str] = {}
-        for line in os.pread(self._file, os.fstat(self._file).st_size, 0).splitlines():
-            image, reason = json.loads(line)
+        for image, reason in self._notes.all():
             found.setdefault(image, reason)
         return found
 
@@ -207,6 +224,61 @@ class ImageFailures:
 
 #: What could not be read since it was last cleared.
 failures = ImageFailures()
+_reader_errors = _Notes()
+
+
+class Loader:
+    """A loader of PaddleClas whose errors end the run, as `ReparamError`.
+
+    Paddle raises them in a thread of its own, while the run waits for the next batch: for ever where there are no
+    workers. Here the reader notes what went wrong and hands over a batch that nobody sees.
+    """
+
+    def __init__(self, loader: paddle.io.DataLoader, split: str) -> None:
+        self._loader, self._split = loader, split
+        loader.dataset._errors_are_noted = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        _reader_errors.clear()
+        batches = iter(self._loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except SystemError as error:
+                raise ReparamError(
+                    f"DataLoader.{self._split}: its workers ended without a word, as where memory runs out; the system "
+                    "may say why. Fewer of them need less (num_workers)"
+                ) from error
+            for message in _reader_errors.all():
+                raise ReparamError(f"DataLoader.{self._split}: {message}")
+            yield batch
+
+
+def _watch_fetching() -> None:
+    fetch = fetcher._MapDatasetFetcher.fetch
+    if hasattr(fetch, "__wrapped__"):
+        return
+
+    @functools.wraps(fetch)
+    def watched(self: Any, *arguments: Any) -> Any:
+        try:
+            return fetch(self, *arguments)
+        except Exception as error:
+            if not getattr(self.dataset, "_errors_are_noted", False):
+                raise
+            reason = str(error) if isinstance(error, ReparamError) else f"no batch can be made ({_reason(error)})"
+            _reader_errors.add(reason)
+            return [np.zeros([1], "float32")]
+
+    fetcher._MapDatasetFetcher.fetch = watched
 
 
 def readable_images(paths: list[str], steps: list[Any]) -> list[str]:
