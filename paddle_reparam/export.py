@@ -493,9 +493,10 @@ class LoadedProgram:
         self._scope = paddle.static.Scope()
         with one_sentence(f"{folder}: Paddle cannot load it"), self._inside():
             self._executor = paddle.static.Executor(paddle.CPUPlace())
-            self._program, self._inputs, self._outputs = paddle.static.load_inference_model(
+            self._program, names, self._outputs = paddle.static.load_inference_model(
                 str(path.with_suffix("")), self._executor
             )
+            self._inputs = in_order(names)
             weights = _weights_of(self._program)
         # Paddle keeps a scope for ever, and all that is in it.
         weakref.finalize(self, _clear, self._scope, weights).atexit = False
