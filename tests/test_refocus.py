@@ -271,10 +271,10 @@ def test_weights_of_another_network(place, command, baseline, capsys):
 
 
 def test_weights_that_paddleclas_has(config, baseline, tmp_path, monkeypatch):
-    from ppcls.utils import save_load
+    from ppcls.utils import download
 
     prefix = baseline[: -len(".pdparams")]
-    monkeypatch.setattr(save_load, "get_weights_path_from_url", lambda url: prefix)
+    monkeypatch.setattr(download, "get_path_from_url", lambda url, folder, decompress: baseline)
     for overrides in ([], [f"Arch.pretrained={prefix}"]):
         file = tmp_path / "baseline.pdparams"
         refocus._save_pretrained(read_config(config, overrides), file)
@@ -282,8 +282,12 @@ def test_weights_that_paddleclas_has(config, baseline, tmp_path, monkeypatch):
         assert state.keys() == expected.keys()
         assert all(np.array_equal(state[name], expected[name]) for name in state)
         file.unlink()
+    another = ["Arch.class_num=3"]
+    with pytest.raises(CheckpointError, match=r"it is of 2 classes and the model of 3"):
+        refocus._save_pretrained(read_config(config, another), tmp_path / "baseline.pdparams")
+    another.append("Arch.fresh=True")
     with pytest.raises(CheckpointError, match=r"do not fit: 1 entries stay random, the first is fc.weight \[256, 3\]"):
-        refocus._save_pretrained(read_config(config, ["Arch.class_num=3"]), tmp_path / "baseline.pdparams")
+        refocus._save_pretrained(read_config(config, another), tmp_path / "baseline.pdparams")
     assert not list(tmp_path.iterdir())
 
 

@@ -10,18 +10,19 @@ from ..processors import let_amd_multiply_fast
 def setup() -> ModuleType:
     """Return PaddleClas' `ppcls`: found, mended, everything of this library registered; a second call does nothing.
 
-    After it, `Arch.name` in a YAML file may be `ReparamModel` or any of `list_models()`, weight files that do not fit
-    their model are errors, and matrix products are fast on AMD processors too. Raises `ReparamError` where no
-    PaddleClas with a training Engine is installed.
+    After it, `Arch.name` in a YAML file may be `ReparamModel` or any of `list_models()`, weight files are read without
+    running them and are errors where they do not fit, and matrix products are fast on AMD processors too. Raises
+    `ReparamError` where no PaddleClas with a training Engine is installed.
     """
     from . import locate
 
     let_amd_multiply_fast()
     ppcls = locate.load()
     if not hasattr(ppcls, "_paddle_reparam"):
-        from . import arch, engine, guards, mends
+        from . import arch, engine, guards, loading, mends
 
         mends.apply()
+        loading.register()
         arch.register()
         engine.register()
         guards.watch_readers()

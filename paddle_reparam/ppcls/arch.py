@@ -11,11 +11,11 @@ from paddle import nn
 from ppcls import arch
 from ppcls.utils import logger
 
-from .. import checkpoints, models, rewrite  # noqa: F401  (importing the models registers them)
+from .. import models, rewrite  # noqa: F401  (importing the models registers them)
 from ..errors import ReparamError
 from ..registry import Registry, create_model, list_models
 from .errors import ConfigError
-from .loading import weight_file
+from .loading import load_weights, read_fresh
 
 # What PaddleClas reads from Arch for itself and passes on to every builder.
 ENGINE_KEYS = {"infer_output_key", "infer_add_softmax", "infer_model_name", "is_rec", "use_multilabel"}
@@ -48,13 +48,14 @@ def ReparamModel(
     where: str | list[str] | None = None,
     pretrained: str | None = None,
     class_num: int | None = None,
+    fresh: bool | str | list[str] | None = None,
     **engine_keys: Any,
 ) -> nn.Layer:
     """Return a backbone that PaddleClas knows, its convolutions replaced by a layer of this library.
 
     `backbone` and `layer` are a `name` with the options of its builder; `where` limits the replacement to paths that
-    match a pattern; `pretrained` is a weight file of the plain backbone, loaded before the replacement. What is
-    returned is the backbone itself, so its state dict keeps its names.
+    match a pattern. `pretrained` is a weight file of the plain backbone, loaded before the replacement; `fresh` says
+    what is not taken from it. What is returned is the backbone itself, so its state dict keeps its names.
 
     Raises `UnknownName` for unknown names and keys, `ConfigError` for what is no name with options, and
     `CheckpointError` where the weights do not fit.
@@ -71,8 +72,11 @@ def ReparamModel(
     if class_num is not None:
         options.setdefault("class_num", class_num)
     model = get_builder(backbone_name)(**options)
+    left = read_fresh(fresh, "Arch.fresh")
     if pretrained:
-        checkpoints.load_into(model, weight_file(pretrained))
+        load_weights(model, pretrained, {}, "train", left)
+    elif left:
+        raise ConfigError("Arch.fresh goes with Arch.pretrained, and Arch.backbone.fresh with Arch.backbone.pretrained")
     layer_name, options = _named("layer", layer)
     report = rewrite.replace(model, layer_name, where=where, **options)
     logger.info(f"{layer_name} in {backbone_name}:\n{report}")
@@ -89,8 +93,17 @@ def _named(part: str, config: Any) -> tuple[str, dict[str, Any]]:
 def _build_registered(name: str, **config: Any) -> nn.Layer:
     """Build a model of this library as one of PaddleClas' own: with `stop_after`, `return_stages` and their like."""
     options = {k: config.pop(k) for k in _THESEUS_KEYS & set(config)}
+    fresh = read_fresh(config.pop("fresh", None), f"fresh of {name}")
     config = {k: v for k, v in config.items() if k not in ENGINE_KEYS}
-    return _as_theseus(create_model(name, **config), options)
+    file = config.get("pretrained")
+    if "pretrained" in config and file is not True:
+        config["pretrained"] = False
+    model = _as_theseus(create_model(name, **config), options)
+    if file:
+        load_weights(model, file, {}, "train", fresh)
+    elif fresh:
+        raise ConfigError(f"fresh of {name} goes with pretrained, which names no weights here")
+    return model
 
 
 def _refuse_unknown(key: str, known: set[str], owner: str) -> None:

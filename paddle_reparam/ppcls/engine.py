@@ -24,7 +24,7 @@ from .guards import (
     readable_images,
     watch_outputs,
 )
-from .loading import strict_loading
+from .loading import strict_loading, weights_are_in
 from .validation import check_config, check_run
 
 PaddleClasEngine = engine_module.Engine
@@ -98,8 +98,8 @@ class Engine(PaddleClasEngine):
         failures.raise_any()
 
     def export(self, *args: Any, **kwargs: Any) -> None:
-        """Export, as PaddleClas does."""
-        with strict_loading(self.config, self.mode):
+        """Export, as PaddleClas does, what was loaded when the Engine was made."""
+        with weights_are_in():
             super().export(*args, **kwargs)
 
     @staticmethod

@@ -1,40 +1,175 @@
 """Weights that go into PaddleClas' models: read without running them, and an error where they do not fit.
 
-PaddleClas ignores what `set_state_dict` returns, so a file that does not fit leaves random weights without a word.
+PaddleClas unpickles a weight file, which runs what it says, and ignores what `set_state_dict` returns, so a file that
+does not fit leaves random weights without a word. `register` puts the reader here in the place of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from paddle import nn
+from ppcls import arch
 from ppcls.engine import engine as engine_module
 from ppcls.loss import build_loss
-from ppcls.utils.download import get_weights_path_from_url
+from ppcls.utils import download, logger, save_load
 
 from .. import checkpoints
-from ..errors import CheckpointError, MissingFile
+from ..errors import CheckpointError, ReparamError
+from ..export import one_sentence
+from .errors import ConfigError
 
 _REFOCUSING = "convmap.weight"
+# What the networks that are being built, one inside the other, leave fresh; and whether weights were loaded into them.
+_being_built: list[dict[str, Any]] = []
+
+
+def register() -> None:
+    """Make every module of PaddleClas load weights by `load_pretrained`, those that are imported later as well.
+
+    Its builders take `fresh` beside `pretrained` from here on, as those of this library do.
+    """
+    ours = {
+        "load_dygraph_pretrain": load_pretrained,
+        "load_dygraph_pretrain_from_url": load_pretrained,
+        # The Engine has its own way to go on from a checkpoint.
+        "init_model": _refuse,
+        "load_distillation_model": _refuse,
+    }
+    theirs = {name: vars(save_load)[name] for name in ours if name in vars(save_load)}
+    for module in [m for name, m in sys.modules.items() if name.partition(".")[0] == "ppcls"]:
+        for name, function in theirs.items():
+            if vars(module).get(name) is function:
+                setattr(module, name, ours[name])
+        if module.__name__.endswith(".cae"):
+            # It has a way of its own.
+            module._load_pretrained = _load_into_cae
+    for name, builder in list(vars(arch).items()):
+        if inspect.isfunction(builder) and "pretrained" in inspect.signature(builder).parameters:
+            setattr(arch, name, _leaves_fresh(builder))
+    arch.DistillationModel.__init__ = _with_pretrained_list(arch.DistillationModel.__init__)
+
+
+def load_pretrained(
+    model: nn.Layer | list[nn.Layer | None],
+    path: str,
+    use_ssld: bool = False,
+    use_ssld_stage1_pretrained: bool = False,
+    use_imagenet22k_pretrained: bool = False,
+    use_imagenet22kto1k_pretrained: bool = False,
+) -> None:
+    """Load what `pretrained` of a network names, as PaddleClas' `load_dygraph_pretrain`; the rest chooses the address.
+
+    Raises `CheckpointError` for whatever does not fit, besides what the network was asked to leave fresh.
+    """
+    if _is_address(path):
+        variants = {
+            "_ssld_pretrained": use_ssld and "ssld" not in path,
+            "_ssld_stage1_pretrained": use_ssld_stage1_pretrained and (use_ssld or "ssld" in path),
+            "_22k_pretrained": use_imagenet22k_pretrained,
+            "_22kto1k_pretrained": use_imagenet22kto1k_pretrained,
+        }
+        for variant, wanted in variants.items():
+            if wanted:
+                path = path.replace("_ssld_pretrained" if "stage1" in variant else "_pretrained", variant)
+    asked: dict[str, Any] = _being_built[-1] if _being_built else {"fresh": False}
+    asked["loaded"] = True
+    load_weights(model, path, {}, "train", asked["fresh"])
+
+
+def _leaves_fresh(builder: Callable[..., nn.Layer]) -> Callable[..., nn.Layer]:
+    """Return a builder of PaddleClas that takes `fresh` beside `pretrained`: what is not taken from that file."""
+
+    @functools.wraps(builder)
+    def build(*args: Any, fresh: Any = None, **options: Any) -> nn.Layer:
+        asked = {"fresh": read_fresh(fresh, f"fresh of {builder.__name__}"), "loaded": False}
+        _being_built.append(asked)
+        try:
+            model = builder(*args, **options)
+        finally:
+            _being_built.pop()
+        if asked["fresh"] and not asked["loaded"]:
+            raise ConfigError(f"fresh of {builder.__name__} goes with pretrained, which names no weights here")
+        return model
+
+    return build
+
+
+def read_fresh(value: Any, name: str) -> bool | list[str]:
+    """Return what a config's `fresh` means to `checkpoints.load_into`: True, or patterns; False for none."""
+    if value is None or isinstance(value, bool):
+        return bool(value)
+    patterns = [value] if isinstance(value, str) else value
+    if not isinstance(patterns, (list, tuple)) or not all(isinstance(pattern, str) and pattern for pattern in patterns):
+        raise ConfigError(f"{name} is {value!r}; give True for the classifier, or patterns of names such as ['fc.*']")
+    return list(patterns)
+
+
+def _with_pretrained_list(original: Callable[..., None]) -> Callable[..., None]:
+    """Return DistillationModel's constructor with a `pretrained_list` that is loaded; PaddleClas' ends in an error."""
+
+    @functools.wraps(original)
+    def __init__(
+        self: nn.Layer, models: Any = None, pretrained_list: Any = None, freeze_params_list: Any = None, **options: Any
+    ) -> None:
+        files = list(pretrained_list or ())
+        if files and len(files) != len(models or ()):
+            raise ConfigError(f"Arch.pretrained_list has {len(files)} entries for {len(models or ())} models")
+        fresh: list[Any] = [False] * len(files)
+        for i, (file, entry) in enumerate(zip(files, models or ())):
+            [(name, part)] = entry.items()
+            if file:
+                fresh[i] = read_fresh(part.pop("fresh", None), f"fresh of {name}")
+        original(self, models, None, freeze_params_list, **options)
+        for model, file, left in zip(self.model_list, files, fresh):
+            if file:
+                load_weights(model, file, {}, "train", left)
+
+    return __init__
+
+
+def _load_into_cae(pretrained: bool | str, address: str, model: nn.Layer, *others: Any, **options: Any) -> None:
+    if pretrained is not False:
+        load_pretrained(model, address if pretrained is True else pretrained)
+
+
+def _refuse(*args: Any, **options: Any) -> None:
+    raise ReparamError(
+        "PaddleClas' own loading of checkpoints runs what a file says; set Global.checkpoints, or Arch.pretrained_list "
+        "in a distillation, and train with tools/train.py"
+    )
 
 
 @contextlib.contextmanager
 def strict_loading(config: dict[str, Any], mode: str, resume: Callable[..., Any] | None = None) -> Iterator[None]:
-    """Make PaddleClas' Engine load weights strictly while it runs in here; its own files stay as they are.
+    """Make PaddleClas' Engine load `Global.pretrained_model` for a mode while it runs in here.
 
     `resume` takes the place of what it loads a checkpoint with.
     """
-    load = functools.partial(load_weights, config=config, mode=mode)
-    ours = {
-        "load_dygraph_pretrain": load,
-        "load_dygraph_pretrain_from_url": load,
-    }
-    if resume is not None:
-        ours["init_model"] = resume
+
+    def load(models: list[nn.Layer | None], path: str) -> None:
+        fresh = read_fresh(config["Global"].get("fresh"), "Global.fresh") if mode == "train" else False
+        load_weights(models, path, config, mode, fresh)
+
+    with _in_engine(load_dygraph_pretrain=load, load_dygraph_pretrain_from_url=load, init_model=resume or _refuse):
+        yield
+
+
+@contextlib.contextmanager
+def weights_are_in() -> Iterator[None]:
+    """Keep PaddleClas' Engine from loading its weights a second time, into what it has taken a head from since."""
+    with _in_engine(load_dygraph_pretrain=lambda model, path: None):
+        yield
+
+
+@contextlib.contextmanager
+def _in_engine(**ours: Callable[..., Any]) -> Iterator[None]:
     theirs = {name: getattr(engine_module, name) for name in ours if hasattr(engine_module, name)}
     for name in theirs:
         setattr(engine_module, name, ours[name])
@@ -45,27 +180,48 @@ def strict_loading(config: dict[str, Any], mode: str, resume: Callable[..., Any]
             setattr(engine_module, name, function)
 
 
+def _is_address(path: Any) -> bool:
+    return isinstance(path, str) and path.startswith(("http://", "https://"))
+
+
 def weight_file(path: str) -> str:
-    """Return the local file of what `Global.pretrained_model` names: a URL, a file, or one without its suffix."""
-    if path.startswith(("http://", "https://")):
-        return get_weights_path_from_url(path)
-    if os.path.isfile(path):
-        return path
-    with_suffix = f"{path}.pdparams"
-    if os.path.isfile(with_suffix):
-        return with_suffix
-    raise MissingFile(f"there is no weight file {path} or {with_suffix}")
+    """Return the local file of what a config names: an address, a file, or one without its suffix."""
+    if _is_address(path):
+        with one_sentence(f"{path} cannot be downloaded"):
+            # What was packed would be unpacked wherever it says.
+            path = download.get_path_from_url(path, download.WEIGHTS_HOME, decompress=False)
+    if not isinstance(path, (str, os.PathLike)):
+        raise ConfigError(f"{path!r} is no weight file; give its path or its address")
+    return checkpoints.weight_file(path)
 
 
-def load_weights(models: nn.Layer | list[nn.Layer | None], path: str, config: dict[str, Any], mode: str) -> None:
+def load_weights(
+    models: nn.Layer | Sequence[nn.Layer | None],
+    path: str,
+    config: dict[str, Any],
+    mode: str,
+    fresh: bool | Sequence[str] = False,
+) -> None:
     """Load a weight file into a model, and into the training loss where that has weights as well.
 
     In training a plain baseline may go into RefConv layers, which it has no refocusing weights for; elsewhere they
-    would be random. Raises `CheckpointError` for whatever else is missing, left over or of another shape.
+    would be random. `fresh`: what stays as the model drew it, as in `checkpoints.load_into`. Of a distillation, other
+    modes take the student's weights alone. Raises `CheckpointError` for whatever else is missing, left over or of
+    another shape.
     """
-    model, *losses = models if isinstance(models, list) else [models]
+    model, *losses = models if isinstance(models, (list, tuple)) else [models]
     file = weight_file(path)
     state = checkpoints.load(file)
+    average_of = f"{file[: -len('.pdparams')]}.pdema"
+    if mode != "resuming" and file.endswith(".pdparams") and os.path.isfile(average_of):
+        logger.info(f"{file} holds the moving average of the weights; as they were trained they are in {average_of}")
+    student = getattr(model, "Student", None)
+    if mode not in ("train", "resuming") and isinstance(model, arch.DistillationModel) and student is not None:
+        prefixes = tuple(f"{name}." for name in model.model_name_list)
+        put_out = config["Arch"].get("infer_model_name") or "Student"
+        if put_out == "Student" and not any(name.startswith(prefixes) for name in state):
+            logger.info(f"{file} holds the student's weights alone; what the teacher puts out means nothing")
+            model = student
     own = model.state_dict()
     for loss in filter(None, losses):
         of_loss = {name: state.pop(name) for name in loss.state_dict() if name in state}
@@ -82,6 +238,8 @@ def load_weights(models: nn.Layer | list[nn.Layer | None], path: str, config: di
             f"for {mode} give the weights that training saved, or the plain backbone's config for plain weights"
         )
     try:
-        checkpoints.load_into(model, state, may_miss=[f"*{_REFOCUSING}"] if lacking else [])
+        report = checkpoints.load_into(model, state, [f"*{_REFOCUSING}"] if lacking else [], fresh)
     except CheckpointError as error:
         raise error.at(file) from None
+    if report.fresh:
+        logger.info(f"{file}: not taken from it but fresh, as the network drew them: {', '.join(report.fresh)}")

@@ -218,15 +218,13 @@ def _baseline(config: dict[str, Any]) -> dict[str, Any]:
 def stage_two(config: dict[str, Any], variant: Variant, weights: str) -> dict[str, Any]:
     """Return the config of the second training: the same recipe, the network and its first weights by the variant."""
     from .arch import ENGINE_KEYS
-    from .validation import networks
+    from .validation import without_weights
 
     config = _copy(config)
     arch = config["Arch"]
     layer, where = arch.pop("layer", None), arch.pop("where", None)
-    for network in networks(arch):
-        if "pretrained" in network:
-            network["pretrained"] = False
-    config["Global"]["pretrained_model"] = None
+    without_weights(arch)
+    config["Global"].update(pretrained_model=None, fresh=None)
     if layer is not None and not isinstance(layer, dict):
         raise ConfigError(f"Arch.layer is {layer!r}; give options of RefConv2D, as in -o Arch.layer.init=zero")
     if variant.layer is None:

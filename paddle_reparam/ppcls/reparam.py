@@ -129,21 +129,20 @@ def _for_manifest(stock_config: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def build_train_form(config: dict[str, Any]) -> nn.Layer:
     """Return the network of a config as it is trained, without the weights that `pretrained` names."""
-    from .validation import check_config, networks
+    from .validation import check_config, without_weights
 
     config = copy.deepcopy(config)
-    for network in networks(config["Arch"]):
-        if "pretrained" in network:
-            network["pretrained"] = None if network["name"] == "ReparamModel" else False
+    without_weights(config["Arch"])
     check_config(config, "export")
     return _build(config)
 
 
 def plain_config(config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """Return a config with the plain backbone in the place of `ReparamModel`, or None and why there is none."""
-    from .validation import networks
+    from .validation import networks, without_weights
 
     config = copy.deepcopy(config)
+    without_weights(config["Arch"])
     wrapped = [network for network in networks(config["Arch"]) if network["name"] == "ReparamModel"]
     if not wrapped:
         name = config["Arch"].get("name")
