@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
 import weakref
@@ -34,6 +35,11 @@ FILE_NAME = "inference"
 #: Which of them is the program depends on Paddle's version and its FLAGS_enable_pir_api.
 PROGRAM_SUFFIXES = (".json", ".pdmodel")
 WEIGHTS_SUFFIX = ".pdiparams"
+
+#: Operators of Paddle that read or write files, or call functions: no export holds them.
+ACTING_OPERATORS = {
+    "load", "load_combine", "save", "save_combine", "read_file", "py_func", "py_layer", "run_program",
+}  # fmt: skip
 
 #: How `--format` names them.
 FORMATS = ("json", "pdmodel")
@@ -385,6 +391,29 @@ def program_file(folder: Folder) -> Path:
     return found[0]
 
 
+def _program_to_run(folder: Folder) -> Path:
+    """Return an export's program; raises `ReparamError` where it would do more than compute."""
+    path = program_file(folder)
+    found = set()
+    with one_sentence(f"{folder}: Paddle cannot load it"):
+        if path.suffix == ".pdmodel":
+            description = paddle.framework.core.ProgramDesc(path.read_bytes())
+            for block in map(description.block, range(description.num_blocks())):
+                found |= {block.op(i).type() for i in range(block.op_size())}
+        else:
+
+            def look(entries: dict[str, Any]) -> dict[str, Any]:
+                found.add(str(entries.get("#")).rsplit(".", 1)[-1])
+                return entries
+
+            json.loads(path.read_text(encoding="utf-8"), object_hook=look)
+    if found & ACTING_OPERATORS:
+        raise ReparamError(
+            f"{path}: it holds the operator {min(found & ACTING_OPERATORS)}, which does not only compute"
+        )
+    return path
+
+
 @contextlib.contextmanager
 def one_sentence(what: str) -> Iterator[None]:
     """Raise whatever is raised in the `with` block as a `ReparamError` that says what, and why in one line."""
@@ -420,7 +449,7 @@ class InferenceModel:
         For every shape of the input that it was given, oneDNN keeps another copy of the weights. Without `keep_shapes`
         it keeps one, for the last shape given to any network of this thread.
         """
-        program = program_file(folder)
+        program = _program_to_run(folder)
         if gpu:
             require_gpu()
         self.name = str(folder)
@@ -487,7 +516,7 @@ class LoadedProgram:
 
     def __init__(self, folder: Folder) -> None:
         """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded."""
-        path = program_file(folder)
+        path = _program_to_run(folder)
         self.name = str(folder)
         self._format = path.suffix[1:]
         self._scope = paddle.static.Scope()

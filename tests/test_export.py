@@ -188,6 +188,16 @@ def test_nothing_is_unpickled_and_no_thread_stays(tmp_path, monkeypatch, file_fo
     assert paddle.in_dynamic_mode()
 
 
+@pytest.mark.parametrize("file_format", FORMATS if HAS_NEW_PROGRAMS else ["pdmodel"])
+def test_a_program_that_does_more_than_compute_is_not_run(tmp_path, monkeypatch, file_format):
+    export_inference(small_net(), tmp_path, SPEC, options=ExportOptions(file_format))
+    # A harmless operator stands for those that act.
+    monkeypatch.setattr("paddle_reparam.export.ACTING_OPERATORS", {"relu"})
+    for load in (LoadedProgram, InferenceModel):
+        with pytest.raises(ReparamError, match="it holds the operator relu, which does not only compute"):
+            load(tmp_path)
+
+
 def test_a_changed_weight_is_noticed_in_every_way_of_loading(tmp_path):
     net = small_net()
     export_inference(net, tmp_path, SPEC, OutputSpec("softmax"))
