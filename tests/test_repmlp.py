@@ -272,7 +272,7 @@ def test_replaces_convolutions_on_maps_of_known_size():
         ({"fc3_conv_k": 4, "reparam_conv_k": ()}, r"kernels of sizes \[4\].*must be odd"),
         ({"fc1_fc2_reduction": 17}, "fc1_fc2_reduction=17 leaves nothing of 16 averages"),
         ({"h": 9}, "partitions of 9x4 do not lie in a map of 8x8; choose smaller"),
-        ({"w": 0}, "choose 2 values, each a whole number of 1 or more"),
+        ({"w": 0}, "partitions of 4x0 do not lie in a map of 8x8"),
         ({"fc3_groups": 3}, "4 and 6 channels cannot both be split into 3 groups"),
     ],
 )
