@@ -54,7 +54,7 @@ class ReparamLargeKernelConv2D(ReparamLayer):
         bn: bool = True,
     ) -> None:
         super().__init__()
-        self.check_options(small_kernel=small_kernel, init=init, bn=bn)
+        self.check_options(init=init, bn=bn)
         if init == "zero" and not bn:
             raise ReparamError("ReparamLargeKernelConv2D starts as zero by its BNs; choose init='random' with bn=False")
         if small_kernel is not None and small_kernel >= kernel_size:
