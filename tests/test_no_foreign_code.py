@@ -8,12 +8,13 @@ import shutil
 import paddle
 import pytest
 from helpers import randomise_batch_norms
+from PIL import Image
 from test_released import changed, seal
 
 from paddle_reparam import checkpoints, ppcls, replace
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.export import OutputSpec
-from paddle_reparam.predict import ImageClassifier
+from paddle_reparam.predict import ImageClassifier, draw_sheet, format_predictions
 from paddle_reparam.release import release
 from paddle_reparam.released import read_manifest
 
@@ -89,7 +90,20 @@ def check(folder):
 def test_a_release_is_checked_and_used_as_data(copied, nothing_foreign, capsys):
     assert check(copied) == 0
     assert "plain.pdparams" in capsys.readouterr().out
-    assert ImageClassifier(copied).shape == [3, 32, 32]
+    image = copied.parent / "image.png"
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(image)
+    assert len(ImageClassifier(copied).predict(image).labels) == 5
+
+
+def test_labels_cannot_steer_a_terminal_or_a_picture(copied):
+    image = copied.parent / "image.png"
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(image)
+    manifest = read_manifest(copied)
+    seal(copied, changed({**manifest, "labels": None}, ("labels",), ["\x1b[2J $x", "$\\frac", "c", "d", "e"]))
+    predictions = [ImageClassifier(copied).predict(image)]
+    assert "\x1b" not in format_predictions(predictions)
+    assert r"\x1b[2J $x" in format_predictions(predictions)
+    assert draw_sheet(copied.parent / "sheet.png", predictions) == 1
 
 
 @pytest.mark.parametrize("arch", [ARCH, REC, DISTILLATION])
