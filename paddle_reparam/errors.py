@@ -61,6 +61,21 @@ def printable(text: str, kept: str = "") -> str:
 
 
 @contextlib.contextmanager
+def one_sentence(what: str) -> Iterator[None]:
+    """Raise whatever is raised in the `with` block as a `ReparamError` that says what, and why in one line."""
+    try:
+        yield
+    except ReparamError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        # Paddle prints its call stack first; what happened is in the line that names an error, or the last one.
+        last = ": ".join([type(error).__name__, *lines[-1:]])
+        reason = next((line for line in lines if "Error:" in line), last)
+        raise ReparamError(f"{what}: {reason}") from error
+
+
+@contextlib.contextmanager
 def exit_code() -> Iterator[list[int]]:
     """Print a `ReparamError` or `OSError` of the `with` block; what is given holds the exit code, 2 for wrong usage."""
     result = [0]

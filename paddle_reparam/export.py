@@ -21,7 +21,7 @@ from paddle.inference import Config, create_predictor
 from paddle.nn.utils.spectral_norm_hook import SpectralNorm
 from paddle.nn.utils.weight_norm_hook import WeightNorm
 
-from .errors import NothingProven, ReparamError
+from .errors import NothingProven, ReparamError, one_sentence
 from .memory import give_back
 from .old_programs import HAS_NEW_PROGRAMS, old_programs
 from .rewrite import copy_model
@@ -412,21 +412,6 @@ def _program_to_run(folder: Folder) -> Path:
             f"{path}: it holds the operator {min(found & ACTING_OPERATORS)}, which does not only compute"
         )
     return path
-
-
-@contextlib.contextmanager
-def one_sentence(what: str) -> Iterator[None]:
-    """Raise whatever is raised in the `with` block as a `ReparamError` that says what, and why in one line."""
-    try:
-        yield
-    except ReparamError:
-        raise
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # Paddle prints its call stack first; what happened is in the line that names an error, or the last one.
-        last = ": ".join([type(error).__name__, *lines[-1:]])
-        reason = next((line for line in lines if "Error:" in line), last)
-        raise ReparamError(f"{what}: {reason}") from error
 
 
 def require_gpu() -> None:

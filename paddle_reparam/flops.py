@@ -16,7 +16,7 @@ from .errors import ReparamError
 from .geometry import BATCH_NORMS
 from .layers.toeplitz import formulation
 from .report import Report
-from .tracing import InputSpec, sample_inputs, unchanged, walk
+from .tracing import InputSpec, require_eval, run, sample_inputs, unchanged, walk
 
 
 @dataclass
@@ -51,8 +51,7 @@ def measure(model: nn.Layer, input_spec: InputSpec) -> ModelSize:
     not computed: zeros of their shape stand for them, which is fast for networks of any size.
     Raises `ReparamError` for a network in training mode.
     """
-    if model.training:
-        raise ReparamError("the model is in training mode; call model.eval() before counting")
+    require_eval(model, "the model", "counting")
     one, uncounted = _count_macs(model, input_spec, 1)
     two, _ = _count_macs(model, input_spec, 2)
     leaves = {id(layer): layer for _, layer in walk(model) if not any(layer.children())}
@@ -220,7 +219,7 @@ def _count_macs(model: nn.Layer, input_spec: InputSpec, batch: int) -> tuple[int
         for _, layer in layers.values():
             handles += [layer.register_forward_pre_hook(enter), layer.register_forward_post_hook(leave)]
         with unchanged(model), formulation("native"), _watch(on_macs), paddle.no_grad():
-            model(*sample_inputs(input_spec, batch, seed=0, like=model))
+            run(model, sample_inputs(input_spec, batch, seed=0, like=model))
     finally:
         for handle in handles:
             handle.remove()

@@ -32,6 +32,7 @@ from .tensors import assign, to_float64
 from .tracing import (
     IMAGENET_INPUT,
     InputSpec,
+    require_eval,
     sample_inputs,
     trace_flow,
     undisturbed_draws,
@@ -479,8 +480,7 @@ def reparameterize(
     """
     if not isinstance(model, nn.Layer):
         raise UsageError(f"only a network, a paddle.nn.Layer, can be fused, not {model!r}")
-    if model.training:
-        raise ReparamError("the model is in training mode; call model.eval() before fusing")
+    require_eval(model, "the model", "fusing")
     report = RewriteReport()
     duplicate = copy_model(model)
     # Masks are for training: the weights behind them are zero.
@@ -488,7 +488,7 @@ def reparameterize(
     fused = _fuse_layers(duplicate, report)
     blocks = _fuse_foreign(fused, report)
     if fold_bn or fixed_size:
-        inputs = sample_inputs(input_spec or IMAGENET_INPUT, batch=1, seed=0, like=fused)
+        inputs = sample_inputs(IMAGENET_INPUT if input_spec is None else input_spec, batch=1, seed=0, like=fused)
     if fold_bn:
         if blocks:
             _drop_unused(fused, blocks, inputs, report)

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .errors import ReparamError
+from .errors import ReparamError, one_sentence
 
 #: Shapes of the inputs of a forward pass, the batch (None) first; by name where the network takes one dict of tensors.
 InputSpec = Union[Sequence[Any], Mapping[str, Any]]
@@ -44,6 +44,11 @@ def input_shapes(input_spec: InputSpec) -> dict[str | int, list[int | None]]:
                 "write a list for each input, as in [[None, 3, 224, 224]]"
             )
         shape = [None if n in (None, -1) and type(n) is not bool else n for n in shape]
+        if shape and shape[0] is not None:
+            raise ReparamError(
+                f"the input shape {list(shape)} starts with {shape[0]!r}; its first size is the batch, which stays "
+                "open: write None"
+            )
         if not shape or any(n is not None and (type(n) is not int or n < 1) for n in shape):
             raise ReparamError(f"the input shape {list(shape)} has sizes that are none; give whole numbers from 1 on")
         if math.prod(n for n in shape[1:] if n) > _LARGEST_SAMPLE:
@@ -71,6 +76,24 @@ def sample_inputs(input_spec: InputSpec, batch: int, seed: int, like: nn.Layer) 
     return [inputs] if isinstance(input_spec, Mapping) else list(inputs.values())
 
 
+def require_eval(model: nn.Layer, what: str, doing: str) -> None:
+    """Raise `ReparamError` where a network, or a layer inside it, is in training mode."""
+    for path, layer in walk(model):
+        if layer.training:
+            where = f"{path}: {type(layer).__name__}" if path else what
+            raise ReparamError(f"{where} is in training mode; call model.eval() before {doing}")
+
+
+def run(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
+    """Return what a network or another function gives for copies of the inputs, which it may change in place.
+
+    Raises `ReparamError` with the inputs' shapes where it cannot be run on them.
+    """
+    name = type(function).__name__ if isinstance(function, nn.Layer) else "the function"
+    with one_sentence(f"{name} cannot be run on inputs {map_tensors(lambda x: x.shape, list(inputs))}"):
+        return function(*map_tensors(lambda x: x.clone(), inputs))
+
+
 def map_tensors(function: Callable[[paddle.Tensor], Any], value: Any) -> Any:
     """Return nested lists and dicts with a function's value in the place of every tensor."""
     if isinstance(value, paddle.Tensor):
@@ -93,7 +116,7 @@ def unchanged(*models: Any) -> Iterator[None]:
     for layer in layers.values():
         attributes = dict(vars(layer))
         # Paddle keeps parameters, buffers, sublayers and hooks in dicts and sets of the layer.
-        inner = {name: value.copy() for name, value in attributes.items() if isinstance(value, (dict, set))}
+        inner = {name: value.copy() for name, value in attributes.items() if isinstance(value, (dict, set, list))}
         kept.append((layer, attributes, inner))
     try:
         yield
@@ -103,7 +126,7 @@ def unchanged(*models: Any) -> Iterator[None]:
             vars(layer).update(attributes)
             for name, value in inner.items():
                 attributes[name].clear()
-                attributes[name].update(value)
+                (attributes[name].extend if isinstance(value, list) else attributes[name].update)(value)
 
 
 def flatten_outputs(outputs: Any) -> list[paddle.Tensor]:
@@ -147,7 +170,7 @@ def first_not_finite(model: nn.Layer, inputs: Sequence[Any]) -> str | None:
                     found.append(path)
 
             hooks.after(layer, check)
-        model(*inputs)
+        run(model, inputs)
     return found[0] if found else None
 
 
@@ -210,7 +233,7 @@ def visit_outputs(
                     visit(path, tensors[0])
 
             hooks.after(layer, record)
-        model(*inputs)
+        run(model, inputs)
 
 
 def visit_inputs(model: nn.Layer, inputs: Sequence[paddle.Tensor], visit: Callable[[str, paddle.Tensor], None]) -> None:
@@ -223,7 +246,7 @@ def visit_inputs(model: nn.Layer, inputs: Sequence[paddle.Tensor], visit: Callab
                     visit(path, inputs[0])
 
             hooks.before(layer, record)
-        model(*inputs)
+        run(model, inputs)
 
 
 @dataclass
@@ -238,17 +261,20 @@ class Flow:
 def trace_flow(
     model: nn.Layer, producers: Sequence[nn.Layer], consumers: Sequence[nn.Layer], inputs: Sequence[paddle.Tensor]
 ) -> Flow:
-    """Run the model once and find the producers whose output goes to one consumer and nowhere else.
+    """Run the model and find the producers whose output goes to one consumer and nowhere else, and stays as it is.
 
     Each producer's output is handed on as a copy, made by adding a zero that autograd knows as a leaf, while a consumer
     that is called with this very copy gets the original. A leaf that the network's outputs still depend on shows that
-    the copy has another reader.
+    the copy has another reader. Autograd does not see all of them (a comparison, an index, `detach`), so the model is
+    run again with other numbers in the copies.
     """
     flow = Flow()
     copies: dict[int, tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor, int]] = {}
     reached: dict[int, int] = {}
+    # Of every tensor that a producer took or handed on: it, its version, and the producer.
+    watched: list[tuple[paddle.Tensor, int, int]] = []
 
-    def hand_on_copy(layer: nn.Layer, _inputs: Any, output: Any) -> Any:
+    def hand_on_copy(layer: nn.Layer, taken: Any, output: Any) -> Any:
         flow.calls[id(layer)] += 1
         if not isinstance(output, paddle.Tensor):
             return None
@@ -256,6 +282,7 @@ def trace_flow(
         leaf.stop_gradient = False
         copy = output + leaf
         copies[id(copy)] = (copy, leaf, output, id(layer))
+        watched.extend((tensor, tensor.inplace_version, id(layer)) for tensor in (copy, *flatten_outputs(list(taken))))
         return copy
 
     def take_original(layer: nn.Layer, args: tuple) -> Any:
@@ -268,20 +295,99 @@ def trace_flow(
         reached[producer] = id(layer)
         return (original, *args[1:])
 
+    layers = {id(layer): layer for layer in (*producers, *consumers)}
     with unchanged(model), _Hooks() as hooks, paddle.enable_grad():
         for layer in {id(p): p for p in producers}.values():
             hooks.after(layer, hand_on_copy)
         for layer in {id(c): c for c in consumers}.values():
             hooks.before(layer, take_original)
-        # A network may hand out one tensor under several names.
-        by_id = {id(o): o for o in flatten_outputs(model(*inputs)) if not o.stop_gradient}
-        outputs = list(by_id.values())
-    leaves = [(leaf, producer) for _, leaf, _, producer in copies.values()]
-    if not outputs or not leaves:
-        return flow
-    gradients = paddle.grad(outputs, [leaf for leaf, _ in leaves], allow_unused=True)
-    read_elsewhere = {producer for (_, producer), g in zip(leaves, gradients) if g is not None}
-    for producer, consumer in reached.items():
-        if producer not in read_elsewhere and flow.calls[producer] == 1 and flow.calls[consumer] == 1:
-            flow.followed_by[producer] = consumer
+        outputs = flatten_outputs(run(model, inputs))
+    read_elsewhere = _read_by_autograd(outputs, {leaf_of: leaf for _, leaf, _, leaf_of in copies.values()})
+    # A layer that only hands on, as folding leaves one, would hand on what was changed in place after it was read.
+    read_elsewhere |= {producer for tensor, version, producer in watched if tensor.inplace_version != version}
+    expected = [output.detach() for output in outputs]
+    del outputs
+    copies.clear()
+    watched.clear()
+    found = {
+        producer: consumer
+        for producer, consumer in reached.items()
+        if producer not in read_elsewhere and flow.calls[producer] == 1 and flow.calls[consumer] == 1
+    }
+    noise: list[float] = []
+
+    def differs(some: list[int]) -> bool:
+        pairs = [(layers[producer], layers[found[producer]]) for producer in some]
+        difference = _difference(expected, _run_with_others(model, pairs, inputs))
+        if difference == 0.0:
+            return False
+        if not noise:
+            noise.append(_difference(expected, _run_with_others(model, [], inputs)))
+        return not difference <= 10.0 * noise[0]
+
+    def read_unseen(some: list[int]) -> set[int]:
+        if not some or not differs(some):
+            return set()
+        if len(some) == 1:
+            return set(some)
+        middle = len(some) // 2
+        return (read_unseen(some[:middle]) | read_unseen(some[middle:])) or set(some)
+
+    unseen = read_unseen(list(found))
+    flow.followed_by = {producer: consumer for producer, consumer in found.items() if producer not in unseen}
     return flow
+
+
+def _read_by_autograd(outputs: Sequence[paddle.Tensor], leaves: Mapping[int, paddle.Tensor]) -> set[int]:
+    """Return the keys of those leaves that the outputs depend on, as far as autograd knows."""
+    # A network may hand out one tensor under several names.
+    ends = list({id(output): output for output in outputs if not output.stop_gradient}.values())
+    if not ends or not leaves:
+        return set()
+    try:
+        gradients = paddle.grad(ends, list(leaves.values()), allow_unused=True)
+    except RuntimeError:
+        # Something was changed in place that a gradient needs: this network is for inference only.
+        return set()
+    return {key for key, gradient in zip(leaves, gradients) if gradient is not None}
+
+
+def _run_with_others(
+    model: nn.Layer, pairs: Sequence[tuple[nn.Layer, nn.Layer]], inputs: Sequence[Any]
+) -> list[paddle.Tensor]:
+    """Return the outputs where all but the consumer of each pair get other numbers than the producer put out.
+
+    There are none where the model cannot be run with them.
+    """
+    handed: dict[int, tuple[paddle.Tensor, paddle.Tensor]] = {}
+
+    def hand_on_others(_layer: nn.Layer, _inputs: Any, output: paddle.Tensor) -> paddle.Tensor:
+        numbers = np.random.default_rng(len(handed)).standard_normal(output.shape)
+        others = (3.0 * paddle.to_tensor(numbers).astype(output.dtype) + 1.0) * output.abs().max()
+        handed[id(others)] = (others, output)
+        return others
+
+    def take_original(_layer: nn.Layer, args: tuple) -> Any:
+        return (handed[id(args[0])][1], *args[1:]) if args and id(args[0]) in handed else None
+
+    with unchanged(model), _Hooks() as hooks, paddle.no_grad():
+        for producer, consumer in pairs:
+            hooks.after(producer, hand_on_others)
+            hooks.before(consumer, take_original)
+        try:
+            return flatten_outputs(run(model, inputs))
+        except ReparamError:
+            return []
+
+
+def _difference(expected: Sequence[paddle.Tensor], actual: Sequence[paddle.Tensor]) -> float:
+    """Return how far tensors are apart, relative to the largest number of each; infinite for other shapes."""
+    if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
+        return math.inf
+    largest = 0.0
+    for a, b in zip(expected, actual):
+        a, b = (np.nan_to_num(tensor.astype("float64").numpy()) for tensor in (a, b))
+        difference = np.abs(a - b).max(initial=0.0)
+        if difference:
+            largest = max(largest, float(difference / np.abs(a).max(initial=1e-300)))
+    return largest

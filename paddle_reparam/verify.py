@@ -23,6 +23,8 @@ from .tracing import (
     flatten_outputs,
     map_tensors,
     not_finite,
+    require_eval,
+    run,
     sample_inputs,
     trace_flow,
     unchanged,
@@ -88,7 +90,7 @@ def relative_error(expected: Array, actual: Array) -> float:
     """Return max|expected - actual| / max|expected|; infinite for another shape or anything that is not finite."""
     if expected.shape != actual.shape or not (np.isfinite(expected).all() and np.isfinite(actual).all()):
         return float("inf")
-    expected, actual = expected.astype(np.float64), actual.astype(np.float64)
+    expected, actual = (array.astype(np.result_type(array, np.float64)) for array in (expected, actual))
     difference = np.abs(expected - actual).max(initial=0.0)
     scale = np.abs(expected).max(initial=0.0)
     return 0.0 if difference == 0 else float("inf") if scale == 0 else float(difference / scale)
@@ -102,8 +104,11 @@ def _same_top1(expected: Array, actual: Array, tolerance: float) -> Array:
 
 
 def compare_outputs(expected: Sequence[Array], actual: Sequence[Array], tolerance: float) -> tuple[float, Array | None]:
-    """Return (worst relative error, per-sample top-1 agreement of the first `[batch, classes]` output or None)."""
-    if len(expected) != len(actual) or not expected:
+    """Return (worst relative error, per-sample top-1 agreement of the first `[batch, classes]` output or None).
+
+    The error is infinite for another number of outputs, and for outputs without numbers, which prove nothing.
+    """
+    if len(expected) != len(actual) or not any(output.size for output in expected):
         return float("inf"), None
     error = max(relative_error(e, a) for e, a in zip(expected, actual))
     logits = [(e, a) for e, a in zip(expected, actual) if e.ndim == 2 and e.shape[1] > 1 and e.shape == a.shape]
@@ -146,9 +151,14 @@ def _allowed(tolerance: float, growth: float) -> float:
     return min(max(tolerance, 10.0 * growth), 100.0 * tolerance) if np.isfinite(growth) else tolerance
 
 
-def _run(function: Callable[..., Any], inputs: Sequence[paddle.Tensor]) -> list[Array]:
+def _array(tensor: paddle.Tensor) -> Array:
+    # Of bfloat16, numpy() gives the bits as integers.
+    return (tensor.astype("float32") if tensor.dtype == paddle.bfloat16 else tensor).numpy()
+
+
+def _run(function: Callable[..., Any], inputs: Sequence[Any]) -> list[Array]:
     with paddle.no_grad():
-        return [t.numpy() for t in flatten_outputs(function(*inputs))]
+        return [_array(tensor) for tensor in flatten_outputs(run(function, inputs))]
 
 
 def _depends_on_input(batches: list[list[Array]], tolerance: float) -> bool:
@@ -156,7 +166,9 @@ def _depends_on_input(batches: list[list[Array]], tolerance: float) -> bool:
     for outputs in zip(*batches):
         samples = np.concatenate(outputs) if outputs[0].ndim else np.stack(outputs)
         samples = samples.astype(np.float64)
-        if np.abs(samples - samples[:1]).max(initial=0.0) > 10 * tolerance * np.abs(samples).max(initial=0.0):
+        if np.isfinite(samples).all() and np.abs(samples - samples[:1]).max(initial=0.0) > 10 * tolerance * np.abs(
+            samples
+        ).max(initial=0.0):
             return True
     return False
 
@@ -175,7 +187,12 @@ def _telling_scale(a: nn.Layer, input_spec: InputSpec, batch_size: int, toleranc
     The probabilities of an untrained network may be 0 and 1 whatever comes in, or all alike.
     """
     for scale in _SCALES:
-        if _depends_on_input([_run(a, _draw(a, input_spec, batch_size, seed, scale)) for seed in (0, 1)], tolerance):
+        draws = [_draw(a, input_spec, batch_size, seed, scale) for seed in (0, 1)]
+        batches = [_run(a, inputs) for inputs in draws]
+        if scale == _SCALES[0]:
+            # At an odd scale numbers may overflow; at the usual one that is a fault, which no other is to hide.
+            _require_finite("first", a, draws[0], batches[0])
+        if _depends_on_input(batches, tolerance):
             return scale
     raise NothingProven(
         "the network's output hardly depends on its input, so that comparing outputs would prove nothing; "
@@ -203,8 +220,8 @@ def verify(
     output that depends on inputs of no scale, unless `must_depend` is False.
     """
     for name, model in (("first", a), ("second", b)):
-        if isinstance(model, nn.Layer) and model.training:
-            raise ReparamError(f"the {name} network is in training mode; call .eval() on it before comparing")
+        if isinstance(model, nn.Layer):
+            require_eval(model, f"the {name} network", "comparing")
     if batches < 1 or batch_size < 1 or not 0 < tolerance < math.inf:
         raise NothingProven(
             f"{batches} batches of {batch_size} samples and a tolerance of {tolerance} compare nothing; "
@@ -310,7 +327,7 @@ def first_difference(
         if path in places_a:
             known, version, array = arrays.get(id(output), (None, None, None))
             if known is None or known() is not output or version != output.inplace_version:
-                array = output.numpy()
+                array = _array(output)
                 arrays[id(output)] = weakref.ref(output), output.inplace_version, array
             outputs[path] = array
 
@@ -327,7 +344,7 @@ def first_difference(
 
         def compare(path: str, output: paddle.Tensor) -> None:
             if path in outputs and path in places:
-                errors[path] = relative_error(outputs[path], output.numpy())
+                errors[path] = relative_error(outputs[path], _array(output))
 
         visit_outputs(network, inputs, compare)
         return errors
@@ -354,11 +371,13 @@ def settle_batch_norms(model: nn.Layer, input_spec: InputSpec, batch: int = 8) -
     """
     norms = [layer for _, layer in walk(model) if isinstance(layer, BATCH_NORMS)]
     momenta = [norm._momentum for norm in norms]
-    for norm in norms:
-        norm._momentum = 0.0
-    model.train()
-    with paddle.no_grad():
-        model(*sample_inputs(input_spec, batch, seed=3, like=model))
-    for norm, momentum in zip(norms, momenta):
-        norm._momentum = momentum
-    model.eval()
+    try:
+        for norm in norms:
+            norm._momentum = 0.0
+        model.train()
+        with unchanged(model), paddle.no_grad():
+            run(model, sample_inputs(input_spec, batch, seed=3, like=model))
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm._momentum = momentum
+        model.eval()

@@ -1,5 +1,7 @@
 """Verification finds what differs, says where, and refuses to compare what proves nothing."""
 
+import copy
+
 import numpy as np
 import paddle
 import pytest
@@ -10,7 +12,7 @@ from paddle.vision.models import mobilenet_v2
 from paddle_reparam.errors import NothingProven, ReparamError
 from paddle_reparam.flops import measure
 from paddle_reparam.rewrite import reparameterize
-from paddle_reparam.verify import compare_outputs, relative_error, verify
+from paddle_reparam.verify import compare_outputs, relative_error, settle_batch_norms, verify
 
 SPEC = [[None, 3, 32, 32]]
 
@@ -160,10 +162,17 @@ def test_outputs_without_numbers_prove_nothing():
 @pytest.mark.parametrize(
     "spec",
     [[None, 3, 8, 8], "image", None, [], {}, [[]], [[None, 3, 0, 8]], [[None, 3, -2, 8]], [[None, 3, 8.0, 8]],
-     [[None, 3, 10**9, 10**9]], [[None, 3, None, 8]], 3, [None], {"image": 3}],
+     [[None, 3, 10**9, 10**9]], [[None, 3, None, 8]], 3, [None], {"image": 3}, [[3, 32, 32]], [[1, 3, 32, 32]],
+     [[None, 4, 32, 32]], [[None, 3, 32, 32]] * 2, [[None, 3]]],
 )  # fmt: skip
 def test_shapes_that_are_none_are_one_sentence(network, spec):
-    for call in (lambda: verify(network, network, spec), lambda: measure(network, spec)):
+    calls = [
+        lambda: verify(network, network, spec),
+        lambda: measure(network, spec),
+        lambda: reparameterize(network, fold_bn=True, input_spec="of ImageNet" if spec is None else spec),
+        lambda: settle_batch_norms(copy.deepcopy(network), spec),
+    ]
+    for call in calls:
         with pytest.raises(ReparamError, match="input") as caught:
             call()
         assert "\n" not in str(caught.value)
@@ -180,6 +189,99 @@ class AddsInPlace(nn.Layer):
         y = self.bn(self.conv(x))
         y[:, 0:4] += x
         return self.pass_on(y)
+
+
+def halved(net, x):
+    x.scale_(0.5)
+    return net.bn(net.conv(x))
+
+
+def a_view_changed_before(net, x):
+    y = net.conv(x)
+    y[:, :4].add_(x)
+    return net.bn(y)
+
+
+def a_view_changed_afterwards(net, x):
+    y = net.bn(net.conv(x))
+    y[:, :4].add_(x)
+    return y
+
+
+def rectified_in_place(net, x):
+    return nn.functional.relu_(net.bn(net.conv(x)))
+
+
+def input_changed_after_it_was_read(net, x):
+    y = net.conv(x)
+    z = net.bn(y)
+    y.add_(paddle.ones_like(y))
+    return z
+
+
+def detached(net, x):
+    y = net.conv(x)
+    return net.bn(y) + y.detach()
+
+
+def compared(net, x):
+    y = net.conv(x)
+    return net.bn(y) * (y > 0).astype("float32")
+
+
+def read_without_gradients(net, x):
+    with paddle.no_grad():
+        y = net.conv(x)
+        return net.bn(y) + paddle.tanh(y)
+
+
+def of_no_gradient(net, x):
+    y = net.conv(x)
+    z = net.bn(net.mix(y))
+    y.add_(paddle.ones_like(y))
+    return z + y
+
+
+def in_numpy(net, x):
+    y = net.conv(x)
+    return net.bn(y) + paddle.to_tensor(y.numpy())
+
+
+@pytest.mark.parametrize(
+    ("function", "folds"),
+    [
+        (halved, True),
+        (a_view_changed_before, False),
+        (a_view_changed_afterwards, True),
+        (rectified_in_place, True),
+        (input_changed_after_it_was_read, False),
+        (detached, False),
+        (compared, False),
+        (read_without_gradients, False),
+        (of_no_gradient, False),
+        (in_numpy, False),
+    ],
+)
+def test_a_bn_is_folded_where_nobody_else_reads_what_it_reads(function, folds):
+    """Whatever is changed in place, and however the other reader reads it."""
+
+    class Net(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.mix = nn.Conv2D(4, 8, 1), nn.BatchNorm2D(8), nn.Conv2D(8, 8, 1)
+            self.last, self.last_bn = nn.Conv2D(8, 4, 3), nn.BatchNorm2D(4)
+
+        def forward(self, x):
+            return self.last_bn(self.last(nn.functional.softplus(function(self, x))))
+
+    model = Net()
+    randomise_batch_norms(model)
+    model.eval()
+    spec = [[None, 4, 8, 8]]
+    fused, report = reparameterize(model, fold_bn=True, input_spec=spec)
+    assert ("bn" in dict(report.touched)) is folds
+    assert "last_bn" in dict(report.touched)
+    assert verify(model, fused, spec).passed
 
 
 def test_what_is_added_in_place_is_no_difference():
@@ -200,16 +302,20 @@ class Keeps(nn.Layer):
     def __init__(self):
         super().__init__()
         self.conv, self.bn = nn.Conv2D(3, 4, 3), nn.BatchNorm2D(4)
+        self.seen = []
 
     def forward(self, inputs):
         self.inputs = inputs["image"] if isinstance(inputs, dict) else inputs
+        self.seen.append(self.inputs)
         return self.bn(self.conv(self.inputs))
 
 
 def test_networks_are_afterwards_as_they_were():
     model = Keeps()
     model.eval()
-    before, draws = attributes(model), (np.random.get_state()[1].tolist(), paddle.get_rng_state()[0].__str__())
+    before, state = attributes(model), paddle.get_rng_state()
+    draws = paddle.rand([4]).tolist(), np.random.get_state()[1].tolist()
+    paddle.set_rng_state(state)
     fused, _ = reparameterize(model, fold_bn=True, input_spec=SPEC)
     assert attributes(model) == before
     of_fused = attributes(fused)
@@ -217,13 +323,15 @@ def test_networks_are_afterwards_as_they_were():
     measure(model, SPEC)
     assert attributes(model) == before
     assert attributes(fused) == of_fused
-    assert (np.random.get_state()[1].tolist(), paddle.get_rng_state()[0].__str__()) == draws
+    assert (paddle.rand([4]).tolist(), np.random.get_state()[1].tolist()) == draws
     model.inputs = None
 
 
 def attributes(model):
     return {
-        path: {name: list(value) if isinstance(value, (dict, set)) else value for name, value in vars(layer).items()}
+        path: {
+            name: list(value) if isinstance(value, (dict, set, list)) else value for name, value in vars(layer).items()
+        }
         for path, layer in model.named_sublayers(include_self=True)
     }
 
@@ -239,6 +347,53 @@ def test_networks_that_take_a_dict_of_tensors():
     assert result.passed
     assert result.layers == 2
     assert measure(fused, spec).macs_per_image == 3 * 4 * 9 * 14 * 14
+
+
+def test_a_layer_inside_in_training_mode_is_refused(network):
+    fused, _ = reparameterize(network, fold_bn=True, input_spec=SPEC)
+    other = copy.deepcopy(network)
+    other.features[0][1].train()
+    before = as_array(other.features[0][1]._mean)
+    for call in (lambda: verify(other, fused, SPEC), lambda: verify(fused, other, SPEC), lambda: measure(other, SPEC)):
+        with pytest.raises(ReparamError, match="features.0.1: BatchNorm2D is in training mode"):
+            call()
+    assert (as_array(other.features[0][1]._mean) == before).all()
+
+
+def test_settling_puts_back_what_it_changed_where_the_network_fails():
+    model = nn.Sequential(nn.Conv2D(3, 4, 3), nn.BatchNorm2D(4))
+    with pytest.raises(ReparamError, match="Sequential cannot be run on inputs .*8, 5, 16, 16"):
+        settle_batch_norms(model, [[None, 5, 16, 16]])
+    assert model[1]._momentum == 0.9
+    assert not model[1].training
+
+
+def test_a_network_that_overflows_passes_at_no_other_scale():
+    model = nn.Sequential(nn.Conv2D(3, 4, 3))
+    model.eval()
+    model[0].weight.set_value(model[0].weight * 1e38)
+    with pytest.raises(ReparamError, match="the first network's output is not finite .* starts at layer '0'"):
+        verify(model, lambda x: model(x), SPEC)
+
+
+@pytest.mark.parametrize("expected", [[], [np.zeros([2, 0], "float32")]])
+def test_outputs_without_numbers_are_not_the_same(expected):
+    assert compare_outputs(expected, expected, 1e-4) == (float("inf"), None)
+
+
+def test_imaginary_parts_are_compared():
+    assert relative_error(np.array([1.0 + 1.0j]), np.array([1.0 - 1.0j])) > 1.0
+
+
+def test_numbers_of_16_bits_are_compared_as_numbers():
+    class Short(nn.Layer):
+        def forward(self, x):
+            return x.astype("bfloat16")
+
+    model = Short()
+    model.eval()
+    report = verify(model, lambda x: x.astype("bfloat16").astype("float32") * 1.5, SPEC)
+    assert abs(report.relative_error - 0.5) < 1e-6
 
 
 def test_training_mode_is_refused(network):
