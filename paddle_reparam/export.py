@@ -44,6 +44,9 @@ ACTING_OPERATORS = {
 #: How `--format` names them.
 FORMATS = ("json", "pdmodel")
 
+#: Where each label has a probability of its own, an image has those that reach this, as in PaddleClas.
+THRESHOLD = 0.5
+
 #: MiB of a GPU's memory that Paddle takes at first; it takes more when it needs more.
 _GPU_MEMORY = 256
 

@@ -196,7 +196,7 @@ _STEP = either(
     record({"NormalizeImage": record(
         {"mean": _channels, "std": _channels, "scale": number()}, {"order": one_of("", "chw", "hwc")}
     )}, closed=True),
-    record({"ToCHWImage": record({})}, closed=True),
+    *(record({name: record({})}, closed=True) for name in ("ToCHWImage", "ToGray")),
 )  # fmt: skip
 
 _INPUT = record(

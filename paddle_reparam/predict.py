@@ -11,14 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ReparamError, printable
-from .export import Folder, InferenceModel, one_sentence
+from .errors import ReparamError, UsageError, printable
+from .export import THRESHOLD, Folder, InferenceModel, one_sentence
 from .released import check_files, read_manifest
 from .report import format_table
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 #: The steps of PaddleClas that are known here, in the order in which a config may have them.
-STEPS = ("DecodeImage", "ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage")
+STEPS = ("DecodeImage", "ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage", "ToGray")
 
 #: Images on one contact sheet.
 _ON_A_SHEET = 48
@@ -26,7 +26,10 @@ _ON_A_SHEET = 48
 
 @dataclass
 class Prediction:
-    """An image `[H, W, 3]` (RGB, uint8), its file, and its most probable (label, probability), the first the best."""
+    """An image `[H, W, 3]` (RGB, uint8), its file, and its most probable (label, probability), the first the best.
+
+    There is none where each label has a probability of its own, and none reaches the threshold.
+    """
 
     path: Path
     image: np.ndarray
@@ -74,7 +77,16 @@ def preprocess(image: np.ndarray, steps: Sequence[Mapping[str, Mapping[str, Any]
             image = (image.astype(np.float32) * np.float32(options["scale"]) - mean) / std
         elif name == "ToCHWImage":
             image = image.transpose(2, 0, 1)
+        elif name == "ToGray":
+            image = to_gray(image)
     return image
+
+
+def to_gray(image: np.ndarray) -> np.ndarray:
+    """Return the luma `[H, W, 1]` of an RGB image `[H, W, 3]`, float32; raises `ReparamError` for another shape."""
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise ReparamError(f"ToGray takes an image [H, W, 3], not {list(image.shape)}; it stands before ToCHWImage")
+    return (image.astype(np.float32) @ np.float32([0.299, 0.587, 0.114]))[:, :, None]
 
 
 def _resized(
@@ -128,8 +140,11 @@ class ImageClassifier:
         self.steps, self.labels = manifest["input"].get("preprocessing"), manifest.get("labels")
         if self.steps is None:
             raise ReparamError(f"{folder}: its manifest does not say how its input is made of an image; release again")
-        if manifest["output"]["activation"] not in ("softmax", "sigmoid"):
-            raise ReparamError(f"{folder}: its network puts out no probabilities")
+        activation = manifest["output"]["activation"]
+        if activation not in ("softmax", "sigmoid"):
+            raise ReparamError(f"{folder}: its network puts out no probabilities, so it cannot label images")
+        #: Whether each label has a probability of its own.
+        self.several_labels = activation == "sigmoid"
         self._model = InferenceModel(folder)
 
     def probabilities(self, image: np.ndarray) -> np.ndarray:
@@ -137,17 +152,30 @@ class ImageClassifier:
         x = preprocess(image, self.steps)
         if self.size == "fixed" and list(x.shape) != self.shape:
             raise ReparamError(f"the network takes images of {self.shape}, this one is {list(x.shape)}")
-        return self._model.run(x[None].astype(self.dtype))[0][0]
+        probabilities = self._model.run(x[None].astype(self.dtype))[0][0]
+        if probabilities.ndim != 1:
+            raise ReparamError(f"the network puts out {list(probabilities.shape)} for an image, no class probabilities")
+        return probabilities
 
-    def predict(self, path: Path, top: int = 5) -> Prediction:
-        """Return the `top` most probable labels of an image file."""
+    def predict(self, path: Path, top: int | None = None, threshold: float | None = None) -> Prediction:
+        """Return the `top` most probable labels of an image file (5).
+
+        Where each label has a probability of its own, all that reach the `threshold` (0.5) count, or `top` of those.
+        Raises `UsageError` for a threshold where they have not.
+        """
+        if threshold is not None and not self.several_labels:
+            raise UsageError("the classes of this network exclude each other, so no threshold applies; give --top")
         image = read_image(path)
         with one_sentence(f"{path}: it cannot be labelled"):
             try:
                 probabilities = self.probabilities(image)
             except ReparamError as error:
                 raise error.at(str(path)) from error
-        best = np.argsort(-probabilities, kind="stable")[:top]
+        if self.several_labels:
+            floor, most = THRESHOLD if threshold is None else threshold, top
+        else:
+            floor, most = 0.0, 5 if top is None else top
+        best = [i for i in np.argsort(-probabilities, kind="stable") if probabilities[i] >= floor][:most]
         return Prediction(path, image, [(self._label(int(i)), float(probabilities[i])) for i in best])
 
     def _label(self, number: int) -> str:
@@ -158,9 +186,13 @@ class ImageClassifier:
 def format_predictions(predictions: Sequence[Prediction]) -> str:
     """Return a table with a row for each label of each image."""
     rows = [
-        ["" if place else os.fspath(prediction.path), label, f"{probability:.2%}".rjust(7)]
+        [
+            "" if place else os.fspath(prediction.path),
+            label,
+            ("-" if probability is None else f"{probability:.2%}").rjust(7),
+        ]
         for prediction in predictions
-        for place, (label, probability) in enumerate(prediction.labels)
+        for place, (label, probability) in enumerate(prediction.labels or [("none", None)])
     ]
     return format_table(["image", "label", "probability"], rows)
 
@@ -177,9 +209,9 @@ def draw_sheet(path: Path, predictions: Sequence[Prediction]) -> int:
     for axes in grid:
         axes.axis("off")
     for axes, prediction in zip(grid, shown):
-        label, probability = prediction.labels[0]
         axes.imshow(prediction.image)
-        axes.set_title(f"{printable(label[:24])}\n{probability:.1%}", fontsize=9, parse_math=False)
+        best = "".join(f"{printable(label[:24])}\n{probability:.1%}" for label, probability in prediction.labels[:1])
+        axes.set_title(best or "none", fontsize=9, parse_math=False)
     with one_sentence(f"{path}: it cannot be written"):
         figure.savefig(path, dpi=100)
     return len(shown)

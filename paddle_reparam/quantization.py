@@ -12,7 +12,7 @@ from paddle import nn
 
 from .checkpoints import atomic_write
 from .errors import ReparamError
-from .export import Folder, one_sentence
+from .export import THRESHOLD, Folder, one_sentence
 from .onnx_export import OnnxModel, need
 from .report import Report, format_table
 from .tensors import to_float64
@@ -141,26 +141,31 @@ def quantize_onnx(source: Folder, target: Folder, images: np.ndarray, batch: int
 
 @dataclass
 class Int8Report(Report):
-    """What a network gives up in int8: top-1 of both files on so many images, and their sizes in bytes."""
+    """What a network gives up in int8: what both files are right about on so many images, and their sizes in bytes.
 
+    `measure` is "top-1", or for networks of several labels an image "label accuracy": the share of all labels that are
+    on the right side of 0.5.
+    """
+
+    measure: str
     images: int
     calibration_images: int
-    float_top1: float
-    int8_top1: float
+    float_accuracy: float
+    int8_accuracy: float
     float_bytes: int
     int8_bytes: int
 
     @property
     def drop(self) -> float:
-        """Top-1 that is lost, in percentage points; negative where int8 is right more often."""
-        return round(100 * (self.float_top1 - self.int8_top1), 6)
+        """Accuracy that is lost, in percentage points; negative where int8 is right more often."""
+        return round(100 * (self.float_accuracy - self.int8_accuracy), 6)
 
     def __str__(self) -> str:
         table = format_table(
-            ["network", "top-1", "bytes"],
+            ["network", self.measure, "bytes"],
             [
-                ["float32", f"{self.float_top1:.2%}", f"{self.float_bytes:,}"],
-                ["int8", f"{self.int8_top1:.2%}", f"{self.int8_bytes:,}"],
+                ["float32", f"{self.float_accuracy:.2%}", f"{self.float_bytes:,}"],
+                ["int8", f"{self.int8_accuracy:.2%}", f"{self.int8_bytes:,}"],
             ],
         )
         return f"{table}\ndrop {self.drop:.2f} points on {self.images} images"
@@ -173,10 +178,11 @@ def export_int8(
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     largest_drop: float = 1.0,
 ) -> Int8Report:
-    """Write an ONNX file in int8 if it is as good: its top-1 on images may be `largest_drop` points lower at most.
+    """Write an ONNX file in int8 if it is as good: its accuracy on images may be `largest_drop` points lower at most.
 
-    `calibration` is `[N, C, H, W]`, `batches` are images of that form with labels `[N]`. The first output is what
-    scores the classes. Raises `ReparamError`, and leaves what stood at `target`, where more is lost.
+    `calibration` is `[N, C, H, W]`, `batches` are images of that form with labels `[N]`, by which top-1 is measured, or
+    `[N, labels]` of 0 and 1 (and -1 for what is not known). The first output is what scores the classes, in the second
+    case by probabilities. Raises `ReparamError`, and leaves what stood at `target`, where more is lost.
     """
     source = Path(source)
     reports = []
@@ -184,21 +190,32 @@ def export_int8(
     def write(temporary: Path) -> None:
         quantize_onnx(source, temporary, calibration)
         models = [OnnxModel(file) for file in (source, temporary)]
-        right, images = np.zeros(2, int), 0
+        right, answers, images, measure = np.zeros(2, int), 0, 0, "top-1"
         for pixels, labels in batches:
             images += len(labels)
-            right += [int((model.run(pixels)[0].argmax(1) == labels).sum()) for model in models]
-        if not images:
-            raise ReparamError("there are no images to measure top-1 on")
-        float_top1, int8_top1 = (right / images).tolist()
+            known = labels >= 0
+            answers += int(known.sum())
+            if labels.ndim > 1:
+                measure = "label accuracy"
+            right += [int((_answers(model.run(pixels)[0], labels) == labels)[known].sum()) for model in models]
+        if not answers:
+            raise ReparamError("there are no images to measure the accuracy on")
+        float_accuracy, int8_accuracy = (right / answers).tolist()
         sizes = [file.stat().st_size for file in (source, temporary)]
-        report = Int8Report(images, len(calibration), float_top1, int8_top1, *sizes)
+        report = Int8Report(measure, images, len(calibration), float_accuracy, int8_accuracy, *sizes)
         if not report.drop <= largest_drop:
             raise ReparamError(
-                f"int8 loses {report.drop:.2f} points of top-1 ({float_top1:.2%} -> {int8_top1:.2%} on {images} "
-                f"images), more than the {largest_drop:g} that are allowed; nothing is written"
+                f"int8 loses {report.drop:.2f} points of {measure} ({float_accuracy:.2%} -> {int8_accuracy:.2%} on "
+                f"{images} images), more than the {largest_drop:g} that are allowed; nothing is written"
             )
         reports.append(report)
 
     atomic_write(target, write)
     return reports[0]
+
+
+def _answers(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return what scores `[N, classes]` say, in the form of the labels: a class an image, or 0 or 1 for each label."""
+    if scores.shape[0] != len(labels) or scores.ndim != 2 or labels.shape[1:] not in ((), scores.shape[1:]):
+        raise ReparamError(f"the network puts out {list(scores.shape)} for labels {list(labels.shape)}")
+    return (scores >= THRESHOLD) if labels.ndim > 1 else scores.argmax(1)

@@ -133,6 +133,7 @@ def release(
     input_spec: InputSpec,
     *,
     output: OutputSpec = AS_THE_NETWORK,
+    load: Callable[[nn.Layer, Folder], Any] = checkpoints.load_into,
     stock: nn.Layer | None = None,
     why_no_stock: str = _NO_STOCK_NETWORK,
     options: ExportOptions = DEFAULT_OPTIONS,
@@ -147,14 +148,14 @@ def release(
 
     The folder gets the files of Paddle Inference, `plain.pdparams` (where the fused network, BNs kept, has the entries
     and shapes of `stock`, the freshly built network without layers of this library) and `manifest.json`. The weights
-    must fit the model strictly. The train form is compared with the fused network layer by layer, with `stock` loaded
-    from `plain.pdparams`, and with what was exported: by Paddle's Executor and by the Predictor, with and without
-    oneDNN, at batch sizes 1 and 3. `input_spec` holds the shape of each input with None for the batch, by name for a
-    network that takes one dict; the export takes images of that size, and layers take the form that is fastest for it,
-    unless `options` ask for a dynamic size: then all is compared at a second, larger size too. All that the network
-    puts out is exported, unless `output` picks from it; the manifest says what was left out. `facts` goes into the
-    manifest beside what is measured here, and `texts` (name -> content) are more files; `progress` gets one line for
-    each step done. `check_release` checks the folder later.
+    must fit the model strictly, or what `load` puts into it of them. The train form is compared with the fused network
+    layer by layer, with `stock` loaded from `plain.pdparams`, and with what was exported: by Paddle's Executor and by
+    the Predictor, with and without oneDNN, at batch sizes 1 and 3. `input_spec` holds the shape of each input with None
+    for the batch, by name for a network that takes one dict; the export takes images of that size, and layers take the
+    form that is fastest for it, unless `options` ask for a dynamic size: then all is compared at a second, larger size
+    too. All that the network puts out is exported, unless `output` picks from it; the manifest says what was left out.
+    `facts` goes into the manifest beside what is measured here, and `texts` (name -> content) are more files;
+    `progress` gets one line for each step done. `check_release` checks the folder later.
 
     With `dry_run` nothing is written. A folder that stands there is kept, with `OutputExists`, unless `force`: then
     the old one, which must be a release too, stays whole until the new one takes its place. Raises `ReparamError`
@@ -167,7 +168,7 @@ def release(
 
     with step("load the weights"):
         before = digest(Path(weights))
-        checkpoints.load_into(model, weights)
+        load(model, weights)
         source = digest(Path(weights))
         if before != source:
             raise ReparamError(f"{weights}: it changed while it was read; wait until it is written and run again")

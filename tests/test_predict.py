@@ -189,7 +189,7 @@ def test_paddleclas_own_script_runs_a_release(project, tmp_path, release):
     (tmp_path / "paddleclas" / "__init__.py").write_text("")
     (tmp_path / "paddleclas" / "deploy").symlink_to(home / "deploy")
     done = subprocess.run(
-        [sys.executable, str(home / "deploy" / "python" / "predict_cls.py"), "-c", "inference.yml",
+        [sys.executable, str(home / "deploy" / "python" / "predict_cls.py"), "-c", "predict_cls.yml",
          "-o", f"Global.infer_imgs={folder / 'images'}"],
         cwd=folder / release, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(tmp_path), "FLAGS_enable_pir_api": "0"},

@@ -132,12 +132,13 @@ def test_int8_is_nearly_as_good_and_smaller(trained, digits, tmp_path):
     images, labels = digits
     report = export_int8(trained, tmp_path / "int8.onnx", images[:64], batches(digits), largest_drop=1.0)
     assert (report.images, report.calibration_images) == (397, 64)
-    assert report.float_top1 > 0.85
+    assert report.measure == "top-1"
+    assert report.float_accuracy > 0.85
     assert abs(report.drop) <= 1.0
     assert report.int8_bytes == (tmp_path / "int8.onnx").stat().st_size
     assert f"drop {report.drop:.2f} points on 397 images" in str(report)
     [logits] = OnnxModel(tmp_path / "int8.onnx").run(images[1400:])
-    assert report.int8_top1 == (logits.argmax(1) == labels[1400:]).mean()
+    assert report.int8_accuracy == (logits.argmax(1) == labels[1400:]).mean()
     [exact] = OnnxModel(trained).run(images[1400:])
     assert np.abs(logits - exact).max() > 1e-3 * np.abs(exact).max(), "nothing was quantised"
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
@@ -154,7 +155,7 @@ def test_a_network_that_takes_pixels_is_calibrated_on_pixels(network, trained, d
     assert np.array_equal(pixels, load_digits().images[:, None])
     report = export_int8(export_onnx(tmp_path), tmp_path / "int8.onnx", pixels[:64], batches((pixels, labels)))
     exact = OnnxModel(trained).run(images[1400:])[0].argmax(1)
-    assert report.float_top1 == (exact == labels[1400:]).mean()
+    assert report.float_accuracy == (exact == labels[1400:]).mean()
     assert abs(report.drop) <= 1.0
     for other in (Normalization((1.0,), (1.0,), 1 / 255, dtype), Normalization((0.5,), (1.0,), 1 / 8, dtype)):
         with pytest.raises(ReparamError, match="no pixels 0..255 that were normalised by Normalization.mean"):
@@ -187,7 +188,7 @@ def test_what_loses_too_much_is_not_written(trained, digits, tmp_path):
         export_int8(trained, target, images[:8] * 1e-3, batches(digits), largest_drop=1.0)
     for calibration, measured, message in [
         (images[:0], batches(digits), "measured on images, and none was given"),
-        (images[:8], [], "no images to measure top-1 on"),
+        (images[:8], [], "no images to measure the accuracy on"),
         (np.zeros([2, 3, 8, 8], "float32"), batches(digits), "onnxruntime cannot quantise it"),
     ]:
         with pytest.raises(ReparamError, match=message):

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from style import BLUE, GREY, ORANGE, image_axes, plain_axes, spread_over
 
-from paddle_reparam import analysis, checkpoints
+from paddle_reparam import analysis
 from paddle_reparam.errors import CheckpointError, OutputExists, exit_code
 from paddle_reparam.ppcls import setup
 from paddle_reparam.ppcls.command import add_override, read_config
@@ -52,7 +52,7 @@ def run(given: argparse.Namespace) -> None:
         raise OutputExists(f"{given.output} exists already and is kept; name another folder")
     setup().utils.logger.init_logger(log_level="WARNING")
     from paddle_reparam.ppcls.images import read_validation_images
-    from paddle_reparam.ppcls.loading import weight_file
+    from paddle_reparam.ppcls.loading import load_weights, weight_file
     from paddle_reparam.ppcls.reparam import build_train_form
 
     config = read_config(given.config, given.override)
@@ -62,7 +62,7 @@ def run(given: argparse.Namespace) -> None:
         raise ConfigError(str(error)) from None
     images = read_validation_images(config, given.images)
     model = build_train_form(config)
-    checkpoints.load_into(model, weights)
+    load_weights(model, weights, config, "export")
     papers = analysis.analyze(model, images.pixels)
     facts = {"config": given.config, "weights": str(weights), "images": len(images.labels)}
     with new_folder(target, given.output, replace=False) as folder:

@@ -19,10 +19,11 @@ def setup() -> ModuleType:
     let_amd_multiply_fast()
     ppcls = locate.load()
     if not hasattr(ppcls, "_paddle_reparam"):
-        from . import arch, engine, guards, loading, mends
+        from . import arch, engine, guards, loading, mends, transforms
 
         mends.apply()
         loading.register()
+        transforms.register()
         arch.register()
         engine.register()
         guards.watch_readers()

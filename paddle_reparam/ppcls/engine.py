@@ -62,7 +62,7 @@ class Engine(PaddleClasEngine):
             for split, name in _LOADERS.items():
                 loader = getattr(self, name, None)
                 if isinstance(loader, paddle.io.DataLoader):
-                    check_samples(loader, config["Arch"].get("class_num"), split)
+                    check_samples(loader, config["Arch"].get("class_num"), split, _channels(config))
                     setattr(self, name, Loader(loader, split))
             self._output_folder = held.pop_all()
         if mode == "train":
@@ -89,6 +89,7 @@ class Engine(PaddleClasEngine):
 
     def infer(self) -> None:
         """Label the images that can be read; raises `ReparamError` afterwards where some cannot."""
+        _name_every_class(self.postprocess_func)
         find = engine_module.get_image_list
         engine_module.get_image_list = lambda place: readable_images(find(place), self.preprocess_func)
         try:
@@ -169,6 +170,24 @@ class Engine(PaddleClasEngine):
         self.global_step = int(states.get("global_step", 0))
         best = self.best["metric"] if self.best else states.get("metric", -1.0)
         return {"metric": best, "epoch": int(states["epoch"])}
+
+
+class _Labels(dict):
+    """The label of each class; one that the file of labels leaves out is called by its number."""
+
+    def __missing__(self, number: int) -> str:
+        return str(number)
+
+
+def _name_every_class(postprocess: Any) -> None:
+    postprocess = getattr(postprocess, "func", postprocess)
+    if isinstance(getattr(postprocess, "class_id_map", None), dict):
+        postprocess.class_id_map = _Labels(postprocess.class_id_map)
+
+
+def _channels(config: dict[str, Any]) -> int | None:
+    shape = config["Global"].get("image_shape")
+    return shape[0] if isinstance(shape, (list, tuple)) and shape and isinstance(shape[0], int) else None
 
 
 def register() -> None:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import textwrap
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,11 @@ from ..export import one_sentence
 from ..tracing import all_finite, first_not_finite, not_finite, undisturbed_draws
 
 
-def check_samples(loader: Any, class_num: int | None, split: str) -> None:
-    """Raise `ReparamError` for a data set without images, and for labels that the network has no output for."""
+def check_samples(loader: Any, class_num: int | None, split: str, channels: int | None = None) -> None:
+    """Raise `ReparamError` for a data set without images, and for labels that the network has no output for.
+
+    Where `channels` is given, also for images of another number of channels.
+    """
     dataset = getattr(loader, "dataset", None)
     labels = getattr(dataset, "labels", None)
     if labels is None:
@@ -48,9 +51,17 @@ def check_samples(loader: Any, class_num: int | None, split: str) -> None:
     # Where none can be read, the loader would say so from another thread.
     with undisturbed_draws(), one_sentence(f"DataLoader.{split} cannot be read"):
         try:
-            dataset[0]
+            pixels = dataset[0][0]
         except ReparamError as error:
             raise error.at(f"DataLoader.{split}") from None
+    if channels is not None and np.ndim(pixels) == 3 and len(pixels) != channels:
+        gray = "; ToGray: {} behind NormalizeImage makes one of three" if channels == 1 else ""
+        raise ReparamError(
+            f"DataLoader.{split} makes images of {len(pixels)} channels, and Global.image_shape says {channels}{gray}"
+        )
+    if isinstance(labels[0], (list, tuple, np.ndarray)):
+        _check_several(labels, class_num, split, getattr(dataset, "images", None))
+        return
     values = np.asarray(labels)
     if class_num is None or values.dtype.kind not in "iu" or values.ndim != 1:
         return
@@ -61,6 +72,18 @@ def check_samples(loader: Any, class_num: int | None, split: str) -> None:
         raise ReparamError(
             f"DataLoader.{split}: {wrong.size} of {values.size} labels are none of 0 to {class_num - 1}, the first is "
             f"{values[wrong[0]]}{name}; set Arch.class_num, or mend the list"
+        )
+
+
+def _check_several(labels: Sequence[Any], class_num: int | None, split: str, images: Sequence[str] | None) -> None:
+    """Raise `ReparamError` where an image has not 0, 1 or -1 (not known) for each of the network's labels."""
+    count = class_num or len(labels[0])
+    wrong = [i for i, values in enumerate(labels) if len(values) != count or not set(map(int, values)) <= {-1, 0, 1}]
+    if wrong:
+        name = f" ({images[wrong[0]]})" if images else ""
+        raise ReparamError(
+            f"DataLoader.{split}: {len(wrong)} of {len(labels)} images have not {count} labels, each 0, 1, or -1 for "
+            f"not known; the first is {list(map(int, labels[wrong[0]]))}{name}; set Arch.class_num, or mend the list"
         )
 
 

@@ -16,7 +16,10 @@ from .guards import failures
 
 @dataclass
 class Images:
-    """Validation images as the config reads them: names, labels `[N]` and normalised pixels `[N, C, H, W]`."""
+    """Validation images as the config reads them: names, labels and normalised pixels `[N, C, H, W]`.
+
+    Labels are `[N]`, or `[N, labels]` where an image has several.
+    """
 
     names: list[str]
     labels: np.ndarray
@@ -73,4 +76,8 @@ def _read(dataset: Any, indices: Iterable[int]) -> Images:
     with one_sentence("DataLoader.Eval cannot be read"):
         pixels, labels = zip(*(dataset[int(i)][:2] for i in indices))
         failures.raise_any(len(pixels))
-        return Images([dataset.images[i] for i in indices], np.asarray(labels).reshape(-1), np.stack(pixels))
+        labels = np.stack(labels)
+        # Behind several labels PaddleClas may put how common each is.
+        return Images(
+            [dataset.images[i] for i in indices], labels[:, 0] if labels.ndim == 3 else labels, np.stack(pixels)
+        )

@@ -16,6 +16,7 @@ from typing import Any
 
 from paddle import nn
 from ppcls import arch
+from ppcls.arch.gears.identity_head import IdentityHead
 from ppcls.engine import engine as engine_module
 from ppcls.loss import build_loss
 from ppcls.utils import download, logger, save_load
@@ -197,7 +198,7 @@ def weight_file(path: str) -> str:
 
 def load_weights(
     models: nn.Layer | Sequence[nn.Layer | None],
-    path: str,
+    path: str | os.PathLike[str],
     config: dict[str, Any],
     mode: str,
     fresh: bool | Sequence[str] = False,
@@ -205,23 +206,20 @@ def load_weights(
     """Load a weight file into a model, and into the training loss where that has weights as well.
 
     In training a plain baseline may go into RefConv layers, which it has no refocusing weights for; elsewhere they
-    would be random. `fresh`: what stays as the model drew it, as in `checkpoints.load_into`. Of a distillation, other
-    modes take the student's weights alone. Raises `CheckpointError` for whatever else is missing, left over or of
-    another shape.
+    would be random. `fresh`: what stays as the model drew it, as in `checkpoints.load_into`. Of what a
+    distillation saved, the network that is shipped gets its own entries; its evaluation takes the student's alone.
+    Raises `CheckpointError` for whatever else is missing, left over or of another shape.
     """
     model, *losses = models if isinstance(models, (list, tuple)) else [models]
-    file = weight_file(path)
+    file = weight_file(os.fspath(path))
     state = checkpoints.load(file)
     average_of = f"{file[: -len('.pdparams')]}.pdema"
     if mode != "resuming" and file.endswith(".pdparams") and os.path.isfile(average_of):
         logger.info(f"{file} holds the moving average of the weights; as they were trained they are in {average_of}")
-    student = getattr(model, "Student", None)
-    if mode not in ("train", "resuming") and isinstance(model, arch.DistillationModel) and student is not None:
-        prefixes = tuple(f"{name}." for name in model.model_name_list)
-        put_out = config["Arch"].get("infer_model_name") or "Student"
-        if put_out == "Student" and not any(name.startswith(prefixes) for name in state):
-            logger.info(f"{file} holds the student's weights alone; what the teacher puts out means nothing")
-            model = student
+    model, state = _of_distillation(model, state, config.get("Arch") or {}, mode)
+    if mode == "export" and isinstance(getattr(model, "head", None), IdentityHead):
+        # PaddleClas took the classifier of a recognition network out: its features are what is exported.
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
     own = model.state_dict()
     for loss in filter(None, losses):
         of_loss = {name: state.pop(name) for name in loss.state_dict() if name in state}
@@ -243,3 +241,27 @@ def load_weights(
         raise error.at(file) from None
     if report.fresh:
         logger.info(f"{file}: not taken from it but fresh, as the network drew them: {', '.join(report.fresh)}")
+
+
+def _of_distillation(
+    model: nn.Layer, state: dict[str, Any], config: dict[str, Any], mode: str
+) -> tuple[nn.Layer, dict[str, Any]]:
+    """Return which network of a distillation a state is for, and its entries.
+
+    A state holds all of them under their names, or the student's alone without one (`best_model_student`); a model is
+    all of them, or the one that `infer_model_name` names.
+    """
+    if config.get("name") != "DistillationModel":
+        return model, state
+    name = config.get("infer_model_name") or "Student"
+    prefixes = tuple(f"{each}." for entry in config["models"] for each in entry)
+    holds_all = any(key.startswith(prefixes) for key in state)
+    if isinstance(model, arch.DistillationModel):
+        student = getattr(model, "Student", None)
+        if holds_all or name != "Student" or student is None or mode in ("train", "resuming"):
+            return model, state
+        logger.info("these are the student's weights alone; what the teacher puts out means nothing")
+        return student, state
+    own = f"{name}."
+    others = tuple(prefix for prefix in prefixes if prefix != own)
+    return model, {key.removeprefix(own): value for key, value in state.items() if not key.startswith(others)}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 
 
 def apply() -> list[str]:
@@ -20,6 +23,10 @@ def apply() -> list[str]:
         (_posterize_needs_a_bit, _mend_posterize),
         (_mixup_uses_np_bool, _mend_mixup),
         (_no_device_id_on_cpu, _mend_device_id),
+        (_multi_label_lacks_its_ratio, _mend_multi_label_dataset),
+        (_multi_label_loss_multiplies_truths, _mend_multi_label_loss),
+        (_multi_label_metrics_index_numbers, _mend_numbers_of_metrics),
+        (_distillation_picks_twice, _mend_distillation_postprocess),
     ):
         if needed():
             mend()
@@ -158,3 +165,108 @@ def _no_device_id_on_cpu() -> bool:
 
 def _mend_device_id() -> None:
     paddle.distributed.ParallelEnv._device_id = 0
+
+
+def _multi_label_lacks_its_ratio() -> bool:
+    """2.4 reads `label_ratio` of each data set of several labels, and sets it only where the config asks for it."""
+    from ppcls.data.dataloader.multilabel_dataset import MultiLabelDataset
+
+    with tempfile.TemporaryDirectory() as folder:
+        images = os.path.join(folder, "images.txt")
+        open(images, "w").close()
+        return not hasattr(MultiLabelDataset(folder, images), "label_ratio")
+
+
+def _mend_multi_label_dataset() -> None:
+    from ppcls.data.dataloader.multilabel_dataset import MultiLabelDataset
+
+    MultiLabelDataset.label_ratio = None
+
+
+def _multi_label_loss_multiplies_truths() -> bool:
+    """Weighing labels by how common they are, 2.4 multiplies numbers by truth values, which Paddle no longer does."""
+    from ppcls.loss.multilabelloss import MultiLabelLoss
+
+    try:
+        MultiLabelLoss(weight_ratio=True)(paddle.zeros([1, 2]), paddle.zeros([1, 2, 2]))
+    except (TypeError, ValueError, RuntimeError):
+        return True
+    return False
+
+
+def _mend_multi_label_loss() -> None:
+    from ppcls.loss.multilabelloss import MultiLabelLoss
+
+    plain = MultiLabelLoss._binary_crossentropy
+
+    def mended(self: Any, input: paddle.Tensor, target: paddle.Tensor, class_num: int) -> paddle.Tensor:
+        if not self.weight_ratio:
+            # Where the data set puts the ratios behind the labels, as newer versions do.
+            return plain(self, input, target[:, 0] if target.ndim == 3 else target, class_num)
+        target, ratio = target[:, 0], target[:, 1]
+        if self.epsilon is not None:
+            target = self._labelsmoothing(target, class_num)
+        positive, known = (target > 0.5).astype(input.dtype), (target > -1).astype(input.dtype)
+        weight = paddle.exp(positive * (1 - ratio) + (1 - positive) * ratio) * known
+        cost = weight * F.binary_cross_entropy_with_logits(input, target, reduction="none")
+        return cost.sum(1).mean() if self.size_sum else cost
+
+    MultiLabelLoss._binary_crossentropy = mended
+
+
+def _multi_label_metrics_index_numbers() -> bool:
+    """2.4 reads what it measures of several labels, and of features, as `.numpy()[0]` of a tensor of no dimension."""
+    from ppcls.metric.metrics import HammingDistance
+
+    try:
+        HammingDistance()(paddle.to_tensor([[1.0, -1.0]]), paddle.to_tensor([[1.0, 0.0]]))
+    except IndexError:
+        return True
+    return False
+
+
+class _OldPaddle:
+    """Paddle as it was before 2.5: what is one number has a dimension."""
+
+    #: mINP's misspelling of it.
+    indechmx_sample = staticmethod(paddle.index_sample)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(paddle, name)
+
+    @staticmethod
+    def to_tensor(*args: Any, **kwargs: Any) -> paddle.Tensor:
+        tensor = paddle.to_tensor(*args, **kwargs)
+        return tensor.reshape([1]) if tensor.ndim == 0 else tensor
+
+    @staticmethod
+    def mean(x: paddle.Tensor) -> paddle.Tensor:
+        return paddle.mean(x).reshape([1])
+
+
+def _mend_numbers_of_metrics() -> None:
+    from ppcls.metric import metrics
+
+    metrics.paddle = _OldPaddle()
+
+
+def _distillation_picks_twice() -> bool:
+    """The Engine gives a post-processing what the student put out; this one picks that again."""
+    from ppcls.data.postprocess import DistillationPostProcess
+
+    try:
+        DistillationPostProcess()(paddle.zeros([1, 2]))
+    except Exception:
+        return True
+    return False
+
+
+def _mend_distillation_postprocess() -> None:
+    from ppcls.data.postprocess import DistillationPostProcess
+
+    pick = DistillationPostProcess.__call__
+
+    def mended(self: Any, x: Any, file_names: Any = None) -> Any:
+        return pick(self, x, file_names) if isinstance(x, dict) else self.func(x, file_names=file_names)
+
+    DistillationPostProcess.__call__ = mended

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=256, help="training images to calibrate on (256)")
     parser.add_argument(
         "--largest-drop", type=float, default=1.0, metavar="POINTS",
-        help="what may be lost of the validation images' top-1, in percentage points (1.0)",
+        help="what may be lost of the validation images' accuracy, in percentage points (1.0)",
     )  # fmt: skip
     add_override(parser)
     given = parser.parse_args(arguments)
@@ -57,6 +57,11 @@ def _quantize(given: argparse.Namespace) -> None:
     config = read_config(given.config, given.override)
     manifest = read_manifest(given.release)
     check_files(given.release, manifest)
+    if "features" in manifest["output"]["keys"]:
+        raise ConfigError(
+            f"{given.release}: its network puts out features, and what int8 costs is measured on classes; quantise it "
+            "with paddle_reparam.quantization.quantize_onnx and measure what you retrieve with it"
+        )
     kernels = manifest["quantization"]["kernels"]
     print(QuantizationReport([KernelRange(**kernel) for kernel in kernels]).worst(_WORST))
     normalization = Normalization.from_dict(manifest["input"]["normalization"])
@@ -64,7 +69,15 @@ def _quantize(given: argparse.Namespace) -> None:
     def taken(pixels: np.ndarray) -> np.ndarray:
         return pixels if normalization is None else normalization.undo(pixels)
 
+    def measured() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for images in validation_batches(config):
+            if images.labels.ndim > 1 and manifest["output"]["activation"] != "sigmoid":
+                raise ConfigError(
+                    "the images of DataLoader.Eval have several labels, and the classes of the released network "
+                    "exclude each other; release it with Global.use_multilabel=True"
+                )
+            yield taken(images.pixels), images.labels
+
     calibration = taken(read_training_images(config, given.images).pixels)
-    batches = ((taken(images.pixels), images.labels) for images in validation_batches(config))
-    print(f"\n{export_int8(source, given.output, calibration, batches, given.largest_drop)}")
+    print(f"\n{export_int8(source, given.output, calibration, measured(), given.largest_drop)}")
     print(f"written: {given.output}")

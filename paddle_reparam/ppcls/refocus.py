@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -202,12 +203,17 @@ def _baseline(config: dict[str, Any]) -> dict[str, Any]:
             "this command trains in one process; on several devices, train the plain network's config and then "
             f"{STAGE_TWO} with tools/train.py"
         )
+    if config["Arch"].get("models"):
+        raise ConfigError(
+            f"Arch is a {config['Arch'].get('name')} of several networks, and RefConv's two trainings are of one; give "
+            "the config of one network, and --weights for what a distillation made of it"
+        )
     for network in networks(config["Arch"]):
         if network["name"] == "ReparamModel":
             raise ConfigError("Arch is a ReparamModel already; give the config of the plain network, its backbone")
     if config["Global"].get("checkpoints"):
         raise ConfigError("Global.checkpoints must be null: the same command again goes on by itself")
-    if not (config["DataLoader"].get("Eval") and config.get("Metric", {}).get("Eval")):
+    if not (config["DataLoader"].get("Eval") and (config.get("Metric") or {}).get("Eval")):
         raise ConfigError("the config needs DataLoader.Eval and Metric.Eval, by which both networks are measured")
     baseline = _copy(config)
     for key in ("layer", "where"):
@@ -288,10 +294,10 @@ def _build(config: dict[str, Any]) -> nn.Layer:
 
 def _fitting_file(baseline: dict[str, Any], weights: str) -> Path:
     """Return the file of given weights, which must fit the plain network strictly."""
-    from .loading import weight_file
+    from .loading import load_weights, weight_file
 
     file = Path(weight_file(weights))
-    checkpoints.load_into(_build(baseline), file)
+    load_weights(_build(baseline), file, baseline, "export")
     return file
 
 
@@ -323,15 +329,17 @@ def _copy_file(source: Path, target: Path) -> None:
 
 def _write_plain(baseline: dict[str, Any], second: dict[str, Any], trained: Path, plain: Path) -> None:
     """Write the weights of the second stage as those of the plain network: fused and compared where it has layers."""
+    from .loading import load_weights
+
     stock = _build(baseline)
     if second["Arch"]["name"] != "ReparamModel":
-        checkpoints.load_into(stock, trained)
+        load_weights(stock, trained, baseline, "export")
         checkpoints.save(stock.state_dict(), plain)
         return
     shipped = plain.parent / "shipped"
     done = release(
         _build(second), trained, shipped, [[None, *image_shape(second)]], output=read_output(second), stock=stock,
-        force=shipped.exists(),
+        load=functools.partial(load_weights, config=second, mode="export"), force=shipped.exists(),
     )  # fmt: skip
     why_none = done.manifest["plain_weights"]["why_none"]
     if why_none:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib.metadata
 from collections.abc import Sequence
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _release(given: argparse.Namespace) -> Any:
     ppcls = setup()
-    from .loading import weight_file
+    from .loading import load_weights, weight_file
 
     # Fused, exported and compared where the Predictor runs; a GPU's shorter floats would blur the comparison.
     paddle.set_device("cpu")
@@ -70,17 +71,19 @@ def _release(given: argparse.Namespace) -> Any:
     with paddle.utils.unique_name.guard():
         stock = None if stock_config is None else _build(stock_config)
     normalization = None if given.normalize is None else read_normalization(config, given.normalize)
+    output = read_output(config)
     steps, labels = release_steps(config, normalization), read_labels(config, Path(ppcls.__file__).parents[1])
     return release(
         model,
         weights,
         given.output,
         [[None, *image_shape(config)]],
-        output=read_output(config),
+        output=output,
+        load=functools.partial(load_weights, config=config, mode="export"),
         stock=stock,
         why_no_stock=why_no_stock,
         options=ExportOptions(given.format, normalization, given.size == "dynamic", given.onnx),
-        texts=files_for_paddleclas(steps, labels),
+        texts=files_for_paddleclas(steps, labels, output),
         facts={
             "source": {
                 "config": {
@@ -128,20 +131,34 @@ def _for_manifest(stock_config: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def build_train_form(config: dict[str, Any]) -> nn.Layer:
-    """Return the network of a config as it is trained, without the weights that `pretrained` names."""
+    """Return the network of a config that ships, as it is trained, without the weights that `pretrained` names."""
     from .validation import check_config, without_weights
 
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(shipped(config))
     without_weights(config["Arch"])
     check_config(config, "export")
     return _build(config)
+
+
+def shipped(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config of the network that is exported: of a distillation, the one that `infer_model_name` names."""
+    arch = config["Arch"]
+    if arch.get("name") != "DistillationModel":
+        return config
+    known = {name: network for entry in arch.get("models") or [] for name, network in entry.items()}
+    if arch.get("infer_model_name") not in known:
+        raise ConfigError(
+            f"Arch.infer_model_name is {arch.get('infer_model_name')!r}; name the network of the distillation that "
+            f"is exported: {', '.join(known)}"
+        )
+    return {**config, "Arch": known[arch["infer_model_name"]]}
 
 
 def plain_config(config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     """Return a config with the plain backbone in the place of `ReparamModel`, or None and why there is none."""
     from .validation import networks, without_weights
 
-    config = copy.deepcopy(config)
+    config = copy.deepcopy(shipped(config))
     without_weights(config["Arch"])
     wrapped = [network for network in networks(config["Arch"]) if network["name"] == "ReparamModel"]
     if not wrapped:
@@ -168,15 +185,18 @@ def _build(config: dict[str, Any]) -> nn.Layer:
 
 
 def read_output(config: dict[str, Any]) -> OutputSpec:
-    """Return what PaddleClas' own export of a config puts out: with softmax unless the config says otherwise."""
+    """Return what PaddleClas' own export of a config puts out: with softmax unless the config says otherwise.
+
+    Of several labels it is a sigmoid, as in PaddleClas 2.5 and later; 2.4 puts a softmax there for some metrics.
+    """
     arch = config["Arch"]
-    keys = [arch.get("infer_model_name") if arch["name"] == "DistillationModel" else None, arch.get("infer_output_key")]
+    key = arch.get("infer_output_key")
     metrics = (config.get("Metric") or {}).get("Eval") or [{}]
     if config["Global"].get("use_multilabel") or "ATTRMetric" in metrics[0]:
         activation = "sigmoid"
     else:
         activation = "softmax" if arch.get("infer_add_softmax", True) else None
-    return OutputSpec(activation, tuple(key for key in keys if key is not None))
+    return OutputSpec(activation, () if key is None else (key,))
 
 
 def image_shape(config: dict[str, Any]) -> list[int]:

@@ -6,11 +6,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from ..export import Normalization
-from ..predict import STEPS
+from ..export import THRESHOLD, Normalization, OutputSpec
+from ..predict import STEPS, to_gray
 from .errors import ConfigError
+
+
+class ToGray:
+    """A transform of configs for networks of one channel, behind NormalizeImage: `[H, W, 3]` to `[H, W, 1]`."""
+
+    def __call__(self, image: Any) -> np.ndarray:
+        return to_gray(np.asarray(image))
+
+
+def register() -> None:
+    """Put the transforms of this library where PaddleClas looks the names of a config up."""
+    from ppcls.data import preprocess
+
+    preprocess.ToGray = ToGray
 
 
 def read_steps(config: Mapping[str, Any]) -> list[dict[str, dict[str, Any]]]:
@@ -91,6 +106,9 @@ def release_steps(config: Mapping[str, Any], normalization: Normalization | None
         return None
     if any(step.get("NormalizeImage", {}).get("channel_num", 3) != 3 for step in steps):
         return None
+    for step in steps:
+        for option in ("channel_num", "output_fp16"):  # the export casts its input itself
+            step.get("NormalizeImage", {}).pop(option, None)
     if normalization is not None:
         # The export does it; what is left makes floats of pixels where it takes those.
         left = {"mean": [0.0] * 3, "std": [1.0] * 3, "scale": 1.0}
@@ -106,25 +124,60 @@ def release_steps(config: Mapping[str, Any], normalization: Normalization | None
 
 
 def files_for_paddleclas(
-    steps: Sequence[Mapping[str, Any]] | None, labels: Sequence[str | None] | None
+    steps: Sequence[Mapping[str, Any]] | None, labels: Sequence[str | None] | None, output: OutputSpec
 ) -> dict[str, str]:
-    """Return name -> text of the files with which PaddleClas' own `deploy/python/predict_cls.py` runs a release."""
+    """Return name -> text of the files with which others run a release, where they can.
+
+    PaddleClas' own `deploy/python/predict_cls.py` reads `predict_cls.yml` and `labels.txt`, PaddleX `inference.yml`,
+    which may have no entry that it does not know. Neither knows features, nor steps of this library.
+    """
     files = {}
-    if labels is not None:
-        files["labels.txt"] = "".join(f"{i} {i if label is None else label}\n" for i, label in enumerate(labels))
-    if steps is not None:
+    names = None if labels is None else [str(i) if label is None else label for i, label in enumerate(labels)]
+    if names is not None:
+        files["labels.txt"] = "".join(f"{i} {name}\n" for i, name in enumerate(names))
+    known = steps is not None and not any("ToGray" in step for step in steps)
+    if not known or "features" in output.keys:
+        return files
+    several = output.activation == "sigmoid"
+    indicator = "MultiLabelThreshOutput" if several else "Topk"
+    options = {"threshold": THRESHOLD} if several else {"topk": 5}
+    files["predict_cls.yml"] = yaml.safe_dump(
+        {
+            "Global": {
+                "infer_imgs": ".", "inference_model_dir": ".", "batch_size": 1, "use_gpu": False,
+                "enable_mkldnn": True, "cpu_num_threads": 1, "enable_benchmark": False, "use_fp16": False,
+                "ir_optim": True, "use_tensorrt": False, "gpu_mem": 8000, "enable_profile": False,
+            },
+            "PreProcess": {"transform_ops": list(steps)},
+            "PostProcess": {
+                "main_indicator": indicator,
+                indicator: {**options, "class_id_map_file": None if labels is None else "labels.txt"},
+            },
+        }
+    )  # fmt: skip
+    if _paddlex_takes(steps):
+        options = options if names is None else {**options, "label_list": names}
         files["inference.yml"] = yaml.safe_dump(
-            {
-                "Global": {
-                    "infer_imgs": ".", "inference_model_dir": ".", "batch_size": 1, "use_gpu": False,
-                    "enable_mkldnn": True, "cpu_num_threads": 1, "enable_benchmark": False, "use_fp16": False,
-                    "ir_optim": True, "use_tensorrt": False, "gpu_mem": 8000, "enable_profile": False,
-                },
-                "PreProcess": {"transform_ops": list(steps)},
-                "PostProcess": {
-                    "main_indicator": "Topk",
-                    "Topk": {"topk": 5, "class_id_map_file": None if labels is None else "labels.txt"},
-                },
-            }
-        )  # fmt: skip
+            {"PreProcess": {"transform_ops": list(steps)}, "PostProcess": {indicator: options}}
+        )
     return files
+
+
+#: The steps and options of PaddleX' image classification; all but the crop must be there.
+_OF_PADDLEX = {
+    "ResizeImage": {"size", "resize_short", "backend"},
+    "CropImage": {"size"},
+    "NormalizeImage": {"mean", "std", "scale", "order"},
+    "ToCHWImage": set(),
+}
+
+
+def _paddlex_takes(steps: Sequence[Mapping[str, Any]]) -> bool:
+    names = [name for step in steps for name in step]
+    inorder = [name for name in _OF_PADDLEX if name in names]
+    return (
+        names == inorder
+        and {"ResizeImage", "NormalizeImage", "ToCHWImage"} <= set(names)
+        and all(set(options) <= _OF_PADDLEX[name] for step in steps for name, options in step.items())
+        and all(step.get("NormalizeImage", {}).get("order", "") == "" for step in steps)
+    )
