@@ -17,6 +17,7 @@ CONFIG = """
 Global: {epochs: 1, device: cpu, print_batch_step: 1, save_interval: 1, eval_during_train: false, eval_interval: 1}
 Arch: {name: MobileNetV1_x0_25, class_num: 2}
 DataLoader: {Train: {dataset: {name: ImageNetDataset, transform_ops: [{ResizeImage: {size: 8}}]}}}
+Metric: {Eval: [{TopkAcc: {topk: [1]}}]}
 """
 
 
