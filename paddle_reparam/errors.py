@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 import unicodedata
 from collections.abc import Iterator
 
@@ -68,11 +69,18 @@ def one_sentence(what: str) -> Iterator[None]:
     except ReparamError:
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        # Paddle prints its call stack first; what happened is in the line that names an error, or the last one.
-        last = ": ".join([type(error).__name__, *lines[-1:]])
-        reason = next((line for line in lines if "Error:" in line), last)
-        raise ReparamError(f"{what}: {reason}") from error
+        raise ReparamError(f"{what}: {reason_of(error)}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Return in one line what an error of somebody else's code says."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines and isinstance(error, AssertionError):
+        # It says no more than the line of code does.
+        lines = [str(frame.line) for frame in traceback.extract_tb(error.__traceback__)]
+    # Paddle prints its call stack first; what happened is in the line that names an error, or the last one.
+    last = ": ".join([type(error).__name__, *lines[-1:]])
+    return next((line for line in lines if "Error:" in line), last)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """What is refused before a run starts: configs, overrides, and runs that could only go wrong."""
 
+from pathlib import Path
+
+import paddle
 import pytest
 
-from paddle_reparam.errors import UnknownName
+from paddle_reparam.errors import UnknownName, UsageError
 from paddle_reparam.ppcls import setup
 from paddle_reparam.ppcls.errors import ConfigError
 
@@ -16,25 +19,43 @@ BACKBONE = {"name": "MobileNetV1_x0_25"}
 CONFIG = """
 Global: {epochs: 1, device: cpu, print_batch_step: 1, save_interval: 1, eval_during_train: false, eval_interval: 1}
 Arch: {name: MobileNetV1_x0_25, class_num: 2}
-DataLoader: {Train: {dataset: {name: ImageNetDataset, transform_ops: [{ResizeImage: {size: 8}}]}}}
-Metric: {Eval: [{TopkAcc: {topk: [1]}}]}
+Loss: {Train: [{CELoss: {weight: 1.0}}]}
+Optimizer: {name: Momentum, momentum: 0.9, lr: {name: Cosine, learning_rate: 0.1, warmup_epoch: 0},
+            regularizer: {name: L2, coeff: 0.1}}
+DataLoader:
+  Train: &part
+    dataset:
+      name: ImageNetDataset
+      image_root: FOLDER
+      cls_label_path: FOLDER/config.yaml
+      transform_ops: [{DecodeImage: {to_rgb: true}}, {ResizeImage: {size: 8}}, {ToCHWImage: null}]
+      batch_transform_ops: [{MixupOperator: {alpha: 0.2}}]
+    sampler: {name: DistributedBatchSampler, batch_size: 2, drop_last: false, shuffle: true}
+    loader: {num_workers: 0, use_shared_memory: false}
+  Eval: *part
+Metric: {Train: [{TopkAcc: {topk: [1, 5]}}], Eval: [{TopkAcc: {topk: [1, 5]}}]}
+Infer:
+  infer_imgs: FOLDER
+  batch_size: 1
+  transforms: [{DecodeImage: {to_rgb: true}}]
+  PostProcess: {name: Topk, topk: 1}
 """
 
 
 @pytest.fixture
 def config_file(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text(CONFIG)
+    path.write_text(CONFIG.replace("FOLDER", str(tmp_path)))
     return str(path)
 
 
 def test_overrides_are_applied(config_file):
     overrides = ["Global.epochs=3", "Optimizer.lr.learning_rate=0.5", "Global.eval_mode=classification"]
-    config = read_config(config_file, [*overrides, "DataLoader.Train.dataset.transform_ops.0.ResizeImage.size=9"])
+    config = read_config(config_file, [*overrides, "DataLoader.Train.dataset.transform_ops.1.ResizeImage.size=9"])
     assert config["Global"]["epochs"] == 3
     assert config["Optimizer"]["lr"]["learning_rate"] == 0.5
     assert config["Global"]["eval_mode"] == "classification"
-    assert config["DataLoader"]["Train"]["dataset"]["transform_ops"][0]["ResizeImage"]["size"] == 9
+    assert config["DataLoader"]["Train"]["dataset"]["transform_ops"][1]["ResizeImage"]["size"] == 9
 
 
 @pytest.mark.parametrize(
@@ -46,8 +67,8 @@ def test_overrides_are_applied(config_file):
         ("Zebra.epochs=1", "the config has no 'Zebra'; known: AMP, Arch"),
         ("Global.epoch=1", "Global has no 'epoch'; did you mean 'epochs'"),
         ("Global.epochs.x=1", "Global.epochs is 1 and has nothing named 'x'"),
-        ("DataLoader.Train.dataset.transform_ops.1.x=1", "transform_ops is a list of 1 and has no '1'"),
-        ("DataLoader.Train.dataset.transform_ops.first=1", "transform_ops is a list of 1 and has no 'first'"),
+        ("DataLoader.Train.dataset.transform_ops.3.x=1", "transform_ops is a list of 3 and has no '3'"),
+        ("DataLoader.Train.dataset.transform_ops.first=1", "transform_ops is a list of 3 and has no 'first'"),
     ],
 )
 def test_overrides_that_are_refused(config_file, override, message):
@@ -130,11 +151,165 @@ def test_the_baseline_is_not_asked_for_where_its_weights_are_replaced(config_fil
         checked(config_file, "eval", arch={**REPARAM, "pretrained": "baseline"})
 
 
+DATASET = "DataLoader.Train.dataset"
+
+
+@pytest.mark.parametrize(
+    ("mode", "override", "message"),
+    [
+        ("train", "Global.epochs=abc", "Global.epochs is 'abc'; it takes a whole number from 1"),
+        ("train", "Global.epochs=0", "Global.epochs is 0; it takes a whole number from 1"),
+        ("train", "Global.epochs=2.0", "Global.epochs is 2.0; it takes a whole number"),
+        ("train", "Global.save_interval=0", "Global.save_interval is 0; it takes a whole number from 1"),
+        ("train", "Global.print_batch_step=0", "print_batch_step is 0; it takes"),
+        ("train", "Global.seed=-5", "Global.seed is -5; it takes a whole number from 0 to 4294967295"),
+        ("train", "Global.eval_during_train=abc", "eval_during_train is 'abc'; it takes True or False"),
+        ("train", "Global.output_dir=[1]", r"output_dir is \[1\]; it takes a text"),
+        ("train", "Global.output_dir=/dev/null/x", "/dev/null is not a folder"),
+        ("train", "Global.device=cuda", "device is 'cuda'; it takes cpu or gpu; which GPU is chosen with CUDA_VISIBLE"),
+        ("train", "Global.device=gpu:0", "device is 'gpu:0'; it takes cpu or gpu"),
+        ("train", "Global.pretrained_model=[1]", "pretrained_model is .*; it takes a text, or a list"),
+        ("train", "Arch.class_num=-1", "Arch.class_num is -1; it takes a whole number from 1"),
+        ("train", "Arch.scale=1000000000", "Arch.scale is 1000000000; no network is that large"),
+        ("train", "Arch.models=x", "Arch.models is 'x'; it takes a list"),
+        ("train", "Loss.Train=CELoss", "Loss.Train is 'CELoss'; it takes a list of NAME: OPTIONS"),
+        ("train", "Loss.Train={CELos: {weight: 1}}", "Loss.Train is .*; it takes a list"),
+        (
+            "train",
+            "Loss.Train=[{CELos: {weight: 1}}]",
+            "Loss.Train.0: there is no loss named 'CELos'; did you mean CELoss",
+        ),
+        ("train", "Loss.Train=[{CELoss: {}}]", "CELoss needs the option weight"),
+        ("train", "Loss.Train.0.CELoss.epsilo=0.1", "CELoss has no 'epsilo'; did you mean 'epsilon'"),
+        ("train", "Loss.Train.0.CELoss.zebra=0.1", "CELoss has no option 'zebra'; it takes epsilon"),
+        (
+            "train",
+            "Optimizer.name=Momentun",
+            "Optimizer: there is no optimizer named 'Momentun'; did you mean Momentum",
+        ),
+        ("train", "Optimizer.name=[1]", "the name of the optimizer is .*; it takes a text"),
+        ("train", "Optimizer={name: Momentum, lr: {learning_rate: 1}}", "Momentum needs the option momentum"),
+        ("train", "Optimizer.lr=0.1", "Optimizer.lr is 0.1; it takes a section"),
+        ("train", "Optimizer.lr.name=Cosin", "no schedule of the learning rate named 'Cosin'; did you mean Cosine"),
+        ("train", "Optimizer.lr.learning_rate=-1", "learning_rate of Cosine is -1; it takes a number from 0"),
+        ("train", "Optimizer.lr={learning_rate: abc}", "learning_rate is 'abc'; it takes a number"),
+        ("train", "Optimizer.lr={name: Cosine, learning_rate: 1, warmup_epch: 2}", "did you mean 'warmup_epoch'"),
+        ("train", "Optimizer.regularizer.name=L3", "regularizer.name is 'L3'; it takes one of L1, L2"),
+        ("train", "Optimizer.weight_deca=1", "Optimizer has no 'weight_deca'; did you mean 'weight_decay'"),
+        (
+            "train",
+            f"{DATASET}.name=ImageNetDatasett",
+            "no data set named 'ImageNetDatasett'; did you mean ImageNetData",
+        ),
+        ("train", f"{DATASET}.zebra=1", "ImageNetDataset has no option 'zebra'; it takes cls_label_path"),
+        ("train", f"{DATASET}.image_root=/dev/null", "image_root: /dev/null is not a folder"),
+        ("train", f"{DATASET}.cls_label_path=/dev", "cls_label_path: /dev is not a file"),
+        ("train", f"{DATASET}.transform_ops=[DecodeImage]", "transform_ops.0 is 'DecodeImage'; it takes one NAME: OPT"),
+        (
+            "train",
+            f"{DATASET}.transform_ops.0={{DecodImage: }}",
+            "no transform named 'DecodImage'; did you mean Decode",
+        ),
+        ("train", f"{DATASET}.transform_ops.1.ResizeImage.siz=8", "ResizeImage has no 'siz'; did you mean 'size'"),
+        ("train", f"{DATASET}.transform_ops.1.ResizeImage.size=1000000", "size of ResizeImage is 1000000; it takes"),
+        (
+            "train",
+            f"{DATASET}.batch_transform_ops.0.MixupOperator.alpha=x",
+            "alpha of MixupOperator is 'x'; it takes a num",
+        ),
+        ("train", "DataLoader.Train.sampler.name=BatchSample", "no sampler named 'BatchSample'; did you mean Batch"),
+        ("train", "DataLoader.Train.sampler.batch_size=0", "batch_size of .* is 0|batch_size is 0; it takes"),
+        ("train", "DataLoader.Train.sampler.drop_lst=True", "'drop_lst'; did you mean 'drop_last'"),
+        ("train", "DataLoader.Train.loader.num_workers=1000000", "num_workers is 1000000; it takes"),
+        ("train", "DataLoader.Train=null", "DataLoader.Train is null"),
+        ("train", "Metric.Train=[{TopkAc: {topk: 1}}]", "no metric named 'TopkAc'; did you mean TopkAcc"),
+        ("train", "Metric.Train.0.TopkAcc.top=1", "TopkAcc has no 'top'; did you mean 'topk'"),
+        ("eval", "Global.print_batch_step=-1", "print_batch_step is -1; it takes"),
+        ("infer", "Infer.infer_imgs=no/such", "Infer.infer_imgs: there is no no/such"),
+        ("infer", "Infer=null", "Infer is null; it takes a section"),
+        ("infer", "Infer.batch_size=0", "Infer.batch_size is 0; it takes"),
+        ("infer", "Infer.PostProcess.name=Top", "no post-processing named 'Top'; did you mean Topk"),
+        ("infer", "Infer.transforms.0={Decode: null}", "no transform named 'Decode'"),
+    ],
+)
+def test_values_and_names_that_are_refused(config_file, mode, override, message):
+    with pytest.raises(UsageError, match=message):
+        checked(config_file, mode, override, *([] if mode == "train" else ["Global.pretrained_model=x"]))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("epochs:", "epoch:", "Global has no 'epoch'; did you mean 'epochs'"),
+        ("Optimizer:", "Optimiser:", "the config has no 'Optimiser'; did you mean 'Optimizer'"),
+        ("{Train: [{Topk", "{Trian: [{Topk", "Metric has no 'Trian'; did you mean 'Train'"),
+        ("{Train: [{CEL", "{Trian: [{CEL", "Loss has no 'Trian'; did you mean 'Train'"),
+        ("sampler:", "samplr:", "DataLoader.Train has no 'samplr'; did you mean 'sampler'"),
+        ("class_num:", "3:", "Arch has the key 3; keys are texts"),
+        ("class_num: 2", "scale: .nan", "Arch.scale is nan; it takes a finite number"),
+    ],
+)
+def test_misspelt_keys_of_the_file_are_refused(config_file, old, new, message):
+    path = Path(config_file)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        checked(config_file, "train")
+
+
+def test_keys_of_somebody_else_are_left_alone(config_file):
+    config = checked(config_file, "train", "Global.my_note=x", "Global.of_mine={zebra: 1}")
+    assert config["Global"]["of_mine"] == {"zebra": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("null", None), ("~", None), ("None", None), ("true", True), ("False", False), ("1e-3", 1e-3), ("-2", -2),
+        ("[a, null]", ["a", None]), ("{name: L2}", {"name": "L2"}), ("3,8,8", [3, 8, 8]), ("*.conv.*", "*.conv.*"),
+        ("./out", "./out"), ("1.0/255.0", "1.0/255.0"), ("yes", "yes"), ("copy", "copy"), ("...", "..."), ("", ""),
+        ("[*", "[*"), ("2020-01-02", "2020-01-02"), ("b'x'", "b'x'"),
+    ],
+)  # fmt: skip
+def test_values_of_overrides(config_file, text, value):
+    given = read_config(config_file, [f"Global.of_mine={text}"])["Global"]["of_mine"]
+    assert (given, type(given)) == (value, type(value))
+
+
+def test_no_regularizer_in_an_override(config_file):
+    assert checked(config_file, "train", "Optimizer.regularizer=null")["Optimizer"]["regularizer"] is None
+
+
+def test_numbers_that_yaml_reads_as_text(config_file):
+    path = Path(config_file)
+    path.write_text(
+        path.read_text().replace("learning_rate: 0.1", "learning_rate: 1e-3").replace("weight: 1.0", "weight: 1e0")
+    )
+    config = checked(config_file, "train")
+    assert config["Optimizer"]["lr"]["learning_rate"] == 1e-3
+    assert config["Loss"]["Train"][0]["CELoss"]["weight"] == 1.0
+
+
+def test_a_folder_that_may_not_be_written_in_is_refused(config_file, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="nothing may be written in"):
+        checked(config_file, "train")
+
+
 def test_weights_of_paddleclas_own_are_enough_to_evaluate(config_file):
     checked(config_file, "eval", "Arch.pretrained=True")
 
 
-def test_batch_norms_are_synchronised_in_training_on_a_gpu_only(config_file):
+@pytest.mark.skipif(paddle.is_compiled_with_cuda(), reason="this Paddle may have a GPU")
+def test_a_gpu_is_refused_where_there_is_none(config_file):
+    with pytest.raises(ConfigError, match="device is 'gpu'; it takes cpu here: this Paddle is built for the CPU alone"):
+        checked(config_file, "train", "Global.device=gpu")
+
+
+def test_batch_norms_are_synchronised_in_training_on_a_gpu_only(config_file, monkeypatch):
+    monkeypatch.setattr("paddle.is_compiled_with_cuda", lambda: True)
+    monkeypatch.setattr("paddle.device.cuda.device_count", lambda: 1)
     for mode, device, kept in (("train", "gpu", True), ("train", "cpu", False), ("eval", "gpu", False)):
         overrides = ["Arch.use_sync_bn=True", f"Global.device={device}", "Global.pretrained_model=x"]
         assert checked(config_file, mode, *overrides)["Arch"]["use_sync_bn"] is kept

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import os
+import re
 import runpy
 import sys
 from collections.abc import Sequence
@@ -17,11 +19,10 @@ from ..errors import exit_code
 from . import locate, setup
 from .errors import ConfigError
 
-# The parts of a PaddleClas config that an override may add.
-_SECTIONS = {
-    "Global", "Arch", "AMP", "EMA", "Loss", "UnLabelLoss", "Optimizer", "DataLoader", "Metric", "Infer", "Slim",
-    "MLDecoder", "Sparsity", "Monitor",
-}  # fmt: skip
+# What YAML means by these words, and Python does not.
+_WORDS = {"null": None, "Null": None, "NULL": None, "~": None, "true": True, "false": False}
+# To YAML 1.1 this is a text.
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
 def main(mode: str, arguments: Sequence[str] | None = None) -> int:
@@ -73,23 +74,66 @@ def read_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Return PaddleClas' config of a YAML file with overrides applied; `ConfigError` says what is wrong in them."""
     from ppcls.utils import config as ppcls_config
 
+    from .validation import check_form
+
     try:
         config = ppcls_config.parse_config(path)
     except OSError as error:
         raise ConfigError(f"the config {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is no YAML file with sections: {error}") from error
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path} is no YAML file with sections: {reason}") from error
     for override in overrides:
-        _check_override(config, override)
-    ppcls_config.override_config(config, list(overrides))
+        _override(config, override)
     for section in ("Global", "Arch", "DataLoader"):
         if not isinstance(config.get(section), dict):
             raise ConfigError(f"{path} has no section {section}; is it a config of PaddleClas?")
+    for section, value in config.items():
+        config[section] = _numbers(value)
+        if type(value) is dict:
+            # What an override made; PaddleClas reads some keys as attributes.
+            config[section] = ppcls_config.AttrDict(value)
+    try:
+        check_form(config)
+    except RecursionError as error:
+        raise ConfigError(f"{path} has a section that contains itself") from error
     return config
 
 
-def _check_override(config: Any, override: str) -> None:
-    """Refuse what PaddleClas answers with an assertion, or takes for a new field without a word."""
+def _numbers(value: Any) -> Any:
+    """Return a part of a config with texts such as 1e-3 as numbers: PaddleClas does so outside of lists."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            value[key] = _numbers(part)
+        return value
+    if isinstance(value, list):
+        return [_numbers(part) for part in value]
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _read_value(text: str) -> Any:
+    """Return what an override's value is: of Python's and YAML's numbers, words, lists and sections, else the text."""
+    if text in _WORDS:
+        return _WORDS[text]
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = text
+    if value == text and text[:1] in ("[", "{"):
+        try:
+            value = yaml.safe_load(text)
+        except (yaml.YAMLError, ValueError, RecursionError):
+            value = text
+    if isinstance(value, tuple):
+        value = list(value)
+    return value if isinstance(value, (bool, int, float, str, list, dict, type(None))) else text
+
+
+def _override(config: Any, override: str) -> None:
+    """Put the value of an override in its place; refuse what PaddleClas answers with an assertion, or takes for a new
+    field without a word."""
+    from .validation import SECTIONS
+
     key, *values = override.split("=")
     if len(values) != 1 or not key:
         raise ConfigError(f"-o {override}: write KEY=VALUE with one =, as in -o Global.epochs=3")
@@ -97,17 +141,20 @@ def _check_override(config: Any, override: str) -> None:
     for depth, part in enumerate(parts):
         where = ".".join(parts[:depth]) or "the config"
         if isinstance(config, dict):
-            known = set(config) if depth else set(config) | _SECTIONS
+            known = set(map(str, config)) | (set() if depth else SECTIONS)
             near = difflib.get_close_matches(part, known, n=1, cutoff=0.8)
             if part not in known and (near or depth == 0):
                 hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
                 raise ConfigError(f"-o {override}: {where} has no {part!r}; {hint}")
-            if part not in config:
-                return
-            config = config[part]
+            if part not in config and depth < len(parts) - 1:
+                config[part] = {}
         elif isinstance(config, list):
             if not part.isdigit() or int(part) >= len(config):
                 raise ConfigError(f"-o {override}: {where} is a list of {len(config)} and has no {part!r}")
-            config = config[int(part)]
+            part = int(part)
         else:
             raise ConfigError(f"-o {override}: {where} is {config!r} and has nothing named {part!r}")
+        if depth == len(parts) - 1:
+            config[part] = _read_value(values[0])
+        else:
+            config = config[part]

@@ -16,7 +16,6 @@ from . import monitoring, resuming, saving, sparse
 from .errors import ConfigError
 from .guards import (
     Loader,
-    RaisingLogger,
     check_loss,
     check_samples,
     check_states,
@@ -26,6 +25,7 @@ from .guards import (
     watch_outputs,
 )
 from .loading import strict_loading, weights_are_in
+from .sentences import explained
 from .validation import check_config, check_run
 
 PaddleClasEngine = engine_module.Engine
@@ -53,7 +53,7 @@ class Engine(PaddleClasEngine):
             if mode == "train":
                 # Before PaddleClas opens its logs there.
                 held.enter_context(saving.only_training_in(config["Global"]["output_dir"]))
-            with strict_loading(config, mode):
+            with explained(f"{mode} cannot start", wrong_config=True), strict_loading(config, mode):
                 super().__init__(config, mode)
             failures.clear()
             network = getattr(self.model, "_layers", self.model)
@@ -75,6 +75,7 @@ class Engine(PaddleClasEngine):
         resume = functools.partial(resuming.resume, config=self.config, on_resume=self._resume)
         with (
             self._output_folder,
+            explained("the training stopped"),
             strict_loading(self.config, self.mode, resume),
             saving.whole_checkpoints(engine_module, self._states),
             monitoring.progress(self),
@@ -83,39 +84,27 @@ class Engine(PaddleClasEngine):
 
     def eval(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate; an image that could not be read is an error, as no other one says anything of it."""
-        result = super().eval(*args, **kwargs)
+        with explained("the evaluation stopped"):
+            result = super().eval(*args, **kwargs)
         loaders = [getattr(self, name, None) for split, name in _LOADERS.items() if split.startswith("Eval")]
         failures.raise_any(sum(len(loader.dataset) for loader in loaders if loader is not None))
         return result
 
-    def infer(self) -> Any:
+    def infer(self) -> None:
         """Label the images that can be read; raises `ReparamError` afterwards where some cannot."""
         _name_every_class(self.postprocess_func)
-        find, log = engine_module.get_image_list, engine_module.logger
-        place = self.config["Infer"].get("infer_imgs")
-        if not place:
-            raise ConfigError("infer has no images: set Infer.infer_imgs to an image or to a folder of some")
-
-        def readable(*args: Any, **kwargs: Any) -> list[str]:
-            try:
-                images = find(*args, **kwargs)
-            except Exception as error:
-                raise ConfigError(f"Infer.infer_imgs: there are no images in {place} ({error})") from error
-            return readable_images(images, self.preprocess_func)
-
-        engine_module.get_image_list = readable
-        # Newer Engines log whatever goes wrong, and go on.
-        engine_module.logger = RaisingLogger()
+        find = engine_module.get_image_list
+        engine_module.get_image_list = lambda place: readable_images(find(place), self.preprocess_func)
         try:
-            results = super().infer()
+            with explained("infer stopped"):
+                super().infer()
         finally:
-            engine_module.get_image_list, engine_module.logger = find, log
+            engine_module.get_image_list = find
         failures.raise_any()
-        return results
 
     def export(self, *args: Any, **kwargs: Any) -> None:
         """Export, as PaddleClas does, what was loaded when the Engine was made."""
-        with weights_are_in():
+        with explained("the export stopped"), weights_are_in():
             super().export(*args, **kwargs)
 
     @staticmethod

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import paddle
 
-from ..export import one_sentence
 from .guards import failures
+from .sentences import explained
 
 
 @dataclass
@@ -49,10 +49,10 @@ def read_training_images(config: dict[str, Any], most: int) -> Images:
 
     Errors are those of `read_validation_images`.
     """
-    from .validation import check_dataset
+    from .validation import check_loader
 
     for part in ("Train", "Eval"):
-        check_dataset(config, part)
+        check_loader(config, part)
     config = copy.deepcopy(config)
     sections = config["DataLoader"]
     transforms = sections["Eval"]["dataset"].get("transform_ops")
@@ -63,17 +63,17 @@ def read_training_images(config: dict[str, Any], most: int) -> Images:
 def _validation_dataset(config: dict[str, Any]) -> Any:
     from ppcls.data import build_dataloader
 
-    from .validation import check_dataset
+    from .validation import check_loader
 
-    check_dataset(config, "Eval")
+    check_loader(config, "Eval")
     config["DataLoader"]["class_num"] = config["Arch"].get("class_num")
-    with one_sentence("DataLoader.Eval cannot be read"):
+    with explained("DataLoader.Eval cannot be read"):
         return build_dataloader(config["DataLoader"], "Eval", paddle.set_device("cpu")).dataset
 
 
 def _read(dataset: Any, indices: Iterable[int]) -> Images:
     failures.clear()
-    with one_sentence("DataLoader.Eval cannot be read"):
+    with explained("DataLoader.Eval cannot be read"):
         pixels, labels = zip(*(dataset[int(i)][:2] for i in indices))
         failures.raise_any(len(pixels))
         labels = np.stack(labels)
