@@ -18,6 +18,7 @@ from sklearn.datasets import load_sample_images
 
 from paddle_reparam import checkpoints, ppcls
 from paddle_reparam.errors import ReparamError
+from paddle_reparam.export import OutputSpec
 from paddle_reparam.predict import ImageClassifier, find_images, preprocess
 from paddle_reparam.released import read_manifest, write_manifest
 
@@ -140,6 +141,50 @@ def test_what_is_wrong_is_one_sentence(project, tmp_path, capsys):
     for wrong in (["--top", "0"], ["--sheet", str(tmp_path / "nowhere" / "a.png")], ["--sheet", "a.txt"]):
         with pytest.raises(SystemExit, match="2"):
             predict([str(folder / "plain"), str(folder / "images"), *wrong])
+
+
+def test_what_cannot_be_read_is_counted_and_the_rest_is_labelled(project, tmp_path, capsys):
+    folder, _ = project
+    (tmp_path / "a.png").write_bytes(b"no image")
+    (tmp_path / "b.png").write_bytes((folder / "images" / "china.png").read_bytes())
+    (tmp_path / "c.png").write_bytes(b"")
+    assert tool("predict").main([str(folder / "plain"), str(tmp_path), "--top", "1"]) == 1
+    out, error = capsys.readouterr()
+    assert re.search(r"b.png +label \d", out)
+    assert "a.png" not in out
+    assert f"2 of 3 images are not labelled, the first: {tmp_path / 'a.png'}: it is no image" in error
+
+
+def test_files_for_others_have_the_form_that_they_read(project):
+    folder, _ = project
+    written = yaml.safe_load((folder / "plain" / "inference.yml").read_text())
+    assert set(written) == {"PreProcess", "PostProcess"}
+    assert written["PostProcess"] == {"Topk": {"topk": 5, "label_list": LABELS}}
+    steps = written["PreProcess"]["transform_ops"]
+    assert [name for step in steps for name in step] == ["ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage"]
+    assert isinstance(steps[2]["NormalizeImage"]["scale"], float)
+    assert set(steps[2]["NormalizeImage"]) == {"mean", "std", "scale", "order"}
+    # PaddleX always normalises and orders axes: an export that takes pixels is none for it.
+    assert not (folder / "pixels" / "inference.yml").exists()
+    script = yaml.safe_load((folder / "pixels" / "predict_cls.yml").read_text())["PostProcess"]
+    assert script == {"main_indicator": "Topk", "Topk": {"topk": 5, "class_id_map_file": "labels.txt"}}
+
+
+def test_files_for_several_labels_and_for_features():
+    from paddle_reparam.ppcls.transforms import files_for_paddleclas
+
+    normalise = {"NormalizeImage": {"scale": 1 / 255, "mean": [0.5] * 3, "std": [0.5] * 3, "order": ""}}
+    steps = [{"ResizeImage": {"size": [8, 8]}}, normalise, {"ToCHWImage": {}}]
+    files = files_for_paddleclas(steps, ["a", None], OutputSpec("sigmoid"))
+    assert files["labels.txt"] == "0 a\n1 1\n"
+    [several] = yaml.safe_load(files["inference.yml"])["PostProcess"].items()
+    assert several == ("MultiLabelThreshOutput", {"threshold": 0.5, "label_list": ["a", "1"]})
+    script = yaml.safe_load(files["predict_cls.yml"])["PostProcess"]
+    assert script["main_indicator"] == "MultiLabelThreshOutput"
+    assert files_for_paddleclas(steps, None, OutputSpec(None, ("features",))) == {}
+    assert files_for_paddleclas([*steps[:2], {"ToGray": {}}, *steps[2:]], None, OutputSpec("softmax")) == {}
+    by_area = [{"ResizeImage": {"size": 8, "interpolation": "area"}}, *steps[1:]]
+    assert set(files_for_paddleclas(by_area, None, OutputSpec("softmax"))) == {"predict_cls.yml"}
 
 
 def test_an_image_of_another_size_and_a_release_without_steps_are_refused(project, tmp_path):
