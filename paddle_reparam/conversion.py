@@ -18,7 +18,7 @@ from paddle import nn
 
 from . import checkpoints
 from . import models as models  # importing registers them
-from .errors import CheckpointError, OutputExists, ReparamError
+from .errors import BY_FORCE, CheckpointError, OutputExists, ReparamError
 from .registry import create_model, get_model
 from .report import Report, format_table
 from .rewrite import reparameterize
@@ -74,7 +74,7 @@ class ConversionReport(Report):
     def __str__(self) -> str:
         part = self.part or "the whole file"
         if self.has_ema and self.part not in EMA_PARTS:
-            part += " (a moving average is there too: --weights ema)"
+            part += " (a moving average is there too: ask for the ema weights)"
         form = "merged (deploy); split into the branches of the train form" if self.merged else "train"
         classes = f"{self.class_num}{' (read from the file)' if self.class_num_from_file else ''}"
         rows = [
@@ -110,7 +110,7 @@ def convert(
     is none, and `ReparamError` where anything else does not hold; nothing is then written.
     """
     if os.path.lexists(output) and not force:
-        raise OutputExists(f"{output} exists already and is kept; name another file, or replace it with --force")
+        raise OutputExists(f"{output} exists already and is kept; name another file, or {BY_FORCE}")
     get_model(name)
     published = read_published(source, weights)
     options = dict(options or {})
@@ -277,13 +277,15 @@ def _open(content: Any, weights: str) -> tuple[str, Mapping[str, Any]]:
     parts = {part: content[part] for part in (*PLAIN_PARTS, *EMA_PARTS) if isinstance(content.get(part), Mapping)}
     if not parts:
         if weights == "ema":
-            raise CheckpointError("it holds one set of weights and no moving average of them; leave --weights ema out")
+            raise CheckpointError(
+                "it holds one set of weights and no moving average of them; ask for the plain weights"
+            )
         return "", content
     wanted = [part for part in (EMA_PARTS if weights == "ema" else PLAIN_PARTS) if part in parts]
     if not wanted:
         other = "plain" if weights == "ema" else "ema"
         raise CheckpointError(
-            f"of its parts ({', '.join(map(str, content))}) none are {weights} weights; try --weights {other}"
+            f"of its parts ({', '.join(map(str, content))}) none are {weights} weights; ask for the {other} weights"
         )
     # What lies deeper is of the kind that was chosen here.
     inner, state = _open(parts[wanted[0]], "plain")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoints import atomic_write
-from .errors import OutputExists, ReparamError
+from .errors import BY_FORCE, OutputExists, ReparamError
 from .release import new_folder
 from .report import Report
 
@@ -86,7 +86,7 @@ def list_folder(
     root = Path(root)
     existing = [name for name in (TRAIN_LIST, VAL_LIST, LABEL_NAMES) if (root / name).exists()]
     if existing and not force:
-        raise OutputExists(f"{root / existing[0]} exists already and is kept; replace it with --force")
+        raise OutputExists(f"{root / existing[0]} exists already and is kept; {BY_FORCE}")
     if not root.is_dir():
         raise ReparamError(f"{root} is no folder; give the one that holds train and {' or '.join(VAL_FOLDERS)}")
     for_validation = next((name for name in VAL_FOLDERS if (root / name).is_dir()), None)
@@ -181,7 +181,7 @@ def _refuse_to_replace(output: Path, force: bool, val_list: str) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not force:
-        raise OutputExists(f"{output} exists already and is kept; name another folder, or replace it with --force")
+        raise OutputExists(f"{output} exists already and is kept; name another folder, or {BY_FORCE}")
     earlier = output / VAL_LIST
     if not earlier.is_file() or earlier.read_text(encoding="utf-8", errors="replace") != val_list:
         raise OutputExists(f"{output} is not what this command wrote, so it is kept; name another folder")

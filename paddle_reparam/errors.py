@@ -45,6 +45,10 @@ class OutputExists(UsageError):
     """The file or folder to write stands there already, and may not be replaced."""
 
 
+#: How to replace it all the same, in Python and on the command line.
+BY_FORCE = "replace it with force=True (in a command, --force)"
+
+
 #: What a terminal does not show but obeys: controls, directions of writing, halves of characters, ends of lines.
 _NOT_SHOWN = ("Cc", "Cf", "Cs", "Zl", "Zp")
 #: Some scripts join letters by these two.

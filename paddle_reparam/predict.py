@@ -164,7 +164,9 @@ class ImageClassifier:
         Raises `UsageError` for a threshold where they have not.
         """
         if threshold is not None and not self.several_labels:
-            raise UsageError("the classes of this network exclude each other, so no threshold applies; give --top")
+            raise UsageError(
+                "the classes of this network exclude each other, so no threshold applies; ask for the top ones"
+            )
         image = read_image(path)
         with one_sentence(f"{path}: it cannot be labelled"):
             try:

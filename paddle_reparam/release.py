@@ -25,7 +25,7 @@ import paddle
 from paddle import nn
 
 from . import __version__, checkpoints
-from .errors import NothingProven, OutputExists, ReparamError
+from .errors import BY_FORCE, NothingProven, OutputExists, ReparamError
 from .export import (
     AS_THE_NETWORK,
     DEFAULT_OPTIONS,
@@ -374,7 +374,7 @@ def _refuse_to_replace(target: Path, folder: Folder, force: bool) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise OutputExists(f"{folder} exists already and is kept; name another folder, or replace it with --force")
+        raise OutputExists(f"{folder} exists already and is kept; name another folder, or {BY_FORCE}")
     if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
         raise OutputExists(
             f"{folder} holds no {MANIFEST}, so it is no earlier release and is kept; name another folder"

@@ -19,7 +19,7 @@ from paddle_reparam.verify import verify
 BACKBONES = [
     "MobileNetV1", "MobileNetV2", "MobileNetV3_small_x1_0", "MobileNetV3_large_x1_0", "EfficientNetB0",
     "ShuffleNetV2_x1_0", "ResNet18", "ResNet50", "ResNeXt50_32x4d", "DenseNet121", "GhostNet_x1_0", "Res2Net50_26w_4s",
-    "HRNet_W18_C", "HBONet_x0_25", "ShuffleNetV1_x0_5_g3", "ConvNeXt_T",
+    "HRNet_W18_C", "HBONet_x0_25", "ReXNet_1_0", "ShuffleNetV1_x0_5_g3", "ConvNeXt_T",
 ]  # fmt: skip
 #: Those that the PaddleClas 2.4 wheel lacks.
 NEWER = ["FasterNet_T0", "MobileNeXt_x0_35", "ConvNeXt_tiny"]

@@ -275,7 +275,7 @@ def test_the_moving_average_is_taken_when_asked_for(part, tmp_path, torch):
     source = torch({"model": tensors(state), part: tensors(average)})
     report = convert("Tiny", source, tmp_path / "plain.pdparams")
     assert_holds(tmp_path / "plain.pdparams", state)
-    assert "model (a moving average is there too: --weights ema)" in str(report)
+    assert "model (a moving average is there too: ask for the ema weights)" in str(report)
     report = convert("Tiny", source, tmp_path / "ema.pdparams", weights="ema")
     assert_holds(tmp_path / "ema.pdparams", average)
     assert report.part == part
@@ -285,9 +285,9 @@ def test_the_moving_average_is_taken_when_asked_for(part, tmp_path, torch):
 def test_weights_that_are_not_there_are_refused(torch):
     state = tensors(published_tiny())
     for content, weights, sentence in [
-        (state, "ema", "one set of weights and no moving average of them; leave --weights ema out"),
-        ({"model": state, "epoch": 1}, "ema", r"of its parts \(model, epoch\) none are ema weights; try --weights pl"),
-        ({"model_ema": state}, "plain", r"none are plain weights; try --weights ema"),
+        (state, "ema", "one set of weights and no moving average of them; ask for the plain weights"),
+        ({"model": state, "epoch": 1}, "ema", r"of its parts \(model, epoch\) none are ema weights; ask for the plain"),
+        ({"model_ema": state}, "plain", r"none are plain weights; ask for the ema weights"),
         ([1, 2], "plain", "it holds a list in the place of named weights"),
         ({"epoch": 3}, "plain", "its entry 'epoch' is no array but of the type int, so this is no state dict"),
     ]:

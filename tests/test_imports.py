@@ -1,6 +1,8 @@
 """`import paddle_reparam` registers the layers, and the core needs nothing but Paddle and numpy."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,3 +59,19 @@ def test_import_registers_every_layer(fresh):
     *_, after_import, after_all = fresh
     assert after_import, "import paddle_reparam registers no layer"
     assert after_import == after_all, "a layer is registered only once its own module is imported"
+
+
+def test_errors_of_the_library_name_no_option_of_a_command():
+    """Who calls a function has no command line; what both have to do is said for both, as `BY_FORCE` does."""
+    paths = [path for path in ROOT.rglob("*.py") if "ppcls" not in path.parts]
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in paths}
+    texts = [
+        (path.name, part.value)
+        for path, tree in trees.items()
+        for statement in ast.walk(tree)
+        if isinstance(statement, ast.Raise)
+        for part in ast.walk(statement)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+    assert len(texts) > 100
+    assert [each for each in texts if re.search(r"(^|\s)--[a-z]", each[1])] == []
