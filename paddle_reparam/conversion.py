@@ -96,7 +96,7 @@ def convert(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    weights: str = "plain",
+    weights: str | None = None,
     options: Mapping[str, Any] | None = None,
     force: bool = False,
 ) -> ConversionReport:
@@ -104,7 +104,8 @@ def convert(
 
     Every entry must find its place. The number of classes is read from the file unless `options` has it. What is
     written is loaded again, and the network that it makes compared with its fused form, before it stands under its
-    name. `weights`: "plain", or "ema" for the moving average that a training checkpoint may hold as well.
+    name. `weights`: "plain", or "ema" for the moving average that a training checkpoint may hold as well; None takes
+    what the file holds, the plain ones of both.
 
     Raises `OutputExists` for a file that stands there already, unless `force`, `UnknownName` for a name or option that
     is none, and `ReparamError` where anything else does not hold; nothing is then written.
@@ -203,17 +204,18 @@ def _compare_with_fused(name: str, model: nn.Layer) -> tuple[list[int | None], V
 # Reading
 
 
-def read_published(path: str | os.PathLike[str], weights: str = "plain") -> PublishedWeights:
+def read_published(path: str | os.PathLike[str], weights: str | None = None) -> PublishedWeights:
     """Return the arrays of a published weight file, without running anything that the file contains.
 
     `.npz`, `.safetensors` and `.pdparams` are read as `checkpoints.load` does; Paddle's own names and layouts are
     brought into torch's. Every other file is taken for one of PyTorch, which must be installed: `.pth`, `.pt`,
     `.pth.tar`, `.bin`. Of a training checkpoint, `weights` chooses what is taken: "plain" (`state_dict`, `model` or
-    `module`) or "ema" (`model_ema`, `state_dict_ema`).
+    `module`, and for None) or "ema" (`model_ema`, `state_dict_ema`). PaddleClas has them in two files, of which
+    `.pdparams` holds the average where there is a `.pdema`, and that the plain ones; there it must be the right file.
 
     Raises `CheckpointError` where the file cannot be read, holds no such weights or would run code.
     """
-    if weights not in ("plain", "ema"):
+    if weights not in (None, "plain", "ema"):
         raise ReparamError(f"there are no weights {weights!r}; choose 'plain' or 'ema'")
     kind = _BY_SUFFIX.get(Path(path).suffix.lower(), "PyTorch")
     try:
@@ -222,7 +224,9 @@ def read_published(path: str | os.PathLike[str], weights: str = "plain") -> Publ
         raise error if kind != "PyTorch" else error.at(str(path)) from error
     has_ema = isinstance(content, Mapping) and any(isinstance(content.get(part), Mapping) for part in EMA_PARTS)
     try:
-        part, state = _open(content, weights)
+        part, state = _part_of_two(Path(path), weights), content
+        if part is None:
+            part, state = _open(content, weights or "plain")
         arrays, types = {}, Counter()
         for key, value in state.items():
             arrays[key], dtype = _array_of(key, value)
@@ -232,6 +236,21 @@ def read_published(path: str | os.PathLike[str], weights: str = "plain") -> Publ
     if kind == "Paddle" or any(key.endswith("._mean") for key in arrays):
         arrays = {key: a.T if key.endswith(".weight") and a.ndim == 2 else a for key, a in arrays.items()}
     return PublishedWeights(arrays, kind, part, dict(types), has_ema)
+
+
+def _part_of_two(path: Path, weights: str | None) -> str | None:
+    """Return which weights a file of PaddleClas holds where it wrote two; None for every other file.
+
+    Raises `CheckpointError` where the other ones are asked for.
+    """
+    average, plain = path.with_suffix(".pdparams"), path.with_suffix(".pdema")
+    if path.suffix not in (average.suffix, plain.suffix) or not plain.is_file():
+        return None
+    found, other, place = ("plain", "ema", average) if path == plain else ("ema", "plain", plain)
+    if weights == other:
+        raise CheckpointError(f"it holds the {found} weights; give {place} for the {other} ones")
+    kinds = {"plain": "the weights as they were trained", "ema": "the moving average of the weights"}
+    return f"{kinds[found]} (the other ones: {place.name})"
 
 
 def _load_torch(path: Path) -> Any:

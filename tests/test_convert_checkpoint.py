@@ -282,6 +282,37 @@ def test_the_moving_average_is_taken_when_asked_for(part, tmp_path, torch):
     assert "--weights" not in str(report)
 
 
+def test_of_paddleclas_two_files_pdparams_holds_the_average(tool, npz, tmp_path, capsys):
+    """Where PaddleClas averages the weights, it writes the average into .pdparams and the plain ones into .pdema."""
+    state = checkpoints.convert_state("Tiny", published_tiny())
+    kinds = {"pdparams": "the moving average of the weights", "pdema": "the weights as they were trained"}
+    checkpoints.save(state, tmp_path / "latest.pdparams")
+    given = ["--model", "Tiny", "--output", str(tmp_path / "ours.pdparams"), "--force", "--input"]
+    assert tool(*given, tmp_path / "latest.pdparams") == 0
+    assert "the whole file" in capsys.readouterr().out
+    (tmp_path / "latest.pdema").write_bytes((tmp_path / "latest.pdparams").read_bytes())
+    for suffix, weights, other in (("pdparams", "ema", "pdema"), ("pdema", "plain", "pdparams")):
+        file = str(tmp_path / f"latest.{suffix}")
+        for chosen in ([], ["--weights", weights]):
+            assert tool(*given, file, *chosen) == 0
+            assert f"{kinds[suffix]} (the other ones: latest.{other})" in capsys.readouterr().out
+        assert tool(*given, file, "--weights", "plain" if weights == "ema" else "ema") == 1
+        assert f"it holds the {weights} weights; give {tmp_path / f'latest.{other}'}" in capsys.readouterr().err
+
+
+def test_published_weights_for_another_number_of_classes(npz, tmp_path):
+    """They are converted as they are, and the classifier stays fresh where they are loaded."""
+    published = npz(published_tiny(classes=7))
+    with pytest.raises(CheckpointError, match="they are of 7 classes: convert them without class_num, and load the"):
+        conversion.convert("Tiny", published, tmp_path / "ours.pdparams", options={"class_num": 3})
+    conversion.convert("Tiny", published, tmp_path / "ours.pdparams")
+    model = create_model("Tiny", class_num=3)
+    report = checkpoints.load_into(model, tmp_path / "ours", fresh=True)
+    assert report.fresh == ("fc.weight", "fc.bias")
+    arrays = checkpoints.load(tmp_path / "ours.pdparams")
+    assert all(np.array_equal(arrays[name], model.state_dict()[name].numpy()) for name in report.loaded)
+
+
 def test_weights_that_are_not_there_are_refused(torch):
     state = tensors(published_tiny())
     for content, weights, sentence in [

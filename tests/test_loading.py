@@ -279,3 +279,21 @@ def test_fresh_is_for_training(place, files, capsys):
         arch = {"name": "RecModel", "Backbone": with_classes(STOCK, 3), key: True}
         assert main("train", place.arguments(place.config(arch), "fresh")) == 2
         assert f"RecModel has no {key} of its own; give it to the network inside" in capsys.readouterr().err
+
+
+def test_masks_of_another_number_of_classes(place):
+    """Masks come with the weights; that of a new classifier is drawn, exactly as dense as the old one."""
+    arch = {"name": "SLaK_micro", "dims": [8, 8, 8, 8], "depths": [1, 1, 1, 1], "kernel_size": [7, 7, 7, 7, 3]}
+    sparse = {"Sparsity": {"density": 0.5, "distribution": "uniform", "update_frequency": 2}}
+    assert main("train", place.arguments(place.config(with_classes(arch, 2), **sparse), "sparse")) == 0
+    old = checkpoints.load(f"{place.saved('sparse')}.pdparams")
+    config = place.config(with_classes(arch, 5), **sparse)
+    overrides = ["-o", f"Global.pretrained_model={place.saved('sparse')}", "-o", "Global.fresh=True"]
+    assert main("train", [*place.arguments(config, "sparse5"), *overrides]) == 0
+    new = checkpoints.load(f"{place.saved('sparse5')}.pdparams")
+    assert set(new) == set(old)
+    head, counts = old["head.weight_mask"], {name: int(old[name].sum()) for name in old if name.endswith("_mask")}
+    assert 0 < counts["head.weight_mask"] < head.size
+    counts["head.weight_mask"] = round(head.mean() * new["head.weight"].size)
+    assert {name: int(new[name].sum()) for name in counts} == counts
+    assert not new["head.weight"][~new["head.weight_mask"]].any()

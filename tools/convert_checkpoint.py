@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", required=True, help="the published file: .pth, .pt, .safetensors, .npz, .pdparams")
     parser.add_argument("--output", required=True, type=_weight_file, help="the .pdparams or .safetensors to write")
     parser.add_argument(
-        "--weights", choices=["plain", "ema"], default="plain",
-        help="which of the weights of a training checkpoint: as trained, or their moving average",
+        "--weights", choices=["plain", "ema"],
+        help="which of the weights of a training checkpoint: as trained (the default), or their moving average",
     )  # fmt: skip
     parser.add_argument(
         "--option", action="append", default=[], type=_option, metavar="KEY=VALUE",
