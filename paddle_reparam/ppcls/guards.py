@@ -259,6 +259,7 @@ class Loader:
 
     def __init__(self, loader: paddle.io.DataLoader, split: str) -> None:
         self._loader, self._split = loader, split
+        self._error: ReparamError | None = None
         loader.dataset._errors_are_noted = True
 
     def __getattr__(self, name: str) -> Any:
@@ -268,6 +269,9 @@ class Loader:
         return len(self._loader)
 
     def __iter__(self) -> Iterator[Any]:
+        # Newer Engines begin anew after any error.
+        if self._error is not None:
+            raise self._error
         _reader_errors.clear()
         batches = iter(self._loader)
         while True:
@@ -275,13 +279,16 @@ class Loader:
                 batch = next(batches)
             except StopIteration:
                 return
-            except SystemError as error:
-                raise ReparamError(
-                    f"DataLoader.{self._split}: its workers ended without a word, as where memory runs out; the system "
-                    "may say why. Fewer of them need less (num_workers)"
-                ) from error
-            for message in _reader_errors.all():
-                raise ReparamError(f"DataLoader.{self._split}: {message}")
+            except SystemError:
+                messages = [
+                    "its workers ended without a word, as where memory runs out; the system may say why. Fewer of them "
+                    "need less (num_workers)"
+                ]
+            else:
+                messages = _reader_errors.all()
+            if messages:
+                self._error = ReparamError(f"DataLoader.{self._split}: {messages[0]}")
+                raise self._error
             yield batch
 
 
