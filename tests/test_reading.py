@@ -189,13 +189,15 @@ def test_every_data_set_of_paddleclas_is_watched():
 def test_labelling_goes_on_and_says_what_it_left_out(place, trained, capsys):
     folder = place.root / "photos"
     folder.mkdir()
+    given = place.arguments(place.config(PLAIN), "infer", f"Global.pretrained_model={trained}")
+    for nothing, message in ((folder, "no images in"), (folder / "x", "no images in"), ("", "set Infer.infer_imgs")):
+        fails(capsys, 2, message, main, "infer", [*given, "-o", f"Infer.infer_imgs={nothing}"])
     for number in range(3):
         Image.fromarray(np.full((16, 16, 3), 60 * number, np.uint8)).save(folder / f"{number}.png")
     (folder / "9.png").write_text("no image")
-    given = place.arguments(place.config(PLAIN), "infer", f"Global.pretrained_model={trained}")
     assert main("infer", [*given, "-o", f"Infer.infer_imgs={folder}"]) == 1
     output = capsys.readouterr()
-    assert output.out.count("class_ids") == 3
+    assert (output.out + place.log("infer", "infer")).count("class_ids") == 3
     assert "an image cannot be read" in output.err
     assert "9.png (" in output.err
     fails(capsys, 1, "1 of 1 images cannot be read", main, "infer", [*given, "-o", f"Infer.infer_imgs={folder}/9.png"])
@@ -217,5 +219,6 @@ def test_a_network_that_overflows_names_the_layer(place, trained, tmp_path, caps
     name = next(key for key in state if key.endswith("fc.weight"))
     state[name][...] = 3e38
     paddle.save(state, str(tmp_path / "huge.pdparams"))
-    given = place.arguments(place.config(PLAIN), "huge", f"Global.pretrained_model={tmp_path / 'huge'}")
-    fails(capsys, 1, "output is not finite: it starts at fc", main, "eval", given)
+    for mode in ("eval", "infer"):
+        given = place.arguments(place.config(PLAIN), mode, f"Global.pretrained_model={tmp_path / 'huge'}")
+        fails(capsys, 1, "output is not finite: it starts at fc", main, mode, given)

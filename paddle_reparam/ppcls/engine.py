@@ -16,6 +16,7 @@ from . import monitoring, resuming, saving, sparse
 from .errors import ConfigError
 from .guards import (
     Loader,
+    RaisingLogger,
     check_loss,
     check_samples,
     check_states,
@@ -90,17 +91,31 @@ class Engine(PaddleClasEngine):
         failures.raise_any(sum(len(loader.dataset) for loader in loaders if loader is not None))
         return result
 
-    def infer(self) -> None:
+    def infer(self) -> Any:
         """Label the images that can be read; raises `ReparamError` afterwards where some cannot."""
         _name_every_class(self.postprocess_func)
-        find = engine_module.get_image_list
-        engine_module.get_image_list = lambda place: readable_images(find(place), self.preprocess_func)
+        find, log = engine_module.get_image_list, engine_module.logger
+        place = self.config["Infer"].get("infer_imgs")
+        if not place:
+            raise ConfigError("infer has no images: set Infer.infer_imgs to an image or to a folder of some")
+
+        def readable(*args: Any, **kwargs: Any) -> list[str]:
+            try:
+                images = find(*args, **kwargs)
+            except Exception as error:
+                raise ConfigError(f"Infer.infer_imgs: there are no images in {place} ({error})") from error
+            return readable_images(images, self.preprocess_func)
+
+        engine_module.get_image_list = readable
+        # Newer Engines log whatever goes wrong, and go on.
+        engine_module.logger = RaisingLogger()
         try:
             with explained("infer stopped"):
-                super().infer()
+                results = super().infer()
         finally:
-            engine_module.get_image_list = find
+            engine_module.get_image_list, engine_module.logger = find, log
         failures.raise_any()
+        return results
 
     def export(self, *args: Any, **kwargs: Any) -> None:
         """Export, as PaddleClas does, what was loaded when the Engine was made."""

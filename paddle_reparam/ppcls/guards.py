@@ -103,6 +103,17 @@ class _Logger:
         logger.error(message, *arguments)
 
 
+class RaisingLogger:
+    """PaddleClas' logger, where what it logs as an error ends the run."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(logger, name)
+
+    def error(self, message: str, *arguments: Any) -> None:
+        cause = sys.exc_info()[1]
+        raise cause if isinstance(cause, ReparamError) else ReparamError(str(message))
+
+
 class _Reading(threading.local):
     depth = 0
 
