@@ -670,23 +670,6 @@ def check_run(config: dict[str, Any], mode: str) -> None:
         settings.update(pretrained_model=None, fresh=None)
     if mode == "train" and settings.get("fresh") and not settings["pretrained_model"]:
         raise ConfigError("Global.fresh goes with Global.pretrained_model, and Arch.fresh with Arch.pretrained")
-    if not (config.get("Metric") or {}).get("Eval"):
-        if mode == "eval" or (mode == "train" and settings["eval_during_train"]):
-            raise ConfigError(
-                "Metric.Eval is missing, so an evaluation would measure nothing; write into the config what it "
-                "measures, such as TopkAcc, or train with -o Global.eval_during_train=False"
-            )
-        # PaddleClas reads it, and takes null for entries.
-        config["Metric"] = {**(config.get("Metric") or {}), "Eval": [{}]}
-    if mode == "infer" and settings.get("eval_mode", "classification") != "classification":
-        raise ConfigError(
-            f"infer prints classes, and Global.eval_mode is {settings['eval_mode']}; export the network and compare "
-            "its features"
-        )
-    inner = list(networks(config["Arch"]))
-    if any(n["name"] == "RecModel" and "Head" in n for n in inner) and config["Arch"]["name"] != "RecModel":
-        # Otherwise the inner one's head does not get the labels that its margin is for.
-        config["Arch"].setdefault("is_rec", True)
     if mode != "train" and not settings["pretrained_model"] and not _is_complete(config["Arch"]):
         raise ConfigError(f"{mode} has no weights: set Global.pretrained_model to what training saved")
     for key in ("AMP", "EMA"):
@@ -699,6 +682,8 @@ def check_run(config: dict[str, Any], mode: str) -> None:
     splits = {"train": ["Train", "Eval"] if settings.get("eval_during_train") else ["Train"], "eval": ["Eval"]}
     for split in splits.get(mode, []):
         check_loader(config, split)
+    _check_task(config, mode)
+    for split in splits.get(mode, []):
         check_metrics(config, split)
         if split == "Eval" and "Eval" in config.get("Loss", {}):
             _check_operators("loss", config["Loss"]["Eval"], "Loss.Eval", more=["weight"])
@@ -708,3 +693,24 @@ def check_run(config: dict[str, Any], mode: str) -> None:
         check_infer(config)
     if mode == "export":
         check_place(settings["save_inference_dir"], "Global.save_inference_dir")
+
+
+def _check_task(config: dict[str, Any], mode: str) -> None:
+    """Raise `ConfigError` where a mode has nothing to measure, or nothing to print."""
+    if not (config.get("Metric") or {}).get("Eval"):
+        if mode == "eval" or (mode == "train" and config["Global"]["eval_during_train"]):
+            raise ConfigError(
+                "Metric.Eval is missing, so an evaluation would measure nothing; write into the config what it "
+                "measures, such as TopkAcc, or train with -o Global.eval_during_train=False"
+            )
+        # PaddleClas reads it, and takes null for entries.
+        config["Metric"] = {**(config.get("Metric") or {}), "Eval": [{}]}
+    if mode == "infer" and config["Global"].get("eval_mode", "classification") != "classification":
+        raise ConfigError(
+            f"infer prints classes, and Global.eval_mode is {config['Global']['eval_mode']}; export the network and "
+            "compare its features"
+        )
+    inner = list(networks(config["Arch"]))
+    if any(n["name"] == "RecModel" and "Head" in n for n in inner) and config["Arch"]["name"] != "RecModel":
+        # Otherwise the inner one's head does not get the labels that its margin is for.
+        config["Arch"].setdefault("is_rec", True)
