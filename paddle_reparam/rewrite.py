@@ -12,6 +12,7 @@ from typing import Any, Callable, Union
 
 import paddle.nn.functional as F
 from paddle import nn
+from paddle.jit.dy2static.program_translator import StaticFunction
 
 from . import kernels, sparsity
 from .errors import ReparamError, UnsupportedConv, UsageError
@@ -112,6 +113,15 @@ def _has_hooks(layer: nn.Layer) -> bool:
     return bool(layer._forward_pre_hooks or layer._forward_post_hooks)
 
 
+def _refuse_compiled(model: nn.Layer) -> None:
+    for path, layer in walk(model):
+        if isinstance(vars(layer).get("forward"), StaticFunction):
+            raise ReparamError(
+                f"{path or type(layer).__name__} was compiled by paddle.jit.to_static, and would go on computing the "
+                "layers that it had then; compile the network after its layers were replaced or fused"
+            )
+
+
 def _owners(model: nn.Layer) -> dict[int, set[int]]:
     """Return id of a parameter -> ids of the layers that hold it."""
     owners: dict[int, set[int]] = {}
@@ -191,6 +201,7 @@ def replace(
     """
     if not isinstance(model, nn.Layer):
         raise UsageError(f"{layer_name} is put into a network, a paddle.nn.Layer, not into {model!r}; build it first")
+    _refuse_compiled(model)
     layer_class = get_layer(layer_name).layer
     layer_class.check_options(**options)
     if isinstance(model, nn.Conv2D):
@@ -481,6 +492,7 @@ def reparameterize(
     if not isinstance(model, nn.Layer):
         raise UsageError(f"only a network, a paddle.nn.Layer, can be fused, not {model!r}")
     require_eval(model, "the model", "fusing")
+    _refuse_compiled(model)
     report = RewriteReport()
     duplicate = copy_model(model)
     # Masks are for training: the weights behind them are zero.

@@ -293,3 +293,12 @@ def test_maps_of_another_size_are_refused():
         traced = paddle.jit.to_static(copy.deepcopy(form), input_spec=spec, full_graph=True)
         with pytest.raises(ReparamError, match="4x4 pixels and got maps of openx4"):
             _ = traced.forward.concrete_program
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_kernels_start_as_large_as_their_inputs_ask_for(groups):
+    """Whatever the groups: an output sees in_channels / groups channels."""
+    layer = RepMLP(64, 64, 8, 8, 4, 4, fc3_groups=groups, reparam_conv_k=(3,))
+    bound = (64 // groups * 9) ** -0.5
+    weight = as_array(layer.repconv3.conv.weight)
+    assert 0.9 * bound < np.abs(weight).max() <= bound

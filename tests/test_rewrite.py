@@ -701,3 +701,18 @@ def test_a_copy_may_share_the_tensors_but_not_the_layers():
         assert not {id(layer) for layer in copied.sublayers()} & {id(layer) for layer in net.sublayers()}
         for name, tensor in copied.state_dict().items():
             assert (tensor is net.state_dict()[name]) == share, name
+
+
+def test_a_compiled_network_is_refused():
+    """It would go on computing the layers that it had when it was compiled."""
+    network = nn.Sequential(nn.Conv2D(3, 4, 3), nn.BatchNorm2D(4))
+    network.eval()
+    compiled = paddle.jit.to_static(nn.Sequential(network), full_graph=True)
+    compiled.eval()
+    for call in (
+        lambda: replace(compiled, "RefConv2D"),
+        lambda: reparameterize(compiled, fold_bn=True, input_spec=[[None, 3, 8, 8]]),
+    ):
+        with pytest.raises(ReparamError, match="compiled by paddle.jit.to_static"):
+            call()
+    reparameterize(network, fold_bn=True, input_spec=[[None, 3, 8, 8]])

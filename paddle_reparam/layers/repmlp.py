@@ -16,6 +16,7 @@ from paddle import nn
 from .. import kernels
 from ..errors import ReparamError, UnsupportedConv
 from ..geometry import ConvGeometry, fold_into, read_bn_affine
+from ..initializers import uniform_fan_in
 from ..registry import register_layer
 from ..tensors import assign, to_float64
 from .base import FLAG, POSITIVE, WHOLE, InferenceForm, ReparamLayer, or_none, several
@@ -337,7 +338,11 @@ def _check_size(x: paddle.Tensor, size: tuple[int, int]) -> None:
 
 
 def _same_conv(in_channels: int, out_channels: int, k: int, groups: int) -> nn.Conv2D:
-    return nn.Conv2D(in_channels, out_channels, k, padding=k // 2, groups=groups, bias_attr=False)
+    # Paddle's own start does not know of groups: their kernels would be sqrt(groups) times too small.
+    start = uniform_fan_in(in_channels // groups * k**2)
+    return nn.Conv2D(
+        in_channels, out_channels, k, padding=k // 2, groups=groups, bias_attr=False, weight_attr=start
+    )  # fmt: skip
 
 
 def _spread(values: paddle.Tensor, shape: Sequence[int]) -> paddle.Tensor:
