@@ -141,7 +141,7 @@ def test_fresh_without_weights(place):
 
 
 def test_no_module_of_paddleclas_keeps_its_own_loader():
-    importlib.import_module("ppcls.utils.gallery2fc")
+    importlib.import_module("ppcls.utils.feature_maps_visualization.resnet")
     names = ("load_dygraph_pretrain", "load_dygraph_pretrain_from_url", "init_model", "load_distillation_model")
     held = {
         (module, name, getattr(sys.modules[module], name).__module__)
