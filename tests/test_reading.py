@@ -190,7 +190,7 @@ def test_labelling_goes_on_and_says_what_it_left_out(place, trained, capsys):
     folder = place.root / "photos"
     folder.mkdir()
     given = place.arguments(place.config(PLAIN), "infer", f"Global.pretrained_model={trained}")
-    for nothing, message in ((folder, "no images in"), (folder / "x", "no images in"), ("", "set Infer.infer_imgs")):
+    for nothing, message in ((folder, "no images in"), (folder / "x", "there is no"), ("", "Infer.infer_imgs")):
         fails(capsys, 2, message, main, "infer", [*given, "-o", f"Infer.infer_imgs={nothing}"])
     for number in range(3):
         Image.fromarray(np.full((16, 16, 3), 60 * number, np.uint8)).save(folder / f"{number}.png")
