@@ -11,7 +11,7 @@ from test_train_tools import Place, train_as_a_process_of_its_own
 
 from paddle_reparam import checkpoints
 from paddle_reparam.errors import CheckpointError
-from paddle_reparam.ppcls import loading, setup
+from paddle_reparam.ppcls import loading, refocus, setup
 from paddle_reparam.ppcls.command import main, read_config
 from paddle_reparam.ppcls.errors import ConfigError
 
@@ -263,6 +263,13 @@ def test_commands_that_name_weights(place, files, nothing_foreign):
     overrides = ["-o", f"Global.pretrained_model={registered}", "-o", "Global.fresh=True"]
     assert main("train", [*place.arguments(config, "registered"), *overrides]) == 0
     assert f"{registered}.pdparams: not taken from it but fresh" in place.log("registered")
+
+
+def test_refocusing_names_weights(place, files, nothing_foreign, tmp_path):
+    stock = files / STOCK["name"]
+    config = read_config(place.config(with_classes(STOCK, 2)), [f"Arch.pretrained={stock}"])
+    refocus._save_pretrained(config, tmp_path / "baseline.pdparams")
+    assert loaded(build(with_classes({**STOCK, "pretrained": str(stock)}, 2)), "", tmp_path / "baseline")
 
 
 def test_fresh_is_for_training(place, files, capsys):
