@@ -369,6 +369,10 @@ def test_refocus(walk, capsys):
     assert refocus.main(arguments) == 0
     result = json.loads((folder / "result.json").read_text())
     assert set(result["accuracy"]) == {"baseline", "refocus"}
+    if walk.task == "several labels":
+        # Of a distance, which is better the smaller it is, the rest to 1.
+        last = {name: curve[-1] for name, curve in result["curves"].items()}
+        assert result["accuracy"] == pytest.approx({k: v["eval_AccuracyScore"] for k, v in last.items()}, abs=1e-5)
     second = read_config(str(folder / "stage_two.yaml"))
     (weights,) = folder.joinpath("stage_two").rglob("latest.pdparams")
     if walk.task == "recognition":
@@ -461,6 +465,25 @@ def test_lists_with_another_number_of_labels(tmp_path, capsys, line):
     found = [int(each) for each in line.split("\t")[1].split(",")]
     message = f"1 of 13 images have not 3 labels, each 0, 1, or -1 for not known; the first is {found}"
     refused(capsys, 1, message, walk.run, "train")
+
+
+def test_attributes_are_measured_and_released(tmp_path):
+    def measured_by_attributes(config):
+        config["Metric"] = {"Eval": [{"ATTRMetric": {"threshold": 0.5}}]}
+        config["DataLoader"]["Eval"]["dataset"]["label_ratio"] = True
+        config["Global"]["use_multilabel"] = True
+
+    walk = walk_of("several labels", tmp_path, measured_by_attributes)
+    assert walk.run("eval", f"Global.pretrained_model={walk.weights}") == 0
+    images, labels = walk.images()
+    answers = walk.network()(paddle.to_tensor(images)).numpy() > 0.5  # of what the network puts out, as PaddleClas does
+    recalls = [(answers == labels)[:, i][labels[:, i] == k].mean() for i in range(3) for k in (0, 1)]
+    line = re.findall(r"evalres: ma: ([\d.]+)", walk.log("eval"))
+    assert float(line[-1]) == pytest.approx(np.mean(recalls), abs=1e-4)
+    # Of all of PaddleClas' versions this is the metric whose export ends in a sigmoid.
+    assert walk.run("export", f"Global.pretrained_model={walk.weights}") == 0
+    exported = paddle.jit.load(str(tmp_path / "export" / "inference" / "inference"))(paddle.to_tensor(images))
+    assert relative_error(exported, walk.outputs(images)) < 1e-5
 
 
 def test_weighted_loss_of_several_labels_counts_what_is_known():

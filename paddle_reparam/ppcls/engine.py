@@ -84,12 +84,16 @@ class Engine(PaddleClasEngine):
             super().train()
 
     def eval(self, *args: Any, **kwargs: Any) -> Any:
-        """Evaluate; an image that could not be read is an error, as no other one says anything of it."""
+        """Evaluate, and return what is better the larger it is.
+
+        An image that could not be read is an error, as no other one says anything of it.
+        """
         with explained("the evaluation stopped"):
             result = super().eval(*args, **kwargs)
         loaders = [getattr(self, name, None) for split, name in _LOADERS.items() if split.startswith("Eval")]
         failures.raise_any(sum(len(loader.dataset) for loader in loaders if loader is not None))
-        return result
+        # PaddleClas would keep as the best weights those whose distance is largest. What is left of 1 is the accuracy.
+        return 1 - result if "HammingDistance" in self.config["Metric"]["Eval"][0] else result
 
     def infer(self) -> Any:
         """Label the images that can be read; raises `ReparamError` afterwards where some cannot."""
