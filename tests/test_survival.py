@@ -416,6 +416,13 @@ def test_a_record_names_files_below_its_folder_alone(tmp_path):
     for linked in (["link/latest.pdparams", "link/latest.pdopt"], [*names, "net/other.pdopt"]):
         record_for(folder, linked)
         assert saving.newest(folder) is None
+    # A pipe is read for ever.
+    os.mkfifo(folder / "net" / "pipe.pdopt")
+    (folder / f"pipe{saving.RECORD}").write_text(
+        json.dumps({"epoch": 1, "step": 1, "files": {"net/pipe.pdopt": hashlib.sha256(b"").hexdigest()}})
+    )
+    os.mkfifo(folder / f"another{saving.RECORD}")
+    assert saving.newest(folder) is None
     for content in ("[]", "{}", '{"epoch": "1", "step": 1, "files": {}}', '{"epoch": 1, "step": 1, "files": []}'):
         (folder / f"latest{saving.RECORD}").write_text(content)
         assert saving.newest(folder) is None

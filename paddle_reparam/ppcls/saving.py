@@ -138,8 +138,8 @@ _RECORD_FORM = record_of(
 
 def _entries_of(path: Path) -> dict[str, Any]:
     """Return what a record says; raises `ValueError` where it is none, or names a file that lies outside its folder."""
-    if path.is_symlink() or path.stat().st_size > _LARGEST_RECORD:
-        raise ValueError(f"{path} is a link, or too large")
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _LARGEST_RECORD:
+        raise ValueError(f"{path} is no file, or too large")
     try:
         entries = json.loads(path.read_text())
     except RecursionError as error:
@@ -149,6 +149,8 @@ def _entries_of(path: Path) -> dict[str, Any]:
         for place in (path.parent / name, *(path.parent / parent for parent in Path(name).parents[:-1])):
             if place.is_symlink():
                 raise ValueError(f"{place} is a link")
+        if not (path.parent / name).is_file():
+            raise ValueError(f"{path.parent / name} is no file")
     return entries
 
 
