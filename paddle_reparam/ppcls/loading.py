@@ -238,7 +238,7 @@ def load_weights(
     try:
         report = checkpoints.load_into(model, state, [f"*{_REFOCUSING}"] if lacking else [], fresh)
     except CheckpointError as error:
-        raise error.at(file) from None
+        raise CheckpointError(f"{file}: {str(error).removeprefix('the state: ')}") from None
     if report.fresh:
         logger.info(f"{file}: not taken from it but fresh, as the network drew them: {', '.join(report.fresh)}")
 
