@@ -144,20 +144,46 @@ class ExportedNetwork(nn.Layer):
             x = x.astype("float32") * self.factor + self.shift
         # Several inputs come as one list; a dict is what the network itself takes.
         outputs = self.network(*x) if isinstance(x, (list, tuple)) else self.network(x)
-        if isinstance(outputs, (list, tuple)) and (self.keys or self.activation is not None):
-            outputs = outputs[0]
+        if self.keys or self.activation is not None:
+            outputs = _first(outputs)
         for key in self.keys:
-            outputs = outputs[key]
+            outputs = (outputs if self.activation is None else _first(outputs))[key]
         if self.activation is not None:
-            if isinstance(outputs, (list, tuple)):
-                outputs = outputs[0]
+            outputs = _first(outputs)
             if isinstance(outputs, dict):
-                outputs = outputs["logits"]
+                outputs = _first(outputs["logits"])
             if self.activation == "softmax":
                 outputs = F.softmax(outputs, axis=1)
             elif self.activation == "sigmoid":
                 outputs = F.sigmoid(outputs)
-        return outputs
+        return _apart(outputs, x)
+
+
+def _first(outputs: Any) -> Any:
+    return outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+
+
+@paddle.jit.not_to_static
+def _apart(outputs: Any, inputs: Any) -> Any:
+    """Return outputs of which no two are one tensor, and none is an input: an exported program loses such ones."""
+    times: Counter[int] = Counter()
+
+    def visit(value: Any, copied: bool) -> Any:
+        if isinstance(value, dict):
+            return {key: visit(value[key], copied) for key in sorted(value, key=str)}
+        if isinstance(value, (list, tuple)):
+            return [visit(item, copied) for item in value]
+        if not hasattr(value, "shape"):
+            return value
+        times[id(value)] += 1
+        # One copy of it more each time: two like copies would be made one again.
+        tensor = value
+        for _ in range(times[id(value)] - 1 if copied else 0):
+            tensor = paddle.assign(tensor)
+        return tensor
+
+    visit(inputs, False)
+    return visit(outputs, True)
 
 
 def kept_outputs(outputs: Any, output: OutputSpec) -> dict[str, paddle.Tensor]:
@@ -315,7 +341,7 @@ def export_inference(
     network = ExportedNetwork(_with_plain_weights(copy_model(model, share_tensors=True)), output, options.normalization)
     with one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with _programs_of(options.file_format):
+        with _programs_of(options.file_format), _naming_inputs(input_spec):
             paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[specs])
     program = program_file(folder)
     # A pickle, for training on: `paddle.jit.load` would run what it says, Paddle Inference does not read it.
@@ -324,6 +350,19 @@ def export_inference(
         with _programs_of("pdmodel"):
             _add_biases_by_axis(program)
     return sorted(path for path in folder.iterdir() if path.name.startswith(f"{FILE_NAME}."))
+
+
+@contextlib.contextmanager
+def _naming_inputs(input_spec: InputSpec) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "not involved in the target_vars" not in str(error):
+            raise
+        raise ReparamError(
+            f"what the network puts out does not depend on all of its inputs ({', '.join(input_names(input_spec))}); "
+            "leave out of input_spec what it does not use"
+        ) from error
 
 
 def input_names(input_spec: InputSpec) -> list[str]:

@@ -361,6 +361,45 @@ def test_all_that_a_network_puts_out_is_exported(tmp_path, form, file_format):
     assert max(relative_error(a, b) for a, b in zip(outputs, expected)) < 1e-5
 
 
+class PutsOut(nn.Layer):
+    """Puts out what a function makes of its map and of its input."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv, self.bn, self.function = nn.Conv2D(3, 4, 3), nn.BatchNorm2D(4), function
+
+    def forward(self, x):
+        return self.function(self.bn(self.conv(x)), x)
+
+
+@pytest.mark.parametrize(
+    ("function", "output", "count"),
+    [
+        (lambda y, x: [y, y, y], OutputSpec(), 3),
+        (lambda y, x: {"a": x, "b": [y, x]}, OutputSpec(), 3),
+        (lambda y, x: [y, y.mean(), (2 * y).astype("int32"), y > 0], OutputSpec(), 4),
+        (lambda y, x: {"logits": [y.mean([2, 3]), x]}, OutputSpec("softmax"), 1),
+        (lambda y, x: [{"a": [{"b": y}, x]}], OutputSpec("sigmoid", ("a", "b")), 1),
+    ],
+)
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_outputs_that_are_one_tensor_or_an_input(tmp_path, function, output, count, file_format):
+    if file_format == "json" and not HAS_NEW_PROGRAMS:
+        pytest.skip("Paddle 2 writes .pdmodel only")
+    checked_release(PutsOut(function), tmp_path / "out", SPEC, output=output, options=ExportOptions(file_format))
+    assert len(InferenceModel(tmp_path / "out").run(np.zeros([2, 3, 16, 16], "float32"))) == count
+
+
+def test_an_input_that_is_not_used_is_said(tmp_path):
+    class Ignores(PutsOut):
+        def forward(self, x, size):
+            return self.bn(self.conv(x))
+
+    net = Ignores(lambda y, x: y)
+    with pytest.raises(ReparamError, match=r"does not depend on all of its inputs \(x0, x1\)"):
+        checked_release(net, tmp_path / "out", [*SPEC, [None, 2]])
+
+
 def test_what_is_left_out_is_said(tmp_path):
     net = Fused(Maps("list"))
     report = checked_release(net, tmp_path / "out", SPEC, output=OutputSpec("softmax"))
