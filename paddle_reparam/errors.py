@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import traceback
 import unicodedata
@@ -82,9 +83,10 @@ def reason_of(error: BaseException) -> str:
     if not lines and isinstance(error, AssertionError):
         # It says no more than the line of code does.
         lines = [str(frame.line) for frame in traceback.extract_tb(error.__traceback__)]
-    # Paddle prints its call stack first; what happened is in the line that names an error, or the last one.
-    last = ": ".join([type(error).__name__, *lines[-1:]])
-    return next((line for line in lines if "Error:" in line), last)
+    # Paddle prints its call stack first; what happened is in the line that names an error or, as in "(InvalidArgument)
+    # ...", its kind, or the last one.
+    told = [line for line in lines if re.match(r"\([A-Z][A-Za-z]+\) ", line)] or lines[-1:]
+    return next((line for line in lines if "Error:" in line), ": ".join([type(error).__name__, *told[:1]]))
 
 
 @contextlib.contextmanager

@@ -193,7 +193,10 @@ def release(
     second = _larger(input_spec) if options.dynamic_size else None
     if second is not None:
         with step(f"compare at a second size, {_size(second)}"):
-            check(f"fused network, {_size(second)}", verify(model, fused, second, tolerance=tolerance))
+            try:
+                check(f"fused network, {_size(second)}", verify(model, fused, second, tolerance=tolerance))
+            except ReparamError as error:
+                raise error.at(f"could not compare at a second size, {_size(second)}") from error
     with step("count parameters and multiply-adds"):
         train_size, fused_size = measure(model, input_spec), measure(fused, input_spec)
     plain, why_no_plain = None, why_no_stock

@@ -90,7 +90,7 @@ def run(function: Callable[..., Any], inputs: Sequence[Any]) -> Any:
     Raises `ReparamError` with the inputs' shapes where it cannot be run on them.
     """
     name = type(function).__name__ if isinstance(function, nn.Layer) else "the function"
-    with one_sentence(f"{name} cannot be run on inputs {map_tensors(lambda x: x.shape, list(inputs))}"):
+    with one_sentence(f"{name} cannot be run on inputs {map_tensors(lambda x: list(x.shape), list(inputs))}"):
         return function(*map_tensors(lambda x: x.clone(), inputs))
 
 
