@@ -170,6 +170,26 @@ def test_files_for_others_have_the_form_that_they_read(project):
     assert script == {"main_indicator": "Topk", "Topk": {"topk": 5, "class_id_map_file": "labels.txt"}}
 
 
+def test_labels_of_all_classes_are_given_and_odd_files_are_refused(tmp_path):
+    from paddle_reparam.ppcls.errors import ConfigError
+    from paddle_reparam.ppcls.transforms import read_labels
+
+    file = tmp_path / "labels.txt"
+    config = {"Arch": {"class_num": 4}, "Infer": {"PostProcess": {"class_id_map_file": str(file)}}}
+    file.write_text("0 a cat\n2 dog\n")
+    assert read_labels(config, tmp_path) == ["a cat", None, "dog", None]
+    assert read_labels({**config, "Arch": {}}, tmp_path) == ["a cat", None, "dog"]
+    for content, message in [
+        (b"cat\n", "line 1: 'cat' is no class number and label"),
+        (b"0 cat\n99999999999 dog\n", "line 2"),
+        ("\u00b2 cat\n".encode(), "line 1"),
+        (b"0 \xff\xfe\n", "is no text in UTF-8"),
+    ]:
+        file.write_bytes(content)
+        with pytest.raises(ConfigError, match=message):
+            read_labels(config, tmp_path)
+
+
 def test_files_for_several_labels_and_for_features():
     from paddle_reparam.ppcls.transforms import files_for_paddleclas
 

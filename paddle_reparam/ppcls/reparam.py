@@ -72,7 +72,7 @@ def _release(given: argparse.Namespace) -> Any:
         stock = None if stock_config is None else _build(stock_config)
     normalization = None if given.normalize is None else read_normalization(config, given.normalize)
     output = read_output(config)
-    steps, labels = release_steps(config, normalization), read_labels(config, Path(ppcls.__file__).parents[1])
+    steps, labels = release_steps(config, normalization), read_labels(shipped(config), Path(ppcls.__file__).parents[1])
     return release(
         model,
         weights,

@@ -79,22 +79,32 @@ def read_normalization(config: Mapping[str, Any], dtype: str) -> Normalization:
     return Normalization(tuple(found[0]["mean"]), tuple(found[0]["std"]), found[0]["scale"], dtype)
 
 
+#: Of the number of a class; one list holds the labels of all up to the last.
+_DIGITS = 6
+
+
 def read_labels(config: Mapping[str, Any], root: Path) -> list[str | None] | None:
     """Return the label of each class from the file that a config's `Infer.PostProcess` names, None without one.
 
-    The file has lines like "3 cat"; it is looked for from here, and from the folder `root` of PaddleClas.
+    The file has lines like "3 cat"; it is looked for from here, and from the folder `root` of PaddleClas. A class that
+    it leaves out has None.
     """
     name = ((config.get("Infer") or {}).get("PostProcess") or {}).get("class_id_map_file")
     path = next((path for path in (Path(name), root / name) if path.is_file()), None) if name else None
     if path is None:
         return None
     labels: dict[int, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is no text in UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
         index, _, label = line.partition(" ")
-        if not index.isdigit():
+        if not (index.isascii() and index.isdecimal() and len(index) <= _DIGITS):
             raise ConfigError(f"{path}, line {number}: {line[:40]!r} is no class number and label, as in '3 cat'")
         labels[int(index)] = label
-    return [labels.get(i) for i in range(max(labels, default=-1) + 1)]
+    classes = max([config["Arch"].get("class_num") or 0, *(number + 1 for number in labels)])
+    return [labels.get(i) for i in range(classes)]
 
 
 def release_steps(config: Mapping[str, Any], normalization: Normalization | None) -> list[dict[str, Any]] | None:
