@@ -18,7 +18,7 @@ from paddle import nn
 
 from . import checkpoints
 from . import models as models  # importing registers them
-from .errors import BY_FORCE, CheckpointError, OutputExists, ReparamError
+from .errors import BY_FORCE, CheckpointError, MissingFile, OutputExists, ReparamError
 from .registry import create_model, get_model
 from .report import Report, format_table
 from .rewrite import reparameterize
@@ -256,7 +256,7 @@ def _part_of_two(path: Path, weights: str | None) -> str | None:
 def _load_torch(path: Path) -> Any:
     """Return what `torch.save` wrote, with tensors in it and nothing that could run."""
     if not path.is_file():
-        raise CheckpointError("there is no such file")
+        raise MissingFile("there is no such file")
     way_out = "or save its arrays by name as .safetensors or .npz where PyTorch is"
     try:
         import torch

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .checkpoints import atomic_write
-from .errors import BY_FORCE, OutputExists, ReparamError
+from .errors import BY_FORCE, OutputExists, ReparamError, UsageError
 from .release import new_folder
 from .report import Report
 
@@ -88,7 +88,7 @@ def list_folder(
     if existing and not force:
         raise OutputExists(f"{root / existing[0]} exists already and is kept; {BY_FORCE}")
     if not root.is_dir():
-        raise ReparamError(f"{root} is no folder; give the one that holds train and {' or '.join(VAL_FOLDERS)}")
+        raise UsageError(f"{root} is no folder; give the one that holds train and {' or '.join(VAL_FOLDERS)}")
     for_validation = next((name for name in VAL_FOLDERS if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or for_validation is None:
         raise ReparamError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import traceback
@@ -39,7 +40,7 @@ class CheckpointError(ReparamError):
 
 
 class MissingFile(CheckpointError, UsageError):
-    """A weight file that is not where it was said to be."""
+    """A file or folder, of weights mostly, that is not where it was said to be."""
 
 
 class OutputExists(UsageError):
@@ -71,7 +72,7 @@ def one_sentence(what: str) -> Iterator[None]:
     """Raise whatever is raised in the `with` block as a `ReparamError` that says what, and why in one line."""
     try:
         yield
-    except ReparamError:
+    except (ReparamError, BrokenPipeError):
         raise
     except Exception as error:
         raise ReparamError(f"{what}: {reason_of(error)}") from error
@@ -91,10 +92,23 @@ def reason_of(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def exit_code() -> Iterator[list[int]]:
-    """Print a `ReparamError` or `OSError` of the `with` block; what is given holds the exit code, 2 for wrong usage."""
+    """Print a `ReparamError` or `OSError` of the `with` block; what is given holds the exit code.
+
+    It is 2 for wrong usage and 1 for what else is wrong; 130 where the user interrupted it, as a shell says, and 141
+    where nobody reads what is printed any more.
+    """
     result = [0]
     try:
         yield result
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        result[0] = 141
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        result[0] = 130
     except (ReparamError, OSError) as error:
         text = printable(str(error), kept="\n")
         print(f"error: {text}", file=sys.stderr)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ReparamError, UsageError, printable
+from .errors import MissingFile, ReparamError, UsageError, printable
 from .export import THRESHOLD, Folder, InferenceModel, one_sentence
 from .released import check_files, read_manifest
 from .report import format_table
@@ -42,7 +42,7 @@ def find_images(place: Folder) -> list[Path]:
     if place.is_file():
         return [place]
     if not place.is_dir():
-        raise ReparamError(f"there is no image and no folder {place}")
+        raise MissingFile(f"there is no image and no folder {place}")
     images = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
     if not images:
         raise ReparamError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)})")

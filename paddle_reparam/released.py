@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import paddle
 from paddle import nn
 
 from . import checkpoints
-from .errors import ReparamError
+from .errors import MissingFile, ReparamError
 from .export import (
     Folder,
     InferenceModel,
@@ -89,6 +90,8 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     `MANIFEST_FORM`: nobody else need look whether an entry is there and what it is.
     """
     path = Path(folder) / MANIFEST
+    if not os.path.lexists(folder):
+        raise MissingFile(f"{folder} is no release: there is no such folder")
     if path.is_symlink() or not path.is_file():
         raise ReparamError(f"{folder} is no release: it holds no {MANIFEST}")
     place = ""

@@ -215,7 +215,7 @@ def test_folder_without_the_check_takes_what_it_finds(prepare, tree):
 
 
 def test_folder_that_is_none(prepare, tmp_path, capsys):
-    assert prepare("folder", "--root", tmp_path / "nowhere") == 1
+    assert prepare("folder", "--root", tmp_path / "nowhere") == 2
     assert "nowhere is no folder" in capsys.readouterr().err
 
 

@@ -499,7 +499,7 @@ def test_check_stands_alone(project, capsys):
         call(project, "--check", "released")
     with pytest.raises(SystemExit, match="2"):
         call(project)
-    assert check(project, "nowhere") == 1
+    assert check(project, "nowhere") == 2
     assert "nowhere is no release" in capsys.readouterr().err
 
 

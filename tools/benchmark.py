@@ -51,17 +51,13 @@ SECONDS = 120.0
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 2 for wrong usage, 1 where a network fails or a target is missed."""
     given = parser_of().parse_args(arguments)
-    try:
-        with exit_code() as result:
-            if given.command != "step":
-                check(given)
-                setup().utils.logger.init_logger(log_level="WARNING")
-            result[0] = {
-                "infer": run_infer, "sweep": run_sweep, "profile": run_profile, "table": run_table, "step": run_step
-            }[given.command](given)  # fmt: skip
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    with exit_code() as result:
+        if given.command != "step":
+            check(given)
+            setup().utils.logger.init_logger(log_level="WARNING")
+        result[0] = {
+            "infer": run_infer, "sweep": run_sweep, "profile": run_profile, "table": run_table, "step": run_step
+        }[given.command](given)  # fmt: skip
     return result[0]
 
 

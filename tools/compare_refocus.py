@@ -19,7 +19,7 @@ from style import BLUE, GREEN, GREY, ORANGE, plain_axes
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam.checkpoints import atomic_write
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import ReparamError, exit_code, one_sentence
 
 BASELINE = "baseline"
 #: The key of the digest in the PNG file's metadata.
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the accuracies of all runs to this file")
     parser.add_argument("--picture", type=Path, help="draw the curves into this PNG file")
     given = parser.parse_args(arguments)
-    try:
+    with exit_code() as result, one_sentence("the runs cannot be compared"):
         runs = [run for path in given.runs for run in read(path)]
         require_comparable(runs)
         if given.json:
@@ -46,10 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             metadata = {"Software": None, DIGEST: digest_of(runs)}
             atomic_write(given.picture, lambda path: draw(runs).savefig(path, dpi=110, metadata=metadata))
         print(table_of(runs))
-    except (ReparamError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return result[0]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

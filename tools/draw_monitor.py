@@ -18,7 +18,7 @@ from style import BLUE, GREY, ORANGE, plain_axes
 from visualdl import LogReader
 
 from paddle_reparam.checkpoints import atomic_write
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import ReparamError, exit_code, one_sentence
 
 COLUMNS, COLORS = 3, 64
 
@@ -35,14 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for curve, *runs in given.panel:
         if not runs or not all("=" in run for run in runs):
             parser.error(f"--panel {curve}: name the runs to draw as RUN=FOLDER")
-    try:
+    with exit_code() as result, one_sentence("the curves cannot be drawn"):
         figure = draw([(curve, [run.split("=", 1) for run in runs]) for curve, *runs in given.panel])
         atomic_write(given.output, lambda path: save(figure, path))
-    except ReparamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"written: {given.output}")
-    return 0
+        print(f"written: {given.output}")
+    return result[0]
 
 
 def save(figure: Figure, path: Path) -> None:

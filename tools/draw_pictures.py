@@ -21,7 +21,7 @@ from style import BLUE, GREEN, GREY, ORANGE
 
 from paddle_reparam import kernels
 from paddle_reparam.checkpoints import atomic_write
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import exit_code
 from paddle_reparam.layers.refconv import refocused
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
@@ -40,13 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     unknown = [paper for paper in given.papers if paper not in PICTURES]
     if unknown:
         parser.error(f"there is no picture {unknown[0]!r}; there are {', '.join(PICTURES)}")
-    try:
+    with exit_code() as result:
         for paper in given.papers or PICTURES:
             atomic_write(FOLDER / f"{paper}.png", lambda path, paper=paper: save(PICTURES[paper](), path))
-    except ReparamError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return result[0]
 
 
 def save(canvas: Canvas, path: Path) -> None:

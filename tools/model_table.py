@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam import catalogue
 from paddle_reparam.checkpoints import atomic_write
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import exit_code
 from paddle_reparam.export import InferenceModel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,18 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true", help="train and export every digits config first")
     given = parser.parse_args(arguments)
-    try:
+    with exit_code() as result:
         if given.measure:
             results = json.dumps(measure(), indent=2) + "\n"
             atomic_write(MEASURED, lambda path: path.write_text(results, encoding="utf-8"))
         rows = [catalogue.measure_network(*each) for each in tqdm(catalogue.networks(), unit=" networks")]
         text = INTRODUCTION + table_of(rows)
         atomic_write(TABLE, lambda path: path.write_text(text, encoding="utf-8"))
-    except (ReparamError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{TABLE.relative_to(ROOT)}: {len(rows)} networks")
-    return 0
+        print(f"{TABLE.relative_to(ROOT)}: {len(rows)} networks")
+    return result[0]
 
 
 def table_of(rows: list[catalogue.Row]) -> str:

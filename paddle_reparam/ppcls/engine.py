@@ -45,10 +45,11 @@ class Engine(PaddleClasEngine):
 
     def __init__(self, config: dict[str, Any], mode: str = "train") -> None:
         goes_on_by_itself = config["Global"].get("checkpoints") == "auto"
-        check_run(config, mode)
-        check_config(config, mode)
-        self.sparsity_settings = sparse.read_section(config) if mode == "train" else None
-        self.monitor_settings = monitoring.read_section(config) if mode == "train" else None
+        with explained(f"{mode} cannot start", wrong_config=True):
+            check_run(config, mode)
+            check_config(config, mode)
+            self.sparsity_settings = sparse.read_section(config) if mode == "train" else None
+            self.monitor_settings = monitoring.read_section(config) if mode == "train" else None
         self.best: dict[str, Any] | None = None
         with contextlib.ExitStack() as held:
             if mode == "train":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.images < 1:
         parser.error(f"--images takes a number above zero, not {given.images}")
+    if not math.isfinite(given.largest_drop):
+        parser.error(f"--largest-drop takes a number of percentage points, not {given.largest_drop}")
     with exit_code() as result:
         _quantize(given)
     return result[0]

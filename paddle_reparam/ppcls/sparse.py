@@ -37,7 +37,7 @@ def read_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     density, rate, frequency = settings["density"], settings["prune_rate"], settings["update_frequency"]
     if settings["distribution"] != "weights" and not (isinstance(density, (int, float)) and 0 < density < 1):
         raise ConfigError(f"Sparsity.density is {density!r}; give the share of weights that stay, such as 0.6")
-    if not 0 < rate < 1 or not isinstance(frequency, int) or frequency < 1:
+    if not (isinstance(rate, (int, float)) and 0 < rate < 1) or not isinstance(frequency, int) or frequency < 1:
         raise ConfigError(
             f"Sparsity.prune_rate is {rate!r} and update_frequency {frequency!r}; give a share such as 0.3, and a "
             "number of steps such as 100"

@@ -64,8 +64,9 @@ def _whole(least: int, most: int = 2**31 - 1) -> Check:
     return lambda value: None if _is_number(value) and isinstance(value, int) and least <= value <= most else what
 
 
-def _number(least: float) -> Check:
-    return lambda value: None if _is_number(value) and value >= least else f"a number from {least:g}"
+def _number(least: float = -math.inf) -> Check:
+    what = "a number" if least == -math.inf else f"a number from {least:g}"
+    return lambda value: None if _is_number(value) and value >= least else what
 
 
 def _one_of(*choices: Any) -> Check:
@@ -165,7 +166,7 @@ _RATES: dict[str, Check] = {
     "momentum": _number(0),
     "coeff": _number(0),
     "clip_norm": _number(0),
-    "weight": _number(-math.inf),
+    "weight": _number(),
     "warmup_epoch": _number(0),
 }
 _AMP: dict[str, Check] = {
@@ -368,7 +369,8 @@ def check_form(config: dict[str, Any]) -> None:
             _section(config, section, section)
     settings = config["Global"]
     _refuse_misspelt(settings, {*_GLOBAL, *_OTHER_GLOBAL}, "Global")
-    _check_values(settings, _GLOBAL, "Global")
+    # A device is asked for only where the Engine runs: the other commands compute on the CPU.
+    _check_values(settings, {key: check for key, check in _GLOBAL.items() if key != "device"}, "Global")
     check_arch(config["Arch"])
 
 
