@@ -25,7 +25,7 @@ from .errors import NothingProven, ReparamError, one_sentence
 from .memory import give_back
 from .old_programs import HAS_NEW_PROGRAMS, old_programs
 from .rewrite import copy_model
-from .tracing import InputSpec, flatten_outputs, input_shapes, walk
+from .tracing import InputSpec, flatten_outputs, input_shapes, require_eval, walk
 from .verify import NETWORK_TOLERANCE, VerifyReport, verify
 
 Folder = Union[str, "os.PathLike[str]"]
@@ -332,8 +332,7 @@ def export_inference(
     suffixes of the format. The model stays as it is.
     Raises `ReparamError` for a model in training mode and where the network cannot be exported.
     """
-    if model.training:
-        raise ReparamError("the model is in training mode; call model.eval() before exporting")
+    require_eval(model, "the model", "exporting")
     specs = _paddle_specs(input_spec, options, options.input_dtype(model))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

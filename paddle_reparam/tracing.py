@@ -15,6 +15,7 @@ import paddle
 from paddle import nn
 
 from .errors import ReparamError, one_sentence
+from .geometry import BATCH_NORMS
 
 #: Shapes of the inputs of a forward pass, the batch (None) first; by name where the network takes one dict of tensors.
 InputSpec = Union[Sequence[Any], Mapping[str, Any]]
@@ -76,10 +77,14 @@ def sample_inputs(input_spec: InputSpec, batch: int, seed: int, like: nn.Layer) 
     return [inputs] if isinstance(input_spec, Mapping) else list(inputs.values())
 
 
+#: Layers that are another function in training mode, whatever the network around them is in.
+_OTHERS_IN_TRAINING = (*BATCH_NORMS, nn.Dropout, nn.Dropout2D, nn.Dropout3D, nn.AlphaDropout)
+
+
 def require_eval(model: nn.Layer, what: str, doing: str) -> None:
-    """Raise `ReparamError` where a network, or a layer inside it, is in training mode."""
+    """Raise `ReparamError` where a network is in training mode, or a layer inside it to which that matters."""
     for path, layer in walk(model):
-        if layer.training:
+        if layer.training and (not path or isinstance(layer, _OTHERS_IN_TRAINING)):
             where = f"{path}: {type(layer).__name__}" if path else what
             raise ReparamError(f"{where} is in training mode; call model.eval() before {doing}")
 

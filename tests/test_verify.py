@@ -10,6 +10,7 @@ from paddle import nn
 from paddle.vision.models import mobilenet_v2
 
 from paddle_reparam.errors import NothingProven, ReparamError
+from paddle_reparam.export import export_inference
 from paddle_reparam.flops import measure
 from paddle_reparam.rewrite import reparameterize
 from paddle_reparam.verify import compare_outputs, relative_error, settle_batch_norms, verify
@@ -349,12 +350,19 @@ def test_networks_that_take_a_dict_of_tensors():
     assert measure(fused, spec).macs_per_image == 3 * 4 * 9 * 14 * 14
 
 
-def test_a_layer_inside_in_training_mode_is_refused(network):
+def test_a_layer_inside_in_training_mode_is_refused(network, tmp_path):
     fused, _ = reparameterize(network, fold_bn=True, input_spec=SPEC)
     other = copy.deepcopy(network)
     other.features[0][1].train()
     before = as_array(other.features[0][1]._mean)
-    for call in (lambda: verify(other, fused, SPEC), lambda: verify(fused, other, SPEC), lambda: measure(other, SPEC)):
+    calls = [
+        lambda: verify(other, fused, SPEC),
+        lambda: verify(fused, other, SPEC),
+        lambda: measure(other, SPEC),
+        lambda: reparameterize(other),
+        lambda: export_inference(other, tmp_path, SPEC),
+    ]
+    for call in calls:
         with pytest.raises(ReparamError, match="features.0.1: BatchNorm2D is in training mode"):
             call()
     assert (as_array(other.features[0][1]._mean) == before).all()
