@@ -129,6 +129,7 @@ class OnnxModel:
             options.intra_op_num_threads = threads
             options.log_severity_level = 3
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.output_shapes = [node.shape for node in self._session.get_outputs()]
         self.inputs = in_order([node.name for node in self._session.get_inputs()])
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:

@@ -35,13 +35,19 @@ class Registry:
         if name not in self._entries:
             by_lower_case = {known.lower(): known for known in self._entries}
             near = difflib.get_close_matches(str(name).lower(), by_lower_case, n=3, cutoff=0.5)
-            hint = f"did you mean {', '.join(by_lower_case[n] for n in near)}?" if near else f"known: {self.names()}"
+            hint = f"did you mean {', '.join(by_lower_case[n] for n in near)}?" if near else _known(self.names())
             raise UnknownName(f"there is no {self.kind} named {name!r}; {hint}")
         return self._entries[name]
 
     def names(self, pattern: str = "*") -> list[str]:
         """Return the sorted names that match a shell pattern, upper and lower case alike."""
         return sorted(n for n in self._entries if fnmatch.fnmatchcase(n.lower(), pattern.lower()))
+
+
+def _known(names: list[str]) -> str:
+    """Return names for an error: all of a few, some of many."""
+    some = ", ".join(names[:30])
+    return f"known: {some}" if len(names) <= 30 else f"{len(names)} are known, such as {some}"
 
 
 @dataclass(frozen=True)

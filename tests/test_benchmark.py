@@ -146,6 +146,9 @@ def test_a_release_of_pixels_is_timed_with_its_sizes(tmp_path):
     images = contender.images(2)
     assert (images.shape, images.dtype) == ((2, 3, 16, 16), np.uint8)
     assert images.min() < 16 < 240 < images.max()
+    program = program_file(tmp_path / "shipped")
+    program.write_bytes(program.read_bytes() + b" ")
+    assert tool.main(["infer", str(tmp_path / "shipped"), *again]) != 0
 
 
 def test_times_on_images_of_two_sizes_are_not_compared(tmp_path, capsys, monkeypatch):

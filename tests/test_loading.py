@@ -306,3 +306,9 @@ def test_masks_of_another_number_of_classes(place):
     counts["head.weight_mask"] = round(head.mean() * new["head.weight"].size)
     assert {name: int(new[name].sum()) for name in counts} == counts
     assert not new["head.weight"][~new["head.weight_mask"]].any()
+
+
+def test_a_host_that_never_answers_is_not_waited_for_without_end():
+    from ppcls.utils import download
+
+    assert download.requests.get.keywords["timeout"] > 0

@@ -14,6 +14,7 @@ from test_onnx import needs_onnx
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.export import ExportOptions, Normalization, export_inference
 from paddle_reparam.onnx_export import ONNX_FILE, OnnxModel, export_onnx
+from paddle_reparam.ppcls.errors import ConfigError
 from paddle_reparam.quantization import export_int8, kernel_range, quantization_report, quantize_onnx
 from paddle_reparam.released import digest, write_manifest
 
@@ -242,6 +243,48 @@ def test_what_is_wrong_is_one_sentence(project, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["-c", "config.yaml", "--release", "released", "--output", "new.onnx", "--images", "0"])
     assert exit.value.code == 2
+
+
+def test_an_altered_file_is_not_quantised(project, capsys):
+    from paddle_reparam.ppcls.quantize import main
+
+    release_of(project / "released")
+    (project / "released" / ONNX_FILE).write_text("x")
+    assert main(["-c", "config.yaml", "--release", "released", "--output", "new.onnx"]) == 1
+    assert f"{ONNX_FILE} is not as it was written" in capsys.readouterr().err
+
+
+@needs_onnx
+def test_the_config_of_another_network_is_refused(trained, project):
+    from paddle_reparam import ppcls
+
+    ppcls.setup()
+    from paddle_reparam.ppcls.quantize import _refuse_another_network
+
+    manifest = smallest_manifest({})
+    steps = [{"ToCHWImage": {}}]
+    manifest["input"].update(shape=[[None, 1, 8, 8]], preprocessing=steps)
+    manifest["labels"] = [str(number) for number in range(10)]
+    (project / "labels.txt").write_text("".join(f"{number} {number}\n" for number in range(10)))
+    (project / "others.txt").write_text("".join(f"{number} {number + 1}\n" for number in range(10)))
+
+    def config(shape=(1, 8, 8), classes=10, labels="labels.txt", transforms=steps):
+        post_process = {"class_id_map_file": labels}
+        return {
+            "Global": {"image_shape": list(shape)},
+            "Arch": {"name": "Net", "class_num": classes},
+            "Infer": {"transforms": transforms, "PostProcess": post_process},
+        }
+
+    _refuse_another_network(config(), manifest, str(trained.parent))
+    for other, what in [
+        (config(shape=(3, 8, 8)), "Global.image_shape"),
+        (config(classes=5, labels=None), "Arch.class_num"),
+        (config(labels="others.txt"), "list of labels"),
+        (config(transforms=[{"ResizeImage": {"size": 8}}, *steps]), "preprocessing"),
+    ]:
+        with pytest.raises(ConfigError, match=f"not the one that .* was made with: its {what} is"):
+            _refuse_another_network(other, manifest, str(trained.parent))
 
 
 def test_images_to_calibrate_on_are_those_of_training_without_its_augmentation(project):

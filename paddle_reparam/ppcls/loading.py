@@ -12,6 +12,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from paddle import nn
@@ -29,6 +30,9 @@ from .errors import ConfigError
 _REFOCUSING = "convmap.weight"
 # What the networks that are being built, one inside the other, leave fresh; and whether weights were loaded into them.
 _being_built: list[dict[str, Any]] = []
+
+#: Seconds without an answer after which a download has failed; PaddleClas tries three times.
+_DOWNLOAD_TIMEOUT = 60
 
 
 def register() -> None:
@@ -54,6 +58,8 @@ def register() -> None:
     for name, builder in list(vars(arch).items()):
         if inspect.isfunction(builder) and "pretrained" in inspect.signature(builder).parameters:
             setattr(arch, name, _leaves_fresh(builder))
+    # Without it a host that takes a call and never answers is waited for without end.
+    download.requests = SimpleNamespace(get=functools.partial(download.requests.get, timeout=_DOWNLOAD_TIMEOUT))
     arch.DistillationModel.__init__ = _with_pretrained_list(arch.DistillationModel.__init__)
 
 

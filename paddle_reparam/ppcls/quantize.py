@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..errors import exit_code
 from ..export import Normalization
-from ..onnx_export import ONNX_FILE
+from ..onnx_export import ONNX_FILE, OnnxModel
 from ..quantization import KernelRange, QuantizationReport, export_int8
 from ..released import check_files, read_manifest
 from . import setup
 from .command import add_override, read_config
 from .errors import ConfigError
+from .transforms import read_labels, release_steps
 
 #: Kernels that are printed.
 _WORST = 5
@@ -81,6 +85,29 @@ def _quantize(given: argparse.Namespace) -> None:
                 )
             yield taken(images.pixels), images.labels
 
-    calibration = taken(read_training_images(config, given.images).pixels)
+    pixels = read_training_images(config, given.images).pixels
+    _refuse_another_network(config, manifest, given.release)
+    calibration = taken(pixels)
     print(f"\n{export_int8(source, given.output, calibration, measured(), given.largest_drop)}")
     print(f"written: {given.output}")
+
+
+def _refuse_another_network(config: dict[str, Any], manifest: dict[str, Any], release: str) -> None:
+    """Raise `ConfigError` where a config reads other images, or has other classes, than a release was made with."""
+    normalization = Normalization.from_dict(manifest["input"]["normalization"])
+    shapes = OnnxModel(Path(release) / ONNX_FILE).output_shapes
+    root = Path(setup().__file__).parents[1]
+    # What the config says, what the release says; None: it does not say.
+    facts = {
+        "Global.image_shape": (config["Global"].get("image_shape"), manifest["input"]["shape"][0][1:]),
+        "Arch.class_num": (config["Arch"].get("class_num"), shapes[0][1] if len(shapes[0]) > 1 else None),
+        "preprocessing": (release_steps(config, normalization), manifest["input"].get("preprocessing")),
+        "list of labels": (read_labels(config, root), manifest.get("labels")),
+    }
+    for name, (of_config, of_release) in facts.items():
+        said = of_config is not None and isinstance(of_release, (int, list))
+        if said and json.loads(json.dumps(of_config)) != of_release:
+            raise ConfigError(
+                f"the config is not the one that {release} was made with: its {name} is "
+                f"{textwrap.shorten(str(of_config), 80)}, the release's {textwrap.shorten(str(of_release), 80)}"
+            )
