@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import paddle
 
-from .guards import failures
-from .sentences import explained
-
 
 @dataclass
 class Images:
@@ -63,6 +60,7 @@ def read_training_images(config: dict[str, Any], most: int) -> Images:
 def _validation_dataset(config: dict[str, Any]) -> Any:
     from ppcls.data import build_dataloader
 
+    from .sentences import explained
     from .validation import check_loader
 
     check_loader(config, "Eval")
@@ -72,6 +70,9 @@ def _validation_dataset(config: dict[str, Any]) -> Any:
 
 
 def _read(dataset: Any, indices: Iterable[int]) -> Images:
+    from .guards import failures
+    from .sentences import explained
+
     failures.clear()
     with explained("DataLoader.Eval cannot be read"):
         pixels, labels = zip(*(dataset[int(i)][:2] for i in indices))
