@@ -278,7 +278,12 @@ def test_values_of_overrides(config_file, text, value):
 
 
 def test_no_regularizer_in_an_override(config_file):
-    assert checked(config_file, "train", "Optimizer.regularizer=null")["Optimizer"]["regularizer"] is None
+    from ppcls.optimizer import build_optimizer
+
+    nothing = ("Optimizer.regularizer=null", "Optimizer.clip_norm=null")
+    config = checked(config_file, "train", *nothing)
+    (optimizer,), _ = build_optimizer(config["Optimizer"], 1, 1, [paddle.nn.Linear(2, 2)])
+    assert optimizer.regularization is None
 
 
 def test_numbers_that_yaml_reads_as_text(config_file):

@@ -418,7 +418,10 @@ def _check_size(value: Any, where: str, most: int) -> None:
 
 
 def check_training(config: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` or `UnknownName` for what only a training reads: `Loss.Train`, `Optimizer`."""
+    """Raise `ConfigError` or `UnknownName` for what only a training reads: `Loss.Train`, `Optimizer`.
+
+    A regularizer or clip_norm that is null is taken out: PaddleClas would hand it on.
+    """
     loss = _section(config, "Loss", "Loss")
     _refuse_misspelt(loss, {"Train", "Eval"}, "Loss")
     _check_operators("loss", loss.get("Train"), "Loss.Train", more=["weight"])
@@ -428,12 +431,20 @@ def check_training(config: Mapping[str, Any]) -> None:
             name, options = _only_entry(entry, f"Optimizer.{number}")
             if not isinstance(options, Mapping) or _text(options.get("scope")):
                 raise ConfigError(f"Optimizer.{number}: {name} needs the option scope")
+            _leave_out_nulls(options)
             _check_optimizer(name, options, f"Optimizer.{number}.{name}")
         return
     _section(config, "Optimizer", "Optimizer")
     if "name" not in optimizer:
         raise ConfigError("Optimizer has no name; give one, as in -o Optimizer.name=Momentum")
+    _leave_out_nulls(optimizer)
     _check_optimizer(optimizer["name"], {key: optimizer[key] for key in optimizer if key != "name"}, "Optimizer")
+
+
+def _leave_out_nulls(options: Any) -> None:
+    for key in ("regularizer", "clip_norm"):
+        if options.get(key, "") is None:
+            del options[key]
 
 
 def _check_optimizer(name: Any, options: Mapping[str, Any], where: str) -> None:
