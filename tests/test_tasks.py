@@ -471,6 +471,7 @@ def test_attributes_are_measured_and_released(tmp_path):
     def measured_by_attributes(config):
         config["Metric"] = {"Eval": [{"ATTRMetric": {"threshold": 0.5}}]}
         config["DataLoader"]["Eval"]["dataset"]["label_ratio"] = True
+        config["Loss"]["Eval"] = config["Loss"]["Train"]  # which reads the ratio
         config["Global"]["use_multilabel"] = True
 
     walk = walk_of("several labels", tmp_path, measured_by_attributes)
