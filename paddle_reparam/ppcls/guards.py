@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import paddle
 from paddle import nn
-from paddle.io.dataloader import fetcher
+from paddle.io.dataloader import dataloader_iter, fetcher
 from ppcls.utils import logger
 
 from ..datasets import why_unreadable
@@ -307,6 +307,9 @@ def _watch_fetching() -> None:
     fetch = fetcher._MapDatasetFetcher.fetch
     if hasattr(fetch, "__wrapped__"):
         return
+    # Paddle's handler raises wherever the main thread is when a worker dies, be it while a checkpoint is written. Its
+    # loader looks at its workers by itself, a little later.
+    dataloader_iter._set_SIGCHLD_handler = lambda: None
 
     @functools.wraps(fetch)
     def watched(self: Any, *arguments: Any) -> Any:
