@@ -32,10 +32,11 @@ visualdl: $(VENV)/.ready
 	$(BIN)/visualdl --logdir output --language en --disable-telemetry --port 8040
 
 # --no-deps: the list is complete, and PaddleClas' own pins cannot be met on a current Python.
-$(VENV)/.ready: requirements.txt
+# -e .: the library itself, found from any folder, and always what is in this one.
+$(VENV)/.ready: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	sed 's/^paddlepaddle==[^ ]*/paddlepaddle==$(PADDLE)/' requirements.txt > $(VENV)/requirements.txt
-	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r $(VENV)/requirements.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r $(VENV)/requirements.txt -e .
 	touch $@
 
 COMPILE = uv pip compile --universal --python-version 3.9 --extra ppcls --extra onnx --extra test --upgrade \
@@ -45,7 +46,7 @@ lock:
 	$(PYTHON) -m venv .venv-lock
 	.venv-lock/bin/python -m pip install --disable-pip-version-check -q uv
 	printf 'paddlepaddle==$(LOCKED)\ndecorator\nastor\n' | PATH=$$PWD/.venv-lock/bin:$$PATH $(COMPILE) -q > requirements.new
-	@(echo '# Everything, pinned, for every Python from 3.9 on: pip install --no-deps -r requirements.txt'; \
+	@(echo '# Everything, pinned, for every Python from 3.9 on: pip install --no-deps -r requirements.txt -e .'; \
 	 echo '# Compiled from pyproject.toml by `make lock`; do not edit.'; \
 	 grep -v "sys_platform == 'never'" requirements.new) > requirements.txt
 	sed 's/^paddlepaddle==.*/paddlepaddle-gpu==$(LOCKED_GPU)/; s/requirements.txt/requirements-gpu.txt/' \

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from setuptools import find_packages
 
 import paddle_reparam
 
@@ -75,3 +76,10 @@ def test_errors_of_the_library_name_no_option_of_a_command():
     ]
     assert len(texts) > 100
     assert [each for each in texts if re.search(r"(^|\s)--[a-z]", each[1])] == []
+
+
+def test_every_module_is_installed():
+    """A folder without an `__init__.py` runs in a checkout and is missing in what `pip install` copies."""
+    installed = set(find_packages(str(ROOT.parent), include=["paddle_reparam*"]))
+    folders = {path.parent.relative_to(ROOT.parent).parts for path in ROOT.rglob("*.py")}
+    assert {".".join(folder) for folder in folders} == installed

@@ -21,7 +21,7 @@ NOT_RUN = {
     "make quickstart": "test_quickstart.py runs all of it",
     "make test": "it runs this test",
     "pip install .": "it would change the environment that the tests run in",
-    "pip install --no-deps -r requirements.txt": "it would change the environment that the tests run in",
+    "pip install --no-deps -r requirements.txt -e .": "it would change the environment that the tests run in",
 }
 
 
@@ -54,6 +54,16 @@ def test_every_block_is_run_or_shown_for_a_reason():
     assert {language for language, _ in BLOCKS} == RUN | set(SHOWN)
     in_readme = {command for language, block in BLOCKS if language == "bash" for command in commands_of(block)}
     assert set(NOT_RUN) < in_readme
+
+
+def test_one_command_installs_the_list_and_the_library():
+    install = "pip install --no-deps -r {} -e ."
+    assert install.format("requirements.txt") in NOT_RUN
+    for name in ("requirements.txt", "requirements-gpu.txt"):
+        first, *_ = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        assert first.endswith(f": {install.format(name)}")
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert " --no-deps -r $(VENV)/requirements.txt -e ." in make
 
 
 def test_every_block_runs_in_order(project, capsys):
