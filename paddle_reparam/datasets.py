@@ -12,11 +12,11 @@ import numpy as np
 
 from .checkpoints import atomic_write
 from .errors import BY_FORCE, OutputExists, ReparamError, UsageError
+from .images import IMAGE_SUFFIXES, images_below, why_unreadable
 from .release import new_folder
 from .report import Report
 
 TRAIN_LIST, VAL_LIST, LABEL_NAMES = "train_list.txt", "val_list.txt", "label_names.txt"
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 VAL_FOLDERS = ("val", "test")
 CHECKED_AT_ONCE = 256
 
@@ -125,7 +125,7 @@ def _entries(root: Path, name: str, classes: list[str]) -> list[tuple[str, int]]
     entries = []
     for label, class_name in enumerate(classes):
         folder = root / name / class_name
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        found = images_below(folder)
         if not found:
             raise ReparamError(f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill it, or remove the class")
         entries += [(p.relative_to(root).as_posix(), label) for p in found]
@@ -139,26 +139,14 @@ def _entries(root: Path, name: str, classes: list[str]) -> list[tuple[str, int]]
 
 def _check_images(paths: list[Path], progress: Callable[[Sequence[int]], Iterable[int]]) -> None:
     broken: list[str] = []
-    # PIL decodes without Python's lock, so threads help.
+    # OpenCV decodes without Python's lock, so threads help.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in progress(range(0, len(paths), CHECKED_AT_ONCE)):
-            broken += filter(None, pool.map(why_unreadable, paths[start : start + CHECKED_AT_ONCE]))
+            some = paths[start : start + CHECKED_AT_ONCE]
+            broken += [f"{path}: {why}" for path, why in zip(some, pool.map(why_unreadable, some)) if why]
     if broken:
-        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        raise ReparamError(f"{broken[0]}{more}; replace or remove what cannot be read")
-
-
-def why_unreadable(path: Path) -> str | None:
-    """Return the path of an image file and why it cannot be decoded, or None where it can be."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        return f"{path}: {reason}"
-    return None
+        named = "\n".join(broken)
+        raise ReparamError(f"{len(broken)} of {len(paths)} images cannot be read; replace or remove:\n{named}")
 
 
 def _lists(classes: list[str], train: list[tuple[str, int]], val: list[tuple[str, int]]) -> dict[str, str]:

@@ -92,7 +92,7 @@ def test_an_evaluation_counts_no_image_in_the_place_of_another(place, trained, c
     assert ends(lambda: main("eval", arguments)) == 1
     error = capsys.readouterr().err
     assert "20 of 60 images cannot be read" in error
-    assert "text_0.png (not an image)" in error
+    assert "text_0.png (it is no image)" in error
 
 
 def test_hundreds_of_them_in_a_process_of_its_own():

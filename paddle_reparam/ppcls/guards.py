@@ -26,9 +26,9 @@ from paddle import nn
 from paddle.io.dataloader import dataloader_iter, fetcher
 from ppcls.utils import logger
 
-from ..datasets import why_unreadable
 from ..errors import ReparamError
 from ..export import one_sentence
+from ..images import why_unreadable
 from ..tracing import all_finite, first_not_finite, not_finite, undisturbed_draws
 
 
@@ -234,7 +234,7 @@ class ImageFailures:
         """Add an image, and what went wrong with it; called in readers."""
         if os.path.isfile(image):
             # Of a file that is no image a transform would only say that there is nothing to transform.
-            reason = (why_unreadable(Path(image)) or f": {reason}").partition(": ")[2]
+            reason = why_unreadable(image) or reason
         self._notes.add([image, reason])
 
     def found(self) -> dict[str, str]:

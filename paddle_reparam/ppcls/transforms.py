@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import yaml
 
 from ..export import THRESHOLD, Normalization, OutputSpec
+from ..images import why_misread
 from ..predict import STEPS, to_gray
 from .errors import ConfigError
 
@@ -22,10 +24,24 @@ class ToGray:
 
 
 def register() -> None:
-    """Put the transforms of this library where PaddleClas looks the names of a config up."""
+    """Put the transforms of this library where PaddleClas looks the names of a config up, and mind what it decodes."""
     from ppcls.data import preprocess
 
     preprocess.ToGray = ToGray
+    preprocess.DecodeImage.__call__ = _refusing_misread(preprocess.DecodeImage.__call__)
+
+
+def _refusing_misread(decode: Callable[..., Any]) -> Callable[..., Any]:
+    """Return DecodeImage's call, an error for what it decodes to another picture, as where an image is predicted."""
+
+    @functools.wraps(decode)
+    def checked(self: Any, image: Any) -> Any:
+        reason = why_misread(image) if isinstance(image, bytes) else None
+        if reason:
+            raise ValueError(reason)
+        return decode(self, image)
+
+    return checked
 
 
 def read_steps(config: Mapping[str, Any]) -> list[dict[str, dict[str, Any]]]:
@@ -111,7 +127,10 @@ def release_steps(config: Mapping[str, Any], normalization: Normalization | None
     """Return what makes an export's input of an RGB image, or None where `predict` does not know such a step."""
     steps = [step for step in read_steps(config) if "DecodeImage" not in step]
     decoding = [step["DecodeImage"] for step in read_steps(config) if "DecodeImage" in step]
-    as_here = all(options.get("to_rgb", True) and not options.get("channel_first") for options in decoding)
+    as_here = all(
+        options.get("to_rgb", True) and not options.get("channel_first") and options.get("backend", "cv2") == "cv2"
+        for options in decoding
+    )
     if not steps or not as_here or any(name not in STEPS for step in steps for name in step):
         return None
     if any(step.get("NormalizeImage", {}).get("channel_num", 3) != 3 for step in steps):
