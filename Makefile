@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint visualdl lock clean
 
 quickstart: $(VENV)/.ready
-	GLOG_minloglevel=2 $(BIN)/python -W 'ignore:No ccache' tools/quickstart.py
+	GLOG_minloglevel=2 $(BIN)/python tools/quickstart.py
 
 # A file a process: Paddle and PaddleClas keep flags, names and registered classes for as long as a process lives.
 # As many processes as cores, each with one thread, the longest files first; a file's output appears when it has ended.

@@ -6,8 +6,13 @@ verify(model, fused, input_spec)   prove that both are the same function
 release(model, weights, folder)    all of it, exported for Paddle Inference and checked
 """
 
+import warnings
+
 # Before paddle: 2.6 exports a zlib of its own, and Python's, where it is loaded after that one, crashes in it.
 import zlib  # noqa: F401
+
+# What compiles C++ extensions for Paddle says so at every import of Paddle; nothing is compiled here.
+warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
 
 __version__ = "0.1.0"
 

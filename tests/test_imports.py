@@ -83,3 +83,18 @@ def test_every_module_is_installed():
     installed = set(find_packages(str(ROOT.parent), include=["paddle_reparam*"]))
     folders = {path.parent.relative_to(ROOT.parent).parts for path in ROOT.rglob("*.py")}
     assert {".".join(folder) for folder in folders} == installed
+
+
+def test_commands_import_this_library_before_paddle():
+    """It quiets a warning that Paddle shows when it is imported."""
+    scripts = [path for folder in ("tools", "docs/make") for path in (ROOT.parent / folder).glob("*.py")]
+    assert len(scripts) > 10
+    for path in scripts:
+        statements = ast.parse(path.read_text(encoding="utf-8")).body
+        modules = [
+            name.split(".")[0]
+            for each in statements
+            if isinstance(each, (ast.Import, ast.ImportFrom))
+            for name in ([each.module or ""] if isinstance(each, ast.ImportFrom) else [a.name for a in each.names])
+        ]
+        assert [name for name in modules if name in ("paddle", "paddle_reparam")][:1] != ["paddle"], path.name

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import paddle
 from matplotlib.figure import Figure
-from paddle import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -36,6 +34,9 @@ from paddle_reparam.registry import get_layer
 from paddle_reparam.released import MANIFEST, check_files, read_manifest
 from paddle_reparam.report import Report
 from paddle_reparam.timing import FEWEST_ROUNDS
+
+import paddle  # isort: skip - paddle_reparam quiets it
+from paddle import nn  # isort: skip
 
 from benchmark_pages import (  # isort: skip
     FOR_EVERY_SIZE, GROWS, MEASURED, NETWORKS, PAGE, PICTURE, ROOT, SWEEPS, TARGETS,

@@ -10,10 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-import paddle
-import paddle.nn.functional as F
-from paddle.vision import models
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam import create_model, list_models, replace, timing
@@ -24,6 +20,10 @@ from paddle_reparam.processors import MKL_CODE, let_amd_multiply_fast
 from paddle_reparam.report import format_table
 from paddle_reparam.sparsity import SparseTraining, add_masks
 from paddle_reparam.timing import in_new_process
+
+import paddle  # isort: skip - paddle_reparam quiets it
+import paddle.nn.functional as F  # isort: skip
+from paddle.vision import models  # isort: skip
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 #: A page shows `measured/<name>.json` between these lines.

@@ -16,13 +16,14 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import paddle
 from style import BLUE, GREEN, GREY, ORANGE
 
 from paddle_reparam import kernels
 from paddle_reparam.checkpoints import atomic_write
 from paddle_reparam.errors import exit_code
 from paddle_reparam.layers.refconv import refocused
+
+import paddle  # isort: skip - paddle_reparam quiets it
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
 DPI = 110

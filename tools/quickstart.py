@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import paddle
 
 from paddle_reparam import checkpoints
 from paddle_reparam.errors import ReparamError
@@ -36,6 +35,8 @@ from paddle_reparam.ppcls.images import Images, read_validation_images
 from paddle_reparam.report import format_table
 from paddle_reparam.rewrite import reparameterize
 from paddle_reparam.timing import alternate
+
+import paddle  # isort: skip - paddle_reparam quiets it
 
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE_CONFIG = "ppcls_configs/digits/refconv/PPLCNet_x0_25.yaml"
