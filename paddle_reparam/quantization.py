@@ -11,7 +11,7 @@ import numpy as np
 from paddle import nn
 
 from .checkpoints import atomic_write
-from .errors import ReparamError
+from .errors import ReparamError, UsageError
 from .export import THRESHOLD, Folder, one_sentence
 from .onnx_export import OnnxModel, need
 from .report import Report, format_table
@@ -157,8 +157,12 @@ class Int8Report(Report):
 
     @property
     def drop(self) -> float:
-        """Accuracy that is lost, in percentage points; negative where int8 is right more often."""
-        return round(100 * (self.float_accuracy - self.int8_accuracy), 6)
+        """Accuracy that is lost, in percentage points; 0 where int8 is right as often, or more often."""
+        return max(0.0, -self._change)
+
+    @property
+    def _change(self) -> float:
+        return round(100 * (self.int8_accuracy - self.float_accuracy), 6)
 
     def __str__(self) -> str:
         table = format_table(
@@ -168,7 +172,8 @@ class Int8Report(Report):
                 ["int8", f"{self.int8_accuracy:.2%}", f"{self.int8_bytes:,}"],
             ],
         )
-        return f"{table}\ndrop {self.drop:.2f} points on {self.images} images"
+        changed = f"int8 {'loses' if self.drop else 'gains'} {abs(self._change):.2f} points"
+        return f"{table}\n{changed if self._change else 'int8 is right as often'}, on {self.images} images"
 
 
 def export_int8(
@@ -182,8 +187,11 @@ def export_int8(
 
     `calibration` is `[N, C, H, W]`, `batches` are images of that form with labels `[N]`, by which top-1 is measured, or
     `[N, labels]` of 0 and 1 (and -1 for what is not known). The first output is what scores the classes, in the second
-    case by probabilities. Raises `ReparamError`, and leaves what stood at `target`, where more is lost.
+    case by probabilities. Raises `ReparamError`, and leaves what stood at `target`, where more is lost, and
+    `UsageError` for a `largest_drop` that is not 0 or more.
     """
+    if not largest_drop >= 0:
+        raise UsageError(f"what int8 may lose is {largest_drop:g} percentage points; give 0 or more")
     source = Path(source)
     reports = []
 

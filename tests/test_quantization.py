@@ -11,11 +11,11 @@ from paddle import nn
 from sklearn.datasets import load_digits
 from test_onnx import needs_onnx
 
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import ReparamError, UsageError
 from paddle_reparam.export import ExportOptions, Normalization, export_inference
 from paddle_reparam.onnx_export import ONNX_FILE, OnnxModel, export_onnx
 from paddle_reparam.ppcls.errors import ConfigError
-from paddle_reparam.quantization import export_int8, kernel_range, quantization_report, quantize_onnx
+from paddle_reparam.quantization import Int8Report, export_int8, kernel_range, quantization_report, quantize_onnx
 from paddle_reparam.released import digest, write_manifest
 
 SPEC = [[None, 1, 8, 8]]
@@ -135,9 +135,9 @@ def test_int8_is_nearly_as_good_and_smaller(trained, digits, tmp_path):
     assert (report.images, report.calibration_images) == (397, 64)
     assert report.measure == "top-1"
     assert report.float_accuracy > 0.85
-    assert abs(report.drop) <= 1.0
+    assert report.drop == max(0.0, round(100 * (report.float_accuracy - report.int8_accuracy), 6)) <= 1.0
     assert report.int8_bytes == (tmp_path / "int8.onnx").stat().st_size
-    assert f"drop {report.drop:.2f} points on 397 images" in str(report)
+    assert str(report).splitlines()[-1].endswith(", on 397 images")
     [logits] = OnnxModel(tmp_path / "int8.onnx").run(images[1400:])
     assert report.int8_accuracy == (logits.argmax(1) == labels[1400:]).mean()
     [exact] = OnnxModel(trained).run(images[1400:])
@@ -157,10 +157,24 @@ def test_a_network_that_takes_pixels_is_calibrated_on_pixels(network, trained, d
     report = export_int8(export_onnx(tmp_path), tmp_path / "int8.onnx", pixels[:64], batches((pixels, labels)))
     exact = OnnxModel(trained).run(images[1400:])[0].argmax(1)
     assert report.float_accuracy == (exact == labels[1400:]).mean()
-    assert abs(report.drop) <= 1.0
+    assert report.drop <= 1.0
     for other in (Normalization((1.0,), (1.0,), 1 / 255, dtype), Normalization((0.5,), (1.0,), 1 / 8, dtype)):
         with pytest.raises(ReparamError, match="no pixels 0..255 that were normalised by Normalization.mean"):
             other.undo(images)
+
+
+@pytest.mark.parametrize(
+    ("int8", "drop", "text"),
+    [
+        (0.745, 0.5, "int8 loses 0.50 points"),
+        (0.75, 0.0, "int8 is right as often"),
+        (0.76, 0.0, "int8 gains 1.00 points"),
+    ],
+)
+def test_what_int8_loses_is_never_negative(int8, drop, text):
+    report = Int8Report("top-1", 200, 8, 0.75, int8, 400, 100)
+    assert report.drop == drop
+    assert str(report).splitlines()[-1] == f"{text}, on 200 images"
 
 
 @needs_onnx
@@ -187,6 +201,8 @@ def test_what_loses_too_much_is_not_written(trained, digits, tmp_path):
     # Calibrated on what is almost black, everything else is cut off.
     with pytest.raises(ReparamError, match="int8 loses .* points of top-1 .* more than the 1 that are allowed"):
         export_int8(trained, target, images[:8] * 1e-3, batches(digits), largest_drop=1.0)
+    with pytest.raises(UsageError, match="may lose is -1 percentage points; give 0 or more"):
+        export_int8(trained, target, images[:8], batches(digits), largest_drop=-1.0)
     for calibration, measured, message in [
         (images[:0], batches(digits), "measured on images, and none was given"),
         (images[:8], [], "no images to measure the accuracy on"),

@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.images < 1:
         parser.error(f"--images takes a number above zero, not {given.images}")
-    if not math.isfinite(given.largest_drop):
-        parser.error(f"--largest-drop takes a number of percentage points, not {given.largest_drop}")
+    if not 0 <= given.largest_drop < math.inf:
+        parser.error(f"--largest-drop takes percentage points, 0 or more, not {given.largest_drop:g}")
     with exit_code() as result:
         _quantize(given)
     return result[0]
