@@ -50,6 +50,8 @@ SWEEPS = {
 INTRODUCTION = """\
 # Benchmarks
 
+English | [简体中文](ch/benchmarks.md)
+
 Written by `python tools/benchmark.py table`; do not edit. Every network was fused, exported for images of 224 pixels,
 compared with its train form, and run by Paddle Inference with oneDNN; all of them in turns in one process, each beside
 its plain network, whose BNs were folded and which was exported in the same way. A ratio is the median of the network
@@ -150,18 +152,26 @@ def page_of(measured: Mapping[str, Any], sweeps: Mapping[str, Mapping[str, Any]]
     one = [each for each in measured["results"] if each["batch"] == 1]
     plain = [r for r in one if r["name"] in {p for _, p, _ in TARGETS}]
     times = ", ".join(f"{r['name']} {r['median']:.1f} ms ({r['low']:.1f} to {r['high']:.1f})" for r in plain)
-    parts = [f"{INTRODUCTION}{_conditions(measured)}", table, f"The plain networks, batch 1: {times}."]
+    of_plain = f"The plain networks, batch 1: {times}."
+    parts = [INTRODUCTION.strip(), _generated("networks", _conditions(measured), table, of_plain)]
     missed = [row for row in rows if row.missed]
     if missed:
-        parts += [LIMITS + _limits(measured, missed), PROFILES.strip()]
         profiles = {each["name"]: each for each in measured["profiles"]}
-        parts += [_profile(profiles[row.network], profiles[row.plain]) for row in missed]
+        tables = [_profile(profiles[row.network], profiles[row.plain]) for row in missed]
+        parts += [LIMITS.strip(), _generated("limits", _limits(measured, missed))]
+        parts += [PROFILES.strip(), _generated("profiles", *tables)]
     every_size = _for_every_size(measured)
-    parts += [EVERY_SIZE + every_size] if every_size else []
+    parts += [EVERY_SIZE.strip(), _generated("every size", every_size)] if every_size else []
     parts.append(GROWTH.strip())
     for stem, sweep in sweeps.items():
-        parts += [f"`python tools/benchmark.py sweep {SWEEPS[stem]}`", _sweep_table(sweep), _conditions(sweep)]
+        command = f"`python tools/benchmark.py sweep {SWEEPS[stem]}`"
+        parts.append(_generated(stem, command, _sweep_table(sweep), _conditions(sweep)))
     return "\n\n".join(parts) + "\n"
+
+
+def _generated(name: str, *parts: str) -> str:
+    """Return parts of a page between the lines that say that they are the same in every language."""
+    return "\n".join([f"<!-- {name} -->", "\n\n".join(parts), "<!-- end -->"])
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -27,6 +27,8 @@ MEASURED = ROOT / "docs" / "measured.json"
 INTRODUCTION = """\
 # Networks
 
+English | [简体中文](ch/models.md)
+
 Written by `python tools/model_table.py`; do not edit. Parameters and multiply-adds were counted here, for one image of
 the given size: "train" is the network as it is trained, "fused" what `reparameterize(fold_bn=True)` makes of it,
 "non-zero" what is left at the sparsity that the paper trains with (dense kernels do not get faster by zeros). Published
@@ -48,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = json.dumps(measure(), indent=2) + "\n"
             atomic_write(MEASURED, lambda path: path.write_text(results, encoding="utf-8"))
         rows = [catalogue.measure_network(*each) for each in tqdm(catalogue.networks(), unit=" networks")]
-        text = INTRODUCTION + table_of(rows)
+        text = f"{INTRODUCTION}<!-- networks -->\n{table_of(rows).strip()}\n<!-- end -->\n"
         atomic_write(TABLE, lambda path: path.write_text(text, encoding="utf-8"))
         print(f"{TABLE.relative_to(ROOT)}: {len(rows)} networks")
     return result[0]
