@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import fnmatch
+import re
 import types
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Callable, Union
@@ -45,9 +47,18 @@ from .tracing import (
 Where = Union[str, Sequence[str], Callable[[str, nn.Conv2D], bool], None]
 
 
+#: What stands behind one of these in a report is of one layer alone: its geometry, or where it went.
+_ONE_LAYER = re.compile(r"\(|, this one | into |, \d")
+#: Kinds of changes that a short report tells apart.
+_KINDS = 12
+
+
 @dataclass
 class RewriteReport(Report):
-    """What a walk did: (path, what became of it) and (path, why it was left), each in the order of the model."""
+    """What a walk did: (path, what became of it) and (path, why it was left), each in the order of the model.
+
+    As text it has a row for each kind of change; `table` has one for each layer.
+    """
 
     touched: list[tuple[str, str]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -60,10 +71,21 @@ class RewriteReport(Report):
         return len(self.touched) / max(1, len(self.touched) + len(self.skipped))
 
     def __str__(self) -> str:
+        counts = Counter(_ONE_LAYER.split(what)[0] for _, what in self.touched)
+        counts.update(f"skipped: {_ONE_LAYER.split(why)[0]}" for _, why in self.skipped)
+        rows = [[count, kind] for kind, count in counts.items()]
+        if len(rows) > _KINDS:
+            rows = [*rows[: _KINDS - 1], [sum(count for count, _ in rows[_KINDS - 1 :]), "of other kinds"]]
+        return f"{format_table(['layers', 'what / why'], rows)}\n{self._sums()}"
+
+    def table(self) -> str:
+        """Return the report with a row for each layer."""
         rows = [[path, "done", what] for path, what in self.touched]
         rows += [[path, "skipped", why] for path, why in self.skipped]
-        text = format_table(["layer", "", "what / why"], rows)
-        text += f"\n{len(self.touched)} done, {len(self.skipped)} skipped ({self.coverage:.0%} done)"
+        return f"{format_table(['layer', '', 'what / why'], rows)}\n{self._sums()}"
+
+    def _sums(self) -> str:
+        text = f"{len(self.touched)} done, {len(self.skipped)} skipped ({self.coverage:.0%} done)"
         if self.left_over:
             text += "; left over: " + ", ".join(f"{count} {kind}" for kind, count in self.left_over.items())
         return text

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -441,8 +442,15 @@ def test_the_command(project, capsys):
     command += ["--weights", "trained", "--output", "released"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "folded into" in done.stdout
+    assert re.search(r"^ +\d+  folded$", done.stdout, re.M)
+    assert "folded into" not in done.stdout, "layer by layer only if asked for"
     assert "multiply-adds per image" in done.stdout
+    tools = Path(command[1]).parent
+    assert done.stdout.splitlines()[-6:] == [
+        "each layer: released/manifest.json, in fusing", "next:",
+        "# labels of images", f"python {tools / 'predict.py'} released IMAGE",
+        "# later, or where it is used: is it whole, and right?", f"python {tools / 'reparam.py'} --check released",
+    ]  # fmt: skip
     assert is_whole(project / "released")
     manifest = json.loads((project / "released" / release.MANIFEST).read_text())
     assert manifest["output"] == {"activation": "softmax", "keys": [], "left_out": []}
@@ -505,7 +513,7 @@ def test_check_stands_alone(project, capsys):
 
 def test_a_dry_run_of_the_command(project, capsys):
     before = sorted(project.iterdir())
-    assert call(project, "--output", "dry", "--dry-run", "-o", "Arch.infer_add_softmax=False") == 0
+    assert call(project, "--output", "dry", "--dry-run", "--verbose", "-o", "Arch.infer_add_softmax=False") == 0
     assert sorted(project.iterdir()) == before
     assert "fused network" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """The walk: which convolutions get a layer, what is fused, which BN is folded, and what is refused by name."""
 
 import contextlib
+import re
 
 import numpy as np
 import paddle
@@ -15,7 +16,7 @@ from paddle_reparam.layers.base import InferenceForm
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.registry import get_layer, list_layers
-from paddle_reparam.rewrite import copy_model, reparameterize, replace
+from paddle_reparam.rewrite import RewriteReport, copy_model, reparameterize, replace
 from paddle_reparam.verify import verify
 
 SPEC = [[None, 3, 9, 8]]
@@ -74,8 +75,27 @@ def test_replace_reports_every_convolution_and_keeps_the_function():
     assert relative_error(model(x), before) < 1e-6
     assert not model.stem.training
     assert report.coverage == 0.75
-    assert "blocks.2.0" in str(report)
+    assert "blocks.2.0" in report.table()
     assert '"touched"' in report.to_json()
+
+
+def test_a_report_as_text_is_short_and_its_table_whole():
+    """Counts by what was done and why not; layers are named in the table alone, and many kinds are put together."""
+    report = RewriteReport(
+        [*((f"conv{i}", f"RefConv2D({i}->8, 3x3)") for i in range(30)), ("a", "folded into b"), ("c", "folded into d")],
+        [*((f"skip{i}", f"takes no groups, this one is {i}->8") for i in range(20))],
+        {"BNs": 2},
+    )
+    assert str(report).splitlines()[2:] == [
+        "    30  RefConv2D", "     2  folded", "    20  skipped: takes no groups",
+        "32 done, 20 skipped (62% done); left over: 2 BNs",
+    ]  # fmt: skip
+    rows = report.table().splitlines()
+    assert len(rows) == 2 + 52 + 1
+    assert re.split(" {2,}", rows[31]) == ["conv29", "done", "RefConv2D(29->8, 3x3)"]
+    report.skipped = [(f"skip{i}", f"reason {chr(97 + i)}") for i in range(20)]
+    assert len(str(report).splitlines()) == 15
+    assert str(report).splitlines()[-2] == "    11  of other kinds"
 
 
 @pytest.mark.parametrize(

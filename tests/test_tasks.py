@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -348,7 +349,9 @@ def test_quantize(walk, capsys):
     accuracy = ((scores >= 0.5) == labels).mean() if several else (scores.argmax(1) == labels).mean()
     assert re.search(rf"float32 +{accuracy:.2%}", printed)
     assert ("label accuracy" if several else "top-1") in printed
-    assert "on 12 images" in printed
+    assert ", on 12 images" in printed
+    image = walk.config["Infer"]["infer_imgs"]
+    assert shlex.split(printed.splitlines()[-1]) == ["python", "tools/predict.py", str(target), image]
 
 
 def test_refocus(walk, capsys):

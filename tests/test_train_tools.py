@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import sys
@@ -174,7 +175,17 @@ def test_stage_two_trains_the_refocusing_and_keeps_the_base(place, baseline, tra
     assert relative_error(after["conv.conv.weight"], before["conv.conv.weight"]) == 0
     assert relative_error(after["fc.weight"], before["fc.weight"]) > 0
     assert {n for n in after if n not in before} == {n for n in after if n.endswith("convmap.weight")}
-    assert "14 done, 13 skipped" in place.log("refconv")
+
+
+def test_what_is_replaced_is_printed_in_short_and_once(place, baseline, caplog):
+    arguments = place.arguments(place.config(REFCONV), "again", f"Global.pretrained_model={baseline}")
+    assert train_as_a_process_of_its_own(arguments) == 0
+    printed, [log] = caplog.text, place.root.joinpath("again").rglob("train.log")
+    assert printed.count("14 done, 13 skipped (52% done)") == 1
+    assert re.search(r"^ +14  RefConv2D\n +13  skipped: a 1x1 convolution has no", printed, re.M)
+    assert f"each layer: {log}" in printed
+    whole = re.compile(r"^conv\.conv +done +RefConv2D\(3->8, 3x3", re.M)
+    assert (len(whole.findall(printed)), len(whole.findall(log.read_text()))) == (0, 1)
 
 
 def test_the_baseline_may_stand_in_arch(place, baseline, refconv):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import re
 from typing import Any, Callable
 
@@ -79,8 +80,19 @@ def ReparamModel(
         raise ConfigError("Arch.fresh goes with Arch.pretrained, and Arch.backbone.fresh with Arch.backbone.pretrained")
     layer_name, options = _named("layer", layer)
     report = rewrite.replace(model, layer_name, where=where, **options)
-    logger.info(f"{layer_name} in {backbone_name}:\n{report}")
+    _log(f"{layer_name} in {backbone_name}", report)
     return model
+
+
+def _log(what: str, report: rewrite.RewriteReport) -> None:
+    """Log what was replaced: in short on the screen, each layer in the file that an Engine logs to."""
+    # PaddleClas closes none; the last one is of the Engine that runs.
+    files = [each for each in logger._logger.handlers if isinstance(each, logging.FileHandler)][-1:]
+    logger.info(f"{what}:\n{report}" + "".join(f"\neach layer: {each.baseFilename}" for each in files))
+    if logger._logger.isEnabledFor(logging.INFO):
+        text = f"{what}, each layer:\n{report.table()}"
+        for each in files:
+            each.handle(logging.LogRecord("ppcls", logging.INFO, __file__, 0, text, None, None))
 
 
 def _named(part: str, config: Any) -> tuple[str, dict[str, Any]]:

@@ -8,6 +8,7 @@ import difflib
 import os
 import re
 import runpy
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,28 @@ def launch(arguments: Sequence[str] | None = None) -> int:
         sys.argv = [str(script), *given.arguments]
         runpy.run_path(str(script), run_name="__main__")
     return result[0]
+
+
+def next_steps(*steps: tuple[str, Sequence[str], str]) -> str:
+    """Return what to type next: for each (script of tools/, its arguments, what it is for) the command as it is."""
+    running = Path(sys.argv[0])
+    rows = []
+    for script, arguments, what in steps:
+        beside = running.with_name(f"{script}.py")
+        path = beside if beside.is_file() else Path("tools") / beside.name
+        rows.append(f"# {what}\n{shlex.join(['python', str(path), *arguments])}")
+    return "\n".join(["next:", *rows])
+
+
+def image_of(config: dict[str, Any]) -> str:
+    """Return an image, or a folder of some, that a config names for infer, or a word in its place."""
+    place = (config.get("Infer") or {}).get("infer_imgs")
+    return place if isinstance(place, str) and place and os.path.exists(place) else "IMAGE"
+
+
+def options(config: str, override: Sequence[str]) -> list[str]:
+    """Return the arguments that name a config with its overrides."""
+    return ["-c", config, *(part for each in override for part in ("-o", each))]
 
 
 def read_config(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

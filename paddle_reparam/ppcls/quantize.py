@@ -19,7 +19,7 @@ from ..onnx_export import ONNX_FILE, OnnxModel
 from ..quantization import KernelRange, QuantizationReport, export_int8
 from ..released import check_files, read_manifest
 from . import setup
-from .command import add_override, read_config
+from .command import add_override, image_of, next_steps, read_config
 from .errors import ConfigError
 from .transforms import read_labels, release_steps
 
@@ -90,6 +90,7 @@ def _quantize(given: argparse.Namespace) -> None:
     calibration = taken(pixels)
     print(f"\n{export_int8(source, given.output, calibration, measured(), given.largest_drop)}")
     print(f"written: {given.output}")
+    print(next_steps(("predict", [given.output, image_of(config)], "labels of images, by the int8 file")))
 
 
 def _refuse_another_network(config: dict[str, Any], manifest: dict[str, Any], release: str) -> None:

@@ -8,6 +8,7 @@ import copy
 import functools
 import hashlib
 import importlib.metadata
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,10 @@ from paddle import nn
 
 from ..errors import ReparamError, exit_code
 from ..export import FORMATS, ExportOptions, OutputSpec, one_sentence
-from ..release import release
-from ..released import check_release, read_manifest
+from ..release import ReleaseReport, release
+from ..released import MANIFEST, check_release, read_manifest
 from . import setup
-from .command import add_override, read_config
+from .command import add_override, image_of, next_steps, options, read_config
 from .errors import ConfigError
 from .transforms import files_for_paddleclas, read_labels, read_normalization, release_steps
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="put the config's NormalizeImage into the export, which then takes RGB pixels 0..255 of this type",
     )  # fmt: skip
     parser.add_argument("--onnx", action="store_true", help="put an ONNX file beside the export, compared as well")
+    parser.add_argument("--verbose", action="store_true", help="print each layer that was fused, or why it was not")
     parser.add_argument("--check", metavar="FOLDER", help="check a folder that was made before; takes no other option")
     given = parser.parse_args(arguments)
     making = [name for name in ("config", "weights", "output") if getattr(given, name) is not None]
@@ -56,14 +58,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result[0]
 
 
-def _release(given: argparse.Namespace) -> Any:
+def _release(given: argparse.Namespace) -> str:
+    setup().utils.logger.init_logger(log_level="WARNING")
+    config = read_config(given.config, given.override)
+    report = _released(given, config)
+    each_layer = f"{report.fusing.table()}\n\n" if given.verbose else ""
+    return f"{each_layer}{report}\n{_next_steps(given, report.manifest, config)}"
+
+
+def _next_steps(given: argparse.Namespace, manifest: dict[str, Any], read: dict[str, Any]) -> str:
+    if given.dry_run:
+        return "nothing is written; without --dry-run it is"
+    config = options(given.config, given.override)
+    steps = []
+    if "features" not in manifest["output"]["keys"]:
+        steps.append(("predict", [given.output, image_of(read)], "labels of images"))
+        if given.onnx:
+            int8 = f"{given.output.rstrip('/')}_int8.onnx"
+            steps.append(("quantize", [*config, "--release", given.output, "--output", int8], "the ONNX file in int8"))
+    steps.append(("reparam", ["--check", given.output], "later, or where it is used: is it whole, and right?"))
+    return f"each layer: {Path(given.output) / MANIFEST}, in fusing\n{next_steps(*steps)}"
+
+
+def _released(given: argparse.Namespace, config: dict[str, Any]) -> ReleaseReport:
     ppcls = setup()
     from .loading import load_weights, weight_file
 
     # Fused, exported and compared where the Predictor runs; a GPU's shorter floats would blur the comparison.
     paddle.set_device("cpu")
-    ppcls.utils.logger.init_logger(log_level="WARNING")
-    config = read_config(given.config, given.override)
     weights = weight_file(given.weights)
     model = build_train_form(config)
     stock_config, why_no_stock = plain_config(config)
@@ -175,11 +197,18 @@ def plain_config(config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
 
 def _build(config: dict[str, Any]) -> nn.Layer:
     from ppcls.arch import build_model
+    from ppcls.utils import logger
 
     # Batch statistics are shared between processes in training only.
     config["Arch"]["use_sync_bn"] = False
-    with one_sentence(f"Arch {config['Arch'].get('name')} cannot be built"):
-        model = build_model(config, mode="export")
+    level = logger._logger.level
+    # What is replaced is told where it is trained.
+    logger._logger.setLevel(logging.WARNING)
+    try:
+        with one_sentence(f"Arch {config['Arch'].get('name')} cannot be built"):
+            model = build_model(config, mode="export")
+    finally:
+        logger._logger.setLevel(level)
     model.eval()
     return model
 
