@@ -18,13 +18,13 @@ __version__ = "0.1.0"
 
 from . import layers as layers
 from . import models as models
-from .checkpoints import convert_state, load, load_into, save
+from .deploy.release import release
+from .deploy.released import check_release
 from .errors import ReparamError
 from .registry import create_model, list_layers, list_models
-from .release import release
-from .released import check_release
-from .rewrite import reparameterize, replace
-from .verify import verify
+from .surgery.rewrite import reparameterize, replace
+from .surgery.verify import verify
+from .weights.checkpoints import convert_state, load, load_into, save
 
 __all__ = [
     "ReparamError",

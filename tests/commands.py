@@ -12,9 +12,9 @@ setup()
 
 import paddle  # noqa: E402 - after the library, which knows what Paddle 2.6 needs before it
 
-from paddle_reparam.checkpoints import save  # noqa: E402
-from paddle_reparam.geometry import BATCH_NORMS  # noqa: E402
+from paddle_reparam.arithmetic.geometry import BATCH_NORMS  # noqa: E402
 from paddle_reparam.ppcls import command, engine  # noqa: E402
+from paddle_reparam.weights.checkpoints import save  # noqa: E402
 
 
 class Frozen(engine.Engine):

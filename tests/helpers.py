@@ -6,9 +6,9 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from paddle_reparam.arithmetic.geometry import BATCH_NORMS
+from paddle_reparam.deploy.onnx_export import PACKAGES, need
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.geometry import BATCH_NORMS
-from paddle_reparam.onnx_export import PACKAGES, need
 
 
 def as_array(value) -> np.ndarray:

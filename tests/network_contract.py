@@ -10,13 +10,13 @@ import paddle
 from helpers import missing_for_onnx, randomise_batch_norms
 from paddle import nn
 
-from paddle_reparam.export import check_export, export_inference
-from paddle_reparam.flops import measure
+from paddle_reparam.deploy.export import check_export, export_inference
+from paddle_reparam.deploy.onnx_export import OnnxModel, export_onnx
 from paddle_reparam.layers.dcd import DCDConv2D
-from paddle_reparam.onnx_export import OnnxModel, export_onnx
-from paddle_reparam.rewrite import reparameterize
-from paddle_reparam.tracing import sample_inputs
-from paddle_reparam.verify import settle_batch_norms, verify
+from paddle_reparam.surgery.flops import measure
+from paddle_reparam.surgery.rewrite import reparameterize
+from paddle_reparam.surgery.tracing import sample_inputs
+from paddle_reparam.surgery.verify import settle_batch_norms, verify
 
 Shape = list
 #: A dynamic convolution puts out a square of its input. Over more residual blocks of them than this, an image that is

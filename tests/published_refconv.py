@@ -1,6 +1,6 @@
 """The published RefConv module: its arguments as ours."""
 
-from paddle_reparam.geometry import ConvGeometry, as_pair
+from paddle_reparam.arithmetic.geometry import ConvGeometry, as_pair
 from paddle_reparam.layers.refconv import RefConv2D
 
 

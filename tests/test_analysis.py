@@ -12,7 +12,7 @@ from helpers import as_array, randomise_batch_norms, relative_error
 from paddle import nn
 from PIL import Image
 
-from paddle_reparam import analysis, checkpoints, replace
+from paddle_reparam import analysis, replace
 from paddle_reparam.analysis import dcd, refconv, repmlp, slak, spconv
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.layers.dcd import DCDConv2D, DCDLinear
@@ -23,6 +23,7 @@ from paddle_reparam.layers.repmlp import RepMLP
 from paddle_reparam.layers.repmlpnet import RepMLPBlock
 from paddle_reparam.layers.slak import DecomposedLargeKernelConv2D
 from paddle_reparam.layers.spconv import SPConv2D
+from paddle_reparam.weights import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1]
 

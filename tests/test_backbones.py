@@ -11,9 +11,9 @@ from paddle import nn
 
 from paddle_reparam import ppcls
 from paddle_reparam.ppcls import locate
-from paddle_reparam.rewrite import reparameterize, replace
-from paddle_reparam.tracing import sample_inputs
-from paddle_reparam.verify import verify
+from paddle_reparam.surgery.rewrite import reparameterize, replace
+from paddle_reparam.surgery.tracing import sample_inputs
+from paddle_reparam.surgery.verify import verify
 
 #: PaddleClas' own from 2.4 on, and this library's.
 BACKBONES = [

@@ -14,9 +14,10 @@ from paddle import nn
 from PIL import Image
 from test_onnx import needs_onnx
 
-from paddle_reparam import benchmark, release, save
+from paddle_reparam import release, save
+from paddle_reparam.deploy.export import ExportOptions, Normalization, export_inference, program_file
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import ExportOptions, Normalization, export_inference, program_file
+from paddle_reparam.measure import benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

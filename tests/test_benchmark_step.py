@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from paddle_reparam import timing
 from paddle_reparam.errors import UnknownName
 from paddle_reparam.layers.toeplitz import DepthwiseConv2D
-from paddle_reparam.timing import Timing
+from paddle_reparam.measure import timing
+from paddle_reparam.measure.timing import Timing
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))

@@ -17,10 +17,14 @@ import pytest
 from paddle import nn
 from weight_files import DATA, assert_same, expected, read_or_refuse, refusal
 
-from paddle_reparam import checkpoints, registry, sparsity
-from paddle_reparam.checkpoints import LoadReport, atomic_write, form_of, load, load_into, save
+from paddle_reparam import registry
 from paddle_reparam.errors import CheckpointError, MissingFile, ReparamError
+from paddle_reparam.files import atomic_write
 from paddle_reparam.layers.base import ReparamLayer
+from paddle_reparam.surgery.masks import masked_places
+from paddle_reparam.training import sparsity
+from paddle_reparam.weights import checkpoints
+from paddle_reparam.weights.checkpoints import LoadReport, form_of, load, load_into, save
 
 PADDLE_FILES = sorted(DATA.glob("*.pdparams"))
 BY_SUFFIX = [".safetensors", ".pdparams"]
@@ -313,7 +317,7 @@ def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
     path.write_bytes(b"old and whole")
     script = (
         "import os, sys\n"
-        "from paddle_reparam.checkpoints import atomic_write\n"
+        "from paddle_reparam.weights.checkpoints import atomic_write\n"
         "def write(temporary):\n"
         "    temporary.write_bytes(b'new and ha')\n"
         "    os._exit(9)\n"
@@ -597,7 +601,7 @@ def test_masks_of_what_stays_fresh_are_drawn_anew():
     drawn = state_of(model)
     report = load_into(model, saved.state_dict(), fresh=True)
     assert "head.weight" in report.fresh
-    masks = {place.path: place.read_mask() for place in sparsity.masked_places(model)}
+    masks = {place.path: place.read_mask() for place in masked_places(model)}
     assert np.array_equal(masks.pop("body.0.weight"), saved.body[0].weight_mask.numpy())
     [(name, mask)] = masks.items()
     # As dense as the file's: exactly half of 10 x 8.

@@ -109,7 +109,7 @@ def test_the_page_shows_what_was_measured():
 
 
 def test_the_measurement_is_of_the_config_that_it_names():
-    from paddle_reparam.release import digest
+    from paddle_reparam.files import digest
 
     for run in compare_refocus.read(MEASURED):
         config = run["source"]["config"]

@@ -14,11 +14,12 @@ import paddle
 import pytest
 import yaml
 
-from paddle_reparam import checkpoints, ppcls
+from paddle_reparam import ppcls
 from paddle_reparam.errors import UnknownName
 from paddle_reparam.ppcls import locate
 from paddle_reparam.ppcls.command import read_config
 from paddle_reparam.registry import list_models
+from paddle_reparam.weights import checkpoints
 
 ROOT = Path(__file__).resolve().parents[1] / "ppcls_configs"
 PATHS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.rglob("*.yaml"))]

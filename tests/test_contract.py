@@ -10,11 +10,12 @@ from contract import CASES, CHECKS, Case
 from paddle import nn
 
 import paddle_reparam  # noqa: F401 - registers the layers
-from paddle_reparam import kernels, registry
+from paddle_reparam import registry
+from paddle_reparam.arithmetic import kernels
+from paddle_reparam.arithmetic.geometry import ConvGeometry, read_bn_affine
+from paddle_reparam.arithmetic.tensors import assign, to_float64
 from paddle_reparam.errors import UnsupportedConv
-from paddle_reparam.geometry import ConvGeometry, read_bn_affine
 from paddle_reparam.layers.base import InferenceForm, ReparamLayer
-from paddle_reparam.tensors import assign, to_float64
 
 ENTRIES = {name: registry.get_layer(name) for name in registry.list_layers()}
 LAYERS = [

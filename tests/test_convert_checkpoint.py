@@ -15,11 +15,12 @@ import pytest
 from helpers import relative_error
 from paddle import nn
 
-from paddle_reparam import checkpoints, conversion, registry
-from paddle_reparam.conversion import convert, read_published
+from paddle_reparam import registry
 from paddle_reparam.errors import CheckpointError, OutputExists, ReparamError, UnknownName
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.registry import create_model
+from paddle_reparam.weights import checkpoints, conversion
+from paddle_reparam.weights.conversion import convert, read_published
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
 

@@ -21,9 +21,8 @@ from network_contract import (
 from paddle import nn
 
 from paddle_reparam import models  # noqa: F401 - registers them
-from paddle_reparam.checkpoints import convert_state
+from paddle_reparam.arithmetic.geometry import ConvGeometry
 from paddle_reparam.errors import CheckpointError, ReparamError, UnsupportedConv
-from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.layers.dcd import (
     DCDConv2D,
     DCDLinear,
@@ -34,7 +33,8 @@ from paddle_reparam.layers.dcd import (
 from paddle_reparam.layers.dcd_fused import averages
 from paddle_reparam.layers.dcd_matrix import DCDDepthwiseConv2D, DCDMatrixConv2D, latent_dimension_of
 from paddle_reparam.registry import create_model, get_model
-from paddle_reparam.rewrite import replace
+from paddle_reparam.surgery.rewrite import replace
+from paddle_reparam.weights.checkpoints import convert_state
 
 EVEN_AND_ODD = [(8, 6), (7, 9)]
 

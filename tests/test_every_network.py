@@ -19,13 +19,13 @@ from network_contract import (
     randomise_and_settle,
 )
 
-from paddle_reparam import catalogue
+from paddle_reparam.deploy.export import ExportOptions, export_inference
+from paddle_reparam.deploy.onnx_export import OnnxModel, export_onnx
 from paddle_reparam.errors import ReparamError, UnknownName
-from paddle_reparam.export import ExportOptions, export_inference
-from paddle_reparam.onnx_export import OnnxModel, export_onnx
+from paddle_reparam.measure import catalogue
 from paddle_reparam.registry import create_model, get_model, list_models
-from paddle_reparam.rewrite import reparameterize
-from paddle_reparam.verify import verify
+from paddle_reparam.surgery.rewrite import reparameterize
+from paddle_reparam.surgery.verify import verify
 
 EVERY = os.environ.get("EVERY_NETWORK") == "1"
 #: One small network of each family that takes images of this size.

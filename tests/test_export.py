@@ -14,9 +14,9 @@ import pytest
 from helpers import as_array, missing_for_onnx, randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam import check_release, export, release, save
-from paddle_reparam.errors import NothingProven, ReparamError
-from paddle_reparam.export import (
+from paddle_reparam import check_release, release, save
+from paddle_reparam.deploy import export
+from paddle_reparam.deploy.export import (
     FORMATS,
     WEIGHTS_SUFFIX,
     ExportOptions,
@@ -27,11 +27,12 @@ from paddle_reparam.export import (
     export_inference,
     program_file,
 )
-from paddle_reparam.flops import measure
-from paddle_reparam.old_programs import HAS_NEW_PROGRAMS
-from paddle_reparam.rewrite import reparameterize, replace
-from paddle_reparam.tracing import flatten_outputs
-from paddle_reparam.verify import verify
+from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
+from paddle_reparam.errors import NothingProven, ReparamError
+from paddle_reparam.surgery.flops import measure
+from paddle_reparam.surgery.rewrite import reparameterize, replace
+from paddle_reparam.surgery.tracing import flatten_outputs
+from paddle_reparam.surgery.verify import verify
 
 SPEC = [[None, 3, 16, 16]]
 
@@ -192,7 +193,7 @@ def test_nothing_is_unpickled_and_no_thread_stays(tmp_path, monkeypatch, file_fo
 def test_a_program_that_does_more_than_compute_is_not_run(tmp_path, monkeypatch, file_format):
     export_inference(small_net(), tmp_path, SPEC, options=ExportOptions(file_format))
     # A harmless operator stands for those that act.
-    monkeypatch.setattr("paddle_reparam.export.ACTING_OPERATORS", {"relu"})
+    monkeypatch.setattr("paddle_reparam.deploy.export.ACTING_OPERATORS", {"relu"})
     for load in (LoadedProgram, InferenceModel):
         with pytest.raises(ReparamError, match="it holds the operator relu, which does not only compute"):
             load(tmp_path)

@@ -10,9 +10,9 @@ from paddle import nn
 from test_export import SPEC, small_net
 
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.flops import _watch, measure
 from paddle_reparam.layers.refconv import RefConv2D
-from paddle_reparam.rewrite import reparameterize, replace
+from paddle_reparam.surgery.flops import _watch, measure
+from paddle_reparam.surgery.rewrite import reparameterize, replace
 
 CONVS = [
     {}, {"padding": 1}, {"padding": [1, 2]}, {"padding": [0, 1, 2, 1]}, {"padding": "SAME", "stride": 2},

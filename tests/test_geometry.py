@@ -6,9 +6,9 @@ import pytest
 from helpers import as_array, randomise_batch_norms, relative_error
 from paddle import nn
 
+from paddle_reparam.arithmetic.geometry import BATCH_NORMS, ConvGeometry, as_pair, read_bn_affine
+from paddle_reparam.arithmetic.tensors import assign, to_float64
 from paddle_reparam.errors import ReparamError, UnsupportedConv
-from paddle_reparam.geometry import BATCH_NORMS, ConvGeometry, as_pair, read_bn_affine
-from paddle_reparam.tensors import assign, to_float64
 
 # in, out, kernel, what else Conv2D is given
 CONVS = [

@@ -25,7 +25,7 @@ from helpers import BATCH_NORMS, as_array, relative_error
 from paddle import nn
 
 from paddle_reparam.layers.base import ReparamLayer
-from paddle_reparam.rewrite import reparameterize
+from paddle_reparam.surgery.rewrite import reparameterize
 
 TOLERANCE = 1e-6
 FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")

@@ -16,9 +16,9 @@ from network_contract import (
     macs,
 )
 
-from paddle_reparam.checkpoints import convert_state, load_into
 from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName
 from paddle_reparam.registry import create_model, get_model, list_models
+from paddle_reparam.weights.checkpoints import convert_state, load_into
 
 NAMES = [*list_models("HBONet*"), *list_models("ShuffleNetV1*")]
 

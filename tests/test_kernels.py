@@ -7,9 +7,9 @@ import pytest
 from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam import kernels
+from paddle_reparam.arithmetic import kernels
+from paddle_reparam.arithmetic.tensors import to_float64
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.tensors import to_float64
 
 EXACT = 1e-12
 

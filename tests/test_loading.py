@@ -9,11 +9,11 @@ import paddle
 import pytest
 from test_train_tools import Place, train_as_a_process_of_its_own
 
-from paddle_reparam import checkpoints
 from paddle_reparam.errors import CheckpointError
 from paddle_reparam.ppcls import loading, refocus, setup
 from paddle_reparam.ppcls.command import main, read_config
 from paddle_reparam.ppcls.errors import ConfigError
+from paddle_reparam.weights import checkpoints
 
 ppcls = setup()
 STOCK = {"name": "MobileNetV1_x0_25"}

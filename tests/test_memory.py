@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from paddle import nn
 
-from paddle_reparam import checkpoints, replace
-from paddle_reparam.memory import give_back, own_peak
-from paddle_reparam.old_programs import HAS_NEW_PROGRAMS
-from paddle_reparam.timing import in_new_process
-from paddle_reparam.verify import settle_batch_norms
+from paddle_reparam import replace
+from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
+from paddle_reparam.measure.memory import give_back, own_peak
+from paddle_reparam.measure.timing import in_new_process
+from paddle_reparam.surgery.verify import settle_batch_norms
+from paddle_reparam.weights import checkpoints
 
 MIB = 2**20
 #: `paddle.jit.save` of Paddle 2 holds one more.
@@ -42,7 +43,7 @@ def peak_of_release():
         give_back()
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
         # The package has a function of the same name.
-        importlib.import_module("paddle_reparam.release").release(net, weights, Path(folder, "out"), SPEC)
+        importlib.import_module("paddle_reparam.deploy.release").release(net, weights, Path(folder, "out"), SPEC)
     return bytes_of_weights, own_peak() - before
 
 

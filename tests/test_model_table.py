@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from paddle_reparam import catalogue
+from paddle_reparam.measure import catalogue
 from paddle_reparam.registry import Published, list_models
 
 ROOT = Path(__file__).resolve().parents[1]

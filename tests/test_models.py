@@ -10,10 +10,10 @@ import pytest
 from helpers import randomise_batch_norms, relative_error
 
 from paddle_reparam import models  # noqa: F401 - registers them
-from paddle_reparam.checkpoints import save
 from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName
-from paddle_reparam.flops import measure
 from paddle_reparam.registry import create_model, list_models
+from paddle_reparam.surgery.flops import measure
+from paddle_reparam.weights.checkpoints import save
 
 # Millions of parameters, and of multiply-adds at 224x224, counted with the published code.
 PUBLISHED = {

@@ -19,13 +19,13 @@ from paddle import nn
 from test_repmlp import convolve
 
 from paddle_reparam import registry
-from paddle_reparam.checkpoints import convert_state, load_into
 from paddle_reparam.errors import CheckpointError, ReparamError
 from paddle_reparam.layers.repmlp import RepMLP, RepMLPFused
 from paddle_reparam.models.mlp_repmlp import _VARIANTS, RepMLP_CIFAR, RepMLPForCifar
 from paddle_reparam.models.resnet_repmlp import RepMLPResNet, RepMLPResNet50, rename
 from paddle_reparam.registry import create_model
-from paddle_reparam.rewrite import reparameterize
+from paddle_reparam.surgery.rewrite import reparameterize
+from paddle_reparam.weights.checkpoints import convert_state, load_into
 
 
 def small(block: str) -> RepMLPResNet:

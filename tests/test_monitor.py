@@ -15,11 +15,14 @@ from pages import ROOT
 from test_train_tools import PLAIN, REFCONV, Place, config_of, train_as_a_process_of_its_own
 from visualdl import LogReader
 
-from paddle_reparam import analysis, checkpoints, create_model, monitor, sparsity
+from paddle_reparam import analysis, create_model
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.ppcls import monitoring
-from paddle_reparam.verify import settle_batch_norms
+from paddle_reparam.surgery.masks import masked_places
+from paddle_reparam.surgery.verify import settle_batch_norms
+from paddle_reparam.training import monitor, sparsity
+from paddle_reparam.weights import checkpoints
 
 SPARSITY = {"density": 0.6, "distribution": "erk", "update_frequency": 2, "prune_rate": 0.5}
 ZERO = {**REFCONV, "layer": {"name": "RefConv2D", "base": "random"}}
@@ -177,7 +180,7 @@ def test_what_is_written_of_the_digits_networks_is_what_the_weights_say(config, 
         assert fused
         for name, weight in fused.items():
             np.testing.assert_array_equal(log.histograms[f"fused/{row.path}.{name}"][4], weight.reshape(-1))
-    masks = {f"mask_density/{each.path}": {4: each.read_mask().mean()} for each in sparsity.masked_places(model)}
+    masks = {f"mask_density/{each.path}": {4: each.read_mask().mean()} for each in masked_places(model)}
     assert {tag: steps for tag, steps in log.scalars.items() if tag.startswith("mask_")} == masks
     assert bool(masks) == ("Sparsity" in settings)
     said = model(paddle.to_tensor(images)).argmax(axis=-1).tolist()

@@ -15,8 +15,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from paddle_reparam import checkpoints
 from paddle_reparam.ppcls import setup
+from paddle_reparam.weights import checkpoints
 
 setup()
 

@@ -11,12 +11,13 @@ from helpers import randomise_batch_norms
 from PIL import Image
 from test_released import changed, seal
 
-from paddle_reparam import checkpoints, ppcls, replace
+from paddle_reparam import ppcls, replace
+from paddle_reparam.deploy.export import OutputSpec
+from paddle_reparam.deploy.predict import ImageClassifier, draw_sheet, format_predictions
+from paddle_reparam.deploy.release import release
+from paddle_reparam.deploy.released import read_manifest
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import OutputSpec
-from paddle_reparam.predict import ImageClassifier, draw_sheet, format_predictions
-from paddle_reparam.release import release
-from paddle_reparam.released import read_manifest
+from paddle_reparam.weights import checkpoints
 
 ARCH = {"name": "PPLCNet_x0_25", "class_num": 5, "pretrained": False, "use_sync_bn": False}
 REC = {

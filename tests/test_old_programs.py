@@ -7,11 +7,11 @@ import pytest
 from network_contract import randomise_and_settle
 from paddle import nn
 
+from paddle_reparam.deploy.export import ExportOptions, check_export, export_inference
+from paddle_reparam.deploy.old_programs import old_programs
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import ExportOptions, check_export, export_inference
-from paddle_reparam.old_programs import old_programs
 from paddle_reparam.registry import create_model
-from paddle_reparam.rewrite import reparameterize
+from paddle_reparam.surgery.rewrite import reparameterize
 
 SHAPE = [None, 3, 8, 8]
 OLD = ExportOptions(file_format="pdmodel")

@@ -11,11 +11,12 @@ from helpers import missing_for_onnx, relative_error
 from network_contract import check_exports
 from test_released import PIXELS, Net, released
 
-from paddle_reparam import check_release, create_model, onnx_export
+from paddle_reparam import check_release, create_model
+from paddle_reparam.deploy import onnx_export
+from paddle_reparam.deploy.export import FORMATS, ExportOptions, export_inference, program_file
+from paddle_reparam.deploy.onnx_export import ONNX_FILE, PACKAGES, OnnxModel, export_onnx
+from paddle_reparam.deploy.released import read_manifest
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import FORMATS, ExportOptions, export_inference, program_file
-from paddle_reparam.onnx_export import ONNX_FILE, PACKAGES, OnnxModel, export_onnx
-from paddle_reparam.released import read_manifest
 
 needs_onnx = pytest.mark.skipif(bool(missing_for_onnx()), reason=missing_for_onnx() or "all there")
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import paddle
 import pytest
 
-from paddle_reparam import datasets, ppcls
+from paddle_reparam import ppcls
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.ppcls.command import main
 from paddle_reparam.ppcls.reparam import main as reparam
 from paddle_reparam.registry import create_model
+from paddle_reparam.training import datasets
 
 CONFIGS = Path(__file__).resolve().parents[1] / "ppcls_configs" / "digits"
 PATHS = {p.relative_to(CONFIGS).as_posix() for p in CONFIGS.rglob("*.yaml")}

@@ -11,9 +11,9 @@ import paddle
 import pytest
 from weight_files import DATA, assert_same, expected, read_or_refuse, refusal
 
-from paddle_reparam import pickles
-from paddle_reparam.checkpoints import load
 from paddle_reparam.errors import CheckpointError
+from paddle_reparam.weights import pickles
+from paddle_reparam.weights.checkpoints import load
 
 
 @pytest.mark.parametrize("state", [{"a": 1}, {"a": {"b": 2}}], ids=["number", "container"])

@@ -12,12 +12,12 @@ import paddle
 import pytest
 from helpers import relative_error
 
-from paddle_reparam import checkpoints
 from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName, UsageError
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.ppcls import locate, setup
 from paddle_reparam.ppcls.errors import ConfigError
 from paddle_reparam.registry import create_model, list_models
+from paddle_reparam.weights import checkpoints
 
 ppcls = setup()
 BACKBONE = {"name": "MobileNetV1_x0_25"}

@@ -16,11 +16,12 @@ from pages import ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from paddle_reparam import checkpoints, ppcls
+from paddle_reparam import ppcls
+from paddle_reparam.deploy.export import OutputSpec
+from paddle_reparam.deploy.predict import ImageClassifier, find_images, preprocess
+from paddle_reparam.deploy.released import read_manifest, write_manifest
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import OutputSpec
-from paddle_reparam.predict import ImageClassifier, find_images, preprocess
-from paddle_reparam.released import read_manifest, write_manifest
+from paddle_reparam.weights import checkpoints
 
 LABELS = [f"label {i}" for i in range(10)]
 CONFIG = {

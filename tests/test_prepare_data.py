@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paddle_reparam import datasets
 from paddle_reparam.errors import ReparamError
+from paddle_reparam.training import datasets
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "tools" / "prepare_data.py"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from paddle_reparam import ppcls
-from paddle_reparam.processors import MKL_CODE, let_amd_multiply_fast
+from paddle_reparam.measure.processors import MKL_CODE, let_amd_multiply_fast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 

@@ -7,12 +7,12 @@ import paddle
 import pytest
 from paddle import nn
 
-from paddle_reparam import profiling
-from paddle_reparam.benchmark import Contender, profile_all
+from paddle_reparam.deploy.export import export_inference, program_file
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import export_inference, program_file
-from paddle_reparam.profiling import Profile, ProfileReport, Share, middle_half, profile, read_log
-from paddle_reparam.timing import in_new_process, memory_rate
+from paddle_reparam.measure import profiling
+from paddle_reparam.measure.benchmark import Contender, profile_all
+from paddle_reparam.measure.profiling import Profile, ProfileReport, Share, middle_half, profile, read_log
+from paddle_reparam.measure.timing import in_new_process, memory_rate
 
 
 @pytest.fixture(scope="module")

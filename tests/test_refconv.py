@@ -10,8 +10,8 @@ from helpers import as_array, relative_error
 from paddle import nn
 from paddle.static import InputSpec
 
+from paddle_reparam.arithmetic.geometry import ConvGeometry
 from paddle_reparam.errors import ReparamError, UnsupportedConv
-from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.layers import refconv
 from paddle_reparam.layers.refconv import RefConv2D, refocused
 

@@ -11,11 +11,11 @@ import yaml
 from helpers import relative_error
 from test_train_tools import PLAIN, REFCONV, Place, fails
 
-from paddle_reparam import checkpoints
 from paddle_reparam.errors import CheckpointError
+from paddle_reparam.files import digest
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.ppcls import setup
-from paddle_reparam.release import digest
+from paddle_reparam.weights import checkpoints
 
 ppcls = setup()
 

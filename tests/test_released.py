@@ -12,21 +12,15 @@ import pytest
 from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam import check_release, checkpoints, release, replace
-from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import ExportOptions, InferenceModel, Normalization, OutputSpec, one_sentence, program_file
-from paddle_reparam.flops import ModelSize
-from paddle_reparam.predict import ImageClassifier, preprocess
-from paddle_reparam.quantization import KernelRange, QuantizationReport
-from paddle_reparam.released import (
-    MANIFEST,
-    PLAIN_WEIGHTS,
-    PROBE,
-    digest,
-    probe_inputs,
-    read_manifest,
-    write_manifest,
-)
+from paddle_reparam import check_release, release, replace
+from paddle_reparam.deploy.export import ExportOptions, InferenceModel, Normalization, OutputSpec, program_file
+from paddle_reparam.deploy.predict import ImageClassifier, preprocess
+from paddle_reparam.deploy.quantization import KernelRange, QuantizationReport
+from paddle_reparam.deploy.released import MANIFEST, PLAIN_WEIGHTS, PROBE, probe_inputs, read_manifest, write_manifest
+from paddle_reparam.errors import ReparamError, one_sentence
+from paddle_reparam.files import digest
+from paddle_reparam.surgery.flops import ModelSize
+from paddle_reparam.weights import checkpoints
 
 SPEC = [[None, 3, 16, 16]]
 PIXELS = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1 / 255)
@@ -272,7 +266,7 @@ def use(folder, manifest):
 
 
 def test_a_manifest_of_another_form_is_one_sentence_whatever_it_says(copied, monkeypatch):
-    monkeypatch.setattr("paddle_reparam.predict.InferenceModel", lambda folder: None)
+    monkeypatch.setattr("paddle_reparam.deploy.predict.InferenceModel", lambda folder: None)
     steps = [{"ResizeImage": {"size": [8, 8]}}, {"CropImage": {"size": 8}}, {"ToCHWImage": {}},
              {"NormalizeImage": {"mean": [0.0] * 3, "std": [1.0] * 3, "scale": 1.0, "order": ""}}]  # fmt: skip
     good = read_manifest(copied)
@@ -322,7 +316,7 @@ def test_what_a_manifest_cannot_say_is_refused_before_anything_is_read(copied, m
     with pytest.raises(ReparamError, match=r"is nothing that a manifest can hold"):
         write_manifest(copied, manifest)
     seal(copied, manifest)
-    monkeypatch.setattr(importlib.import_module("paddle_reparam.released"), "digest", None)
+    monkeypatch.setattr(importlib.import_module("paddle_reparam.deploy.released"), "digest", None)
     for read in (check_release, ImageClassifier):
         with pytest.raises(ReparamError, match=rf"is not as it was written, or of an older version .*\({path[0]}"):
             read(copied)
@@ -332,7 +326,7 @@ def test_links_are_refused_before_anything_is_read(copied, monkeypatch):
     outside = copied.parent / "outside"
     (copied / PROBE).rename(outside)
     (copied / PROBE).symlink_to(outside)
-    monkeypatch.setattr(importlib.import_module("paddle_reparam.released"), "digest", None)
+    monkeypatch.setattr(importlib.import_module("paddle_reparam.deploy.released"), "digest", None)
     with pytest.raises(ReparamError, match=rf"{PROBE} is a link"):
         check_release(copied)
     (copied / PROBE).unlink()

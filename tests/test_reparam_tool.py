@@ -18,15 +18,16 @@ import yaml
 from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam import checkpoints, ppcls
+from paddle_reparam import files, ppcls
+from paddle_reparam.deploy.export import WEIGHTS_SUFFIX, InferenceModel, OutputSpec, program_file
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import WEIGHTS_SUFFIX, InferenceModel, OutputSpec, program_file
 from paddle_reparam.layers.spconv import SPConv2D
-from paddle_reparam.rewrite import replace
-from paddle_reparam.verify import settle_batch_norms
+from paddle_reparam.surgery.rewrite import replace
+from paddle_reparam.surgery.verify import settle_batch_norms
+from paddle_reparam.weights import checkpoints
 
 # The package has a function of the same name.
-release = importlib.import_module("paddle_reparam.release")
+release = importlib.import_module("paddle_reparam.deploy.release")
 
 SPEC = [[None, 3, 16, 16]]
 
@@ -299,7 +300,7 @@ def killed_while_replacing(target, patch):
     if child == 0:
         try:
             patch()
-            with release.new_folder(target, target, replace=True) as new:
+            with files.new_folder(target, target, replace=True) as new:
                 (new / "a").write_text("new")
                 (new / "b").write_text("new")
         finally:
@@ -332,9 +333,9 @@ def kill_in(owner, name, before=True):
     ("patch", "expected"),
     [
         (kill_in(os, "fsync"), "old"),
-        (kill_in(release, "_exchange"), "old"),
-        (kill_in(release, "_exchange", before=False), "new"),
-        (kill_in(release.shutil, "rmtree"), "new"),
+        (kill_in(files, "_exchange"), "old"),
+        (kill_in(files, "_exchange", before=False), "new"),
+        (kill_in(files.shutil, "rmtree"), "new"),
     ],
     ids=["before it is on the disk", "before the exchange", "after the exchange", "before the old one is deleted"],
 )
@@ -351,7 +352,7 @@ def test_without_an_exchange_the_old_folder_is_moved_aside(tmp_path, monkeypatch
     out = tmp_path / "out"
     out.mkdir()
     (out / "a").write_text("old")
-    monkeypatch.setattr(release, "_exchange_at_once", lambda new, old: False)
+    monkeypatch.setattr(files, "_exchange_at_once", lambda new, old: False)
 
     def second_rename_kills():
         rename = os.rename
@@ -370,7 +371,7 @@ def test_without_an_exchange_the_old_folder_is_moved_aside(tmp_path, monkeypatch
     assert (aside / "a").read_text() == "old"
     os.rename(aside, out)
 
-    with release.new_folder(out, out, replace=True) as new:
+    with files.new_folder(out, out, replace=True) as new:
         (new / "a").write_text("new")
     assert (out / "a").read_text() == "new"
     assert not list(tmp_path.glob(".out-*.old"))
@@ -378,13 +379,13 @@ def test_without_an_exchange_the_old_folder_is_moved_aside(tmp_path, monkeypatch
 
 def test_a_folder_with_the_longest_name(tmp_path):
     out = tmp_path / ("x" * 250)
-    with release.new_folder(out, out, replace=False) as new:
+    with files.new_folder(out, out, replace=False) as new:
         (new / "a").write_text("new")
     assert (out / "a").read_text() == "new"
     too_long = tmp_path / ("x" * 300)
     with (
         pytest.raises(ReparamError, match="it cannot be written .File name too long"),
-        release.new_folder(too_long, too_long, replace=False),
+        files.new_folder(too_long, too_long, replace=False),
     ):
         pass
 

@@ -18,14 +18,14 @@ from network_contract import (
 from paddle import nn
 
 from paddle_reparam import registry
-from paddle_reparam.checkpoints import convert_state
+from paddle_reparam.arithmetic.geometry import ConvGeometry
 from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName, UnsupportedConv
-from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.layers.replknet import ReparamLargeKernelConv2D
 from paddle_reparam.models import replknet as networks
 from paddle_reparam.models.replknet import _RepLKNet
 from paddle_reparam.registry import create_model, get_model
-from paddle_reparam.rewrite import reparameterize, replace
+from paddle_reparam.surgery.rewrite import reparameterize, replace
+from paddle_reparam.weights.checkpoints import convert_state
 
 # --- The layer ---------------------------------------------------------------------------------------------------
 

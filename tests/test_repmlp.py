@@ -13,11 +13,11 @@ import pytest
 from helpers import as_array, relative_error
 from paddle import nn
 
-from paddle_reparam.checkpoints import form_of
+from paddle_reparam.deploy.export import InferenceModel, export_inference
 from paddle_reparam.errors import ReparamError, UnsupportedConv
-from paddle_reparam.export import InferenceModel, export_inference
 from paddle_reparam.layers.repmlp import RepMLP, RepMLPFitted, RepMLPFused
-from paddle_reparam.rewrite import reparameterize, replace
+from paddle_reparam.surgery.rewrite import reparameterize, replace
+from paddle_reparam.weights.checkpoints import form_of
 
 # H, W, h, w and the options of layers from 4 to 6 channels.
 LAYERS = {

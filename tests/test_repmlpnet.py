@@ -17,13 +17,13 @@ from network_contract import (
 )
 from paddle import nn
 
-from paddle_reparam.checkpoints import convert_state, load_into, save
+from paddle_reparam.arithmetic.geometry import ConvGeometry
 from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName, UnsupportedConv
-from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.layers.repmlpnet import RepMLPBlock, RepMLPBlockFitted, RepMLPBlockFused, RepMLPNetUnit
 from paddle_reparam.models.repmlpnet import RepMLPNet, change_resolution
 from paddle_reparam.registry import create_model, get_model
-from paddle_reparam.rewrite import reparameterize, replace
+from paddle_reparam.surgery.rewrite import reparameterize, replace
+from paddle_reparam.weights.checkpoints import convert_state, load_into, save
 
 
 def make(channels: int, h: int, w: int, dtype: str = "float64", **options) -> RepMLPBlock:

@@ -13,9 +13,9 @@ import pytest
 from paddle import nn
 from test_train_tools import PLAIN, Place, fails, train_as_a_process_of_its_own
 
-from paddle_reparam import pickles
 from paddle_reparam.errors import CheckpointError, OutputExists
 from paddle_reparam.ppcls import setup
+from paddle_reparam.weights import pickles
 
 setup()
 

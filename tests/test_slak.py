@@ -18,17 +18,17 @@ from network_contract import (
 from paddle import nn
 
 from paddle_reparam import models  # noqa: F401 - registers them
-from paddle_reparam.checkpoints import convert_state, form_of
+from paddle_reparam.arithmetic.geometry import ConvGeometry
+from paddle_reparam.arithmetic.kernels import crop_to_map
 from paddle_reparam.errors import CheckpointError, ReparamError, UnsupportedConv
-from paddle_reparam.flops import measure
-from paddle_reparam.geometry import ConvGeometry
-from paddle_reparam.kernels import crop_to_map
 from paddle_reparam.layers.replknet import ReparamLargeKernelConv2D
 from paddle_reparam.layers.slak import DecomposedLargeKernelConv2D, DecomposedLargeKernelConv2DFused
 from paddle_reparam.models.convnext import ConvNeXt, ConvNeXtBlock, FusedBlock
 from paddle_reparam.models.slak import SLaK, SLaKBlock
 from paddle_reparam.registry import create_model
-from paddle_reparam.rewrite import reparameterize, replace
+from paddle_reparam.surgery.flops import measure
+from paddle_reparam.surgery.rewrite import reparameterize, replace
+from paddle_reparam.weights.checkpoints import convert_state, form_of
 
 MAPS = [(14, 14), (9, 16), (16, 3), (1, 5), (1, 1)]
 

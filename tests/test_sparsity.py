@@ -9,14 +9,15 @@ import paddle
 import pytest
 from paddle import nn
 
-from paddle_reparam import (
-    models,  # noqa: F401 - registers them
-    sparsity,
-)
-from paddle_reparam.checkpoints import load_into, save
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.registry import create_model
-from paddle_reparam.sparsity import SparseTraining, add_masks, exact_counts, masked_places, prune_and_grow
+from paddle_reparam.surgery import masks
+from paddle_reparam.surgery.masks import masked_places
+from paddle_reparam.training import (
+    sparsity,
+)
+from paddle_reparam.training.sparsity import SparseTraining, add_masks, exact_counts, prune_and_grow
+from paddle_reparam.weights.checkpoints import load_into, save
 
 SHAPES = [[16, 3, 3, 3], [32, 16, 1, 1], [16, 1, 7, 5], [10, 32]]
 SIZES = [math.prod(shape) for shape in SHAPES]
@@ -58,7 +59,7 @@ def test_counts_are_exact_in_sum(density):
 def test_prune_and_grow_exchanges_the_smallest_and_keeps_the_count():
     generator = np.random.default_rng(0)
     weight = generator.standard_normal([8, 25])
-    mask = sparsity.draw_mask(weight.shape, 120, generator)
+    mask = masks.draw_mask(weight.shape, 120, generator)
     new, stays = prune_and_grow(weight * mask, mask, 0.3, generator)
     assert mask.sum() == new.sum() == 120
     assert stays.sum() == 120 - 36
@@ -340,7 +341,7 @@ def test_close_gives_everything_back():
     train(model, optimizer, 1)
     assert training.step == 0
     assert all(place.parameter.numpy()[~place.read_mask()].any() for place in masked_places(model))
-    sparsity.remove_masks(model)
+    masks.remove_masks(model)
     assert set(model.state_dict()) == set(net().state_dict())
 
 

@@ -17,10 +17,11 @@ import yaml
 from paddle import nn
 from test_train_tools import IN_A_CHECKOUT, PLAIN, Place, config_of, train_as_a_process_of_its_own
 
-from paddle_reparam import checkpoints, sparsity
-from paddle_reparam.datasets import write_digits
 from paddle_reparam.errors import CheckpointError
 from paddle_reparam.ppcls import saving, setup
+from paddle_reparam.surgery import masks
+from paddle_reparam.training.datasets import write_digits
+from paddle_reparam.weights import checkpoints
 
 EPOCHS = 4
 SPARSITY = {"density": 0.6, "distribution": "erk", "update_frequency": 3, "prune_rate": 0.5, "growth": "gradient"}
@@ -109,21 +110,21 @@ def assert_same(state, expected):
 
 
 def masks_of(state):
-    return {name: value for name, value in state.items() if name.endswith(sparsity.SUFFIX)}
+    return {name: value for name, value in state.items() if name.endswith(masks.SUFFIX)}
 
 
 def assert_exactly_sparse(state):
     masks = masks_of(state)
     weights = {n: v for n, v in state.items() if v.ndim in (2, 4) and n not in masks}
-    kept = sum(int(masks.get(f"{name}{sparsity.SUFFIX}", np.ones(w.shape)).sum()) for name, w in weights.items())
+    kept = sum(int(masks.get(f"{name}{masks.SUFFIX}", np.ones(w.shape)).sum()) for name, w in weights.items())
     assert kept == round(0.6 * sum(w.size for w in weights.values()))
     for name, mask in masks.items():
-        assert not state[name[: -len(sparsity.SUFFIX)]][mask == 0].any()
+        assert not state[name[: -len(masks.SUFFIX)]][mask == 0].any()
 
 
 def test_a_sparse_run_has_exactly_its_density(uninterrupted):
     assert_exactly_sparse(uninterrupted)
-    assert uninterrupted[sparsity.STEP].tolist() == [2 * EPOCHS]
+    assert uninterrupted[masks.STEP].tolist() == [2 * EPOCHS]
 
 
 def test_a_sparse_slak_has_exactly_its_density_after_every_update(place, uninterrupted_slak):
@@ -132,7 +133,7 @@ def test_a_sparse_slak_has_exactly_its_density_after_every_update(place, uninter
     ]
     for i, state in enumerate(epochs):
         assert_exactly_sparse(state)
-        assert state[sparsity.STEP].tolist() == [2 * (i + 1)]
+        assert state[masks.STEP].tolist() == [2 * (i + 1)]
     # The last step is no update: what grew in it would never learn.
     moved = [any((a[n] != b[n]).any() for n in masks_of(b)) for a, b in zip(epochs, epochs[1:])]
     assert moved == [True, True, False]
@@ -174,7 +175,7 @@ def test_mixed_precision_moves_the_masks_too(place, config):
     assert train_as_a_process_of_its_own(place.arguments(config, "amp", *scaling)) == 0
     state = checkpoints.load(f"{place.saved('amp')}.pdparams")
     assert_exactly_sparse(state)
-    assert state[sparsity.STEP].tolist() == [2 * EPOCHS]
+    assert state[masks.STEP].tolist() == [2 * EPOCHS]
 
 
 @IN_A_CHECKOUT
@@ -188,7 +189,7 @@ def test_gathered_gradients_are_one_step(place, config):
     overrides.append("Sparsity.update_frequency=2")
     assert train_as_a_process_of_its_own(place.arguments(config, "gathered", *overrides)) == 0
     whole = checkpoints.load(f"{place.saved('gathered')}.pdparams")
-    assert whole[sparsity.STEP].tolist() == [2 * EPOCHS]
+    assert whole[masks.STEP].tolist() == [2 * EPOCHS]
     # The last step is known as such: it is no update.
     assert_same(masks_of(whole), masks_of(checkpoints.load(f"{place.saved('gathered', 'epoch_3')}.pdparams")))
     assert saving.read_states(f"{place.saved('gathered')}.pdstates")["global_step"] == 4 * EPOCHS
@@ -225,8 +226,8 @@ def test_without_the_section_a_sparse_network_becomes_a_dense_one(place, slak, u
     assert train_as_a_process_of_its_own(place.arguments(slak, "dense", *overrides)) == 0
     assert "the weights carry masks and the config has no Sparsity" in place.log("dense")
     dense, masks = checkpoints.load(f"{place.saved('dense')}.pdparams"), masks_of(uninterrupted_slak)
-    assert set(dense) == set(uninterrupted_slak) - set(masks) - {sparsity.STEP}
-    assert any(dense[name.removesuffix(sparsity.SUFFIX)][mask == 0].any() for name, mask in masks.items())
+    assert set(dense) == set(uninterrupted_slak) - set(masks) - {masks.STEP}
+    assert any(dense[name.removesuffix(masks.SUFFIX)][mask == 0].any() for name, mask in masks.items())
 
 
 def test_a_set_whose_files_do_not_belong_together_is_refused(place, config, uninterrupted, capsys):

@@ -21,10 +21,10 @@ from pages import ROOT
 from PIL import Image
 from test_train_tools import config_of
 
-from paddle_reparam import checkpoints
-from paddle_reparam.export import InferenceModel
+from paddle_reparam.deploy.export import InferenceModel
+from paddle_reparam.deploy.released import PLAIN_WEIGHTS, read_manifest
 from paddle_reparam.ppcls import setup
-from paddle_reparam.released import PLAIN_WEIGHTS, read_manifest
+from paddle_reparam.weights import checkpoints
 
 ppcls = setup()
 

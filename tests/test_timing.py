@@ -3,7 +3,7 @@
 import pytest
 
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.timing import alternate, machine_facts
+from paddle_reparam.measure.timing import alternate, machine_facts
 
 
 class Clock:

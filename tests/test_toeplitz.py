@@ -14,13 +14,13 @@ from helpers import as_array, relative_error
 from paddle import nn
 
 from paddle_reparam import create_model
+from paddle_reparam.arithmetic.geometry import ConvGeometry
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.flops import measure
-from paddle_reparam.geometry import ConvGeometry
 from paddle_reparam.layers import toeplitz
 from paddle_reparam.layers.slak import DecomposedLargeKernelConv2D
 from paddle_reparam.layers.toeplitz import DepthwiseConv2D, formulation, product_pays
-from paddle_reparam.sparsity import SparseTraining, add_masks
+from paddle_reparam.surgery.flops import measure
+from paddle_reparam.training.sparsity import SparseTraining, add_masks
 
 TOLERANCES = {"float64": 1e-14, "float32": 2e-6}
 #: (images, channels, height, width), (kernel's height, width)

@@ -15,8 +15,8 @@ import yaml
 from helpers import relative_error
 from PIL import Image
 
-from paddle_reparam import checkpoints
 from paddle_reparam.ppcls import locate, setup
+from paddle_reparam.weights import checkpoints
 
 ppcls = setup()
 

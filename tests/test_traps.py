@@ -10,12 +10,13 @@ from helpers import missing_for_onnx, randomise_batch_norms, relative_error
 from paddle import nn
 from paddle.nn.utils import spectral_norm, weight_norm
 
-from paddle_reparam import checkpoints, list_layers, release, save
+from paddle_reparam import list_layers, release, save
+from paddle_reparam.deploy.export import FORMATS, ExportOptions, LoadedProgram, export_inference
+from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
+from paddle_reparam.deploy.onnx_export import OnnxModel, export_onnx
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import FORMATS, ExportOptions, LoadedProgram, export_inference
-from paddle_reparam.old_programs import HAS_NEW_PROGRAMS
-from paddle_reparam.onnx_export import OnnxModel, export_onnx
 from paddle_reparam.registry import get_layer
+from paddle_reparam.weights import checkpoints
 
 needs_onnx = pytest.mark.skipif(bool(missing_for_onnx()), reason=missing_for_onnx() or "all there")
 needs_json = pytest.mark.skipif(not HAS_NEW_PROGRAMS, reason="Paddle 3 alone writes .json programs")

@@ -15,8 +15,9 @@ import pytest
 from test_train_tools import PLAIN, REFCONV, TOOLS, Place, train_as_a_process_of_its_own
 from visualdl import LogReader
 
-from paddle_reparam import checkpoints, sparsity
 from paddle_reparam.ppcls import saving
+from paddle_reparam.surgery import masks
+from paddle_reparam.weights import checkpoints
 
 SLAK = {
     "name": "SLaK_micro", "class_num": 2, "depths": [1, 1, 1, 1], "dims": [8, 8, 12, 12],
@@ -123,8 +124,8 @@ def test_two_processes_are_one_with_batches_twice_as_large(place, alone, togethe
         else:
             np.testing.assert_array_equal(two[key], value, err_msg=key)
     if "Sparsity" in NETWORKS[name][1]:
-        assert two[sparsity.STEP].tolist() == [2]
-        assert any(key.endswith(sparsity.SUFFIX) for key in two)
+        assert two[masks.STEP].tolist() == [2]
+        assert any(key.endswith(masks.SUFFIX) for key in two)
 
 
 def test_two_processes_evaluate_and_save_once(place, alone, together):

@@ -9,11 +9,11 @@ from helpers import as_array, randomise_batch_norms
 from paddle import nn
 from paddle.vision.models import mobilenet_v2
 
+from paddle_reparam.deploy.export import export_inference
 from paddle_reparam.errors import NothingProven, ReparamError
-from paddle_reparam.export import export_inference
-from paddle_reparam.flops import measure
-from paddle_reparam.rewrite import reparameterize
-from paddle_reparam.verify import compare_outputs, relative_error, settle_batch_norms, verify
+from paddle_reparam.surgery.flops import measure
+from paddle_reparam.surgery.rewrite import reparameterize
+from paddle_reparam.surgery.verify import compare_outputs, relative_error, settle_batch_norms, verify
 
 SPEC = [[None, 3, 32, 32]]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from paddle_reparam.checkpoints import load
 from paddle_reparam.errors import CheckpointError
+from paddle_reparam.weights.checkpoints import load
 
 DATA = Path(__file__).parent / "data"
 

@@ -20,10 +20,10 @@ from style import BLUE, GREY, ORANGE, image_axes, plain_axes, spread_over
 
 from paddle_reparam import analysis
 from paddle_reparam.errors import CheckpointError, OutputExists, exit_code
+from paddle_reparam.files import new_folder
 from paddle_reparam.ppcls import setup
 from paddle_reparam.ppcls.command import add_override, read_config
 from paddle_reparam.ppcls.errors import ConfigError
-from paddle_reparam.release import new_folder
 
 #: Layers whose arrays are drawn; the numbers of all of them are in the table.
 LAYERS = 6

@@ -21,19 +21,20 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam import benchmark, list_layers, list_models
-from paddle_reparam.benchmark import Contender, InferenceReport
-from paddle_reparam.checkpoints import atomic_write
+from paddle_reparam import list_layers, list_models
+from paddle_reparam.arithmetic.geometry import ConvGeometry
+from paddle_reparam.deploy.export import program_file
+from paddle_reparam.deploy.released import MANIFEST, check_files, read_manifest
 from paddle_reparam.errors import ReparamError, UsageError, exit_code
-from paddle_reparam.export import program_file
-from paddle_reparam.flops import ModelSize
-from paddle_reparam.geometry import ConvGeometry
+from paddle_reparam.files import atomic_write
+from paddle_reparam.measure import benchmark
+from paddle_reparam.measure.benchmark import Contender, InferenceReport
+from paddle_reparam.measure.timing import FEWEST_ROUNDS
 from paddle_reparam.ppcls import setup
 from paddle_reparam.ppcls.errors import ConfigError
 from paddle_reparam.registry import get_layer
-from paddle_reparam.released import MANIFEST, check_files, read_manifest
 from paddle_reparam.report import Report
-from paddle_reparam.timing import FEWEST_ROUNDS
+from paddle_reparam.surgery.flops import ModelSize
 
 import paddle  # isort: skip - paddle_reparam quiets it
 from paddle import nn  # isort: skip

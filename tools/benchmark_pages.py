@@ -12,7 +12,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from paddle_reparam.profiling import limit_by_operations, limit_by_weights
+from paddle_reparam.measure.profiling import limit_by_operations, limit_by_weights
 
 from style import BLUE, GREEN, GREY, ORANGE, plain_axes  # isort: skip
 

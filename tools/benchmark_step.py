@@ -12,14 +12,15 @@ from typing import Any, Callable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam import create_model, list_models, replace, timing
-from paddle_reparam.checkpoints import atomic_write
+from paddle_reparam import create_model, list_models, replace
+from paddle_reparam.files import atomic_write
 from paddle_reparam.layers.toeplitz import DepthwiseConv2D, formulation, product_pays
-from paddle_reparam.memory import own_peak
-from paddle_reparam.processors import MKL_CODE, let_amd_multiply_fast
+from paddle_reparam.measure import timing
+from paddle_reparam.measure.memory import own_peak
+from paddle_reparam.measure.processors import MKL_CODE, let_amd_multiply_fast
+from paddle_reparam.measure.timing import in_new_process
 from paddle_reparam.report import format_table
-from paddle_reparam.sparsity import SparseTraining, add_masks
-from paddle_reparam.timing import in_new_process
+from paddle_reparam.training.sparsity import SparseTraining, add_masks
 
 import paddle  # isort: skip - paddle_reparam quiets it
 import paddle.nn.functional as F  # isort: skip

@@ -18,8 +18,8 @@ from style import BLUE, GREEN, GREY, ORANGE, plain_axes
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam.checkpoints import atomic_write
 from paddle_reparam.errors import ReparamError, exit_code, one_sentence
+from paddle_reparam.files import atomic_write
 
 BASELINE = "baseline"
 #: The key of the digest in the PNG file's metadata.

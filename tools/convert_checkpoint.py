@@ -12,8 +12,8 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam.conversion import convert
 from paddle_reparam.errors import exit_code
+from paddle_reparam.weights.conversion import convert
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

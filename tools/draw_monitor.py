@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from style import BLUE, GREY, ORANGE, plain_axes
 from visualdl import LogReader
 
-from paddle_reparam.checkpoints import atomic_write
 from paddle_reparam.errors import ReparamError, exit_code, one_sentence
+from paddle_reparam.files import atomic_write
 
 COLUMNS, COLORS = 3, 64
 

@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from style import BLUE, GREEN, GREY, ORANGE
 
-from paddle_reparam import kernels
-from paddle_reparam.checkpoints import atomic_write
+from paddle_reparam.arithmetic import kernels
 from paddle_reparam.errors import exit_code
+from paddle_reparam.files import atomic_write
 from paddle_reparam.layers.refconv import refocused
 
 import paddle  # isort: skip - paddle_reparam quiets it

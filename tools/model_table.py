@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam import catalogue
-from paddle_reparam.checkpoints import atomic_write
+from paddle_reparam.deploy.export import InferenceModel
 from paddle_reparam.errors import exit_code
-from paddle_reparam.export import InferenceModel
+from paddle_reparam.files import atomic_write
+from paddle_reparam.measure import catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "ppcls_configs"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from paddle_reparam.deploy.export import THRESHOLD
+from paddle_reparam.deploy.predict import ImageClassifier, draw_sheet, find_images, format_predictions
 from paddle_reparam.errors import ReparamError, UsageError, exit_code
-from paddle_reparam.export import THRESHOLD
-from paddle_reparam.predict import ImageClassifier, draw_sheet, find_images, format_predictions
 
 
 def main(arguments: "list[str] | None" = None) -> int:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam.datasets import CHECKED_AT_ONCE, list_folder, write_digits
 from paddle_reparam.errors import exit_code
+from paddle_reparam.training.datasets import CHECKED_AT_ONCE, list_folder, write_digits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -27,14 +27,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-from paddle_reparam import checkpoints
+from paddle_reparam.deploy.export import InferenceModel, OutputSpec, export_inference
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.export import InferenceModel, OutputSpec, export_inference
-from paddle_reparam.flops import measure
+from paddle_reparam.measure.timing import alternate
 from paddle_reparam.ppcls.images import Images, read_validation_images
 from paddle_reparam.report import format_table
-from paddle_reparam.rewrite import reparameterize
-from paddle_reparam.timing import alternate
+from paddle_reparam.surgery.flops import measure
+from paddle_reparam.surgery.rewrite import reparameterize
+from paddle_reparam.weights import checkpoints
 
 import paddle  # isort: skip - paddle_reparam quiets it
 

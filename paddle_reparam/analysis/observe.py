@@ -10,10 +10,10 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from ..arithmetic.tensors import to_float64
 from ..errors import ReparamError
 from ..layers.base import ReparamLayer
 from ..report import format_table
-from ..tensors import to_float64
 
 #: Images that run through a model at once.
 BATCH = 64

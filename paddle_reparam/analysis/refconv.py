@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from paddle import nn
 
+from ..arithmetic.tensors import to_float64
 from ..layers.refconv import RefConv2D
-from ..tensors import to_float64
 from .observe import layers_of
 
 #: The paper shows the first 64 channels.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from paddle import nn
 
+from ..arithmetic.tensors import assign, to_float64
 from ..layers.repmlp import RepMLP
 from ..layers.repmlpnet import RepMLPBlock
-from ..tensors import assign, to_float64
 from .observe import layers_of, share
 
 KINDS = (RepMLP, RepMLPBlock)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from paddle import nn
 
+from ..arithmetic.tensors import to_float64
 from ..layers.base import ReparamLayer
 from ..layers.replknet import ReparamLargeKernelConv2D
 from ..layers.slak import DecomposedLargeKernelConv2D
-from ..tensors import to_float64
 from .observe import layers_of
 
 KINDS = (DecomposedLargeKernelConv2D, ReparamLargeKernelConv2D)

@@ -12,10 +12,10 @@ from typing import Any, Callable, ClassVar, NamedTuple
 import paddle
 from paddle import nn
 
+from ..arithmetic.geometry import ConvGeometry
+from ..arithmetic.tensors import assign, to_float64
 from ..errors import ReparamError, UnsupportedConv
-from ..geometry import ConvGeometry
 from ..registry import Registry
-from ..tensors import assign, to_float64
 
 #: What PaddleClas calls on a block to fuse it in place: release 2.6 and its own blocks there, release 2.4.
 FUSING_METHODS = ("re_parameterize", "rep")

@@ -15,12 +15,12 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .. import kernels
+from ..arithmetic import kernels
+from ..arithmetic.geometry import ConvGeometry, as_pair, read_bn_affine
+from ..arithmetic.initializers import init_fan_out_normal, init_uniform_fan_in
+from ..arithmetic.tensors import assign, to_float64
 from ..errors import ReparamError, UnsupportedConv
-from ..geometry import ConvGeometry, as_pair, read_bn_affine
-from ..initializers import init_fan_out_normal, init_uniform_fan_in
 from ..registry import register_layer
-from ..tensors import assign, to_float64
 from .base import WHOLE, ReparamLayer, one_of, or_none
 from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, at_centre, pooled
 

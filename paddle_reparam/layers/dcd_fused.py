@@ -10,8 +10,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from ..geometry import ConvGeometry, fold_into
-from ..tensors import assign
+from ..arithmetic.geometry import ConvGeometry, fold_into
+from ..arithmetic.tensors import assign
 from .base import InferenceForm
 
 

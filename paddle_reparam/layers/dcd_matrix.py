@@ -13,11 +13,11 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from ..arithmetic.geometry import ConvGeometry, as_pair
+from ..arithmetic.initializers import init_fan_out_normal, init_uniform_fan_in
+from ..arithmetic.tensors import assign, to_float64
 from ..errors import UnsupportedConv
-from ..geometry import ConvGeometry, as_pair
-from ..initializers import init_fan_out_normal, init_uniform_fan_in
 from ..registry import register_layer
-from ..tensors import assign, to_float64
 from .base import FLAG, WHOLE, InferenceForm, ReparamLayer, one_of, or_none
 from .dcd import INITS, make_convs, refuse_without_centre
 from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, mixed, pooled

@@ -12,10 +12,10 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from ..arithmetic.geometry import ConvGeometry, as_pair
+from ..arithmetic.tensors import to_float64
 from ..errors import ReparamError, UnsupportedConv
-from ..geometry import ConvGeometry, as_pair
 from ..registry import register_layer
-from ..tensors import to_float64
 from .base import FLAG, ODD, ReparamLayer, one_of
 
 INITS = ("xavier", "zero", "torch_default")

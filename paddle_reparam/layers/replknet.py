@@ -10,12 +10,12 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .. import kernels
+from ..arithmetic import kernels
+from ..arithmetic.geometry import ConvGeometry, as_pair, fold_into, read_bn_affine
+from ..arithmetic.initializers import uniform_fan_in
+from ..arithmetic.tensors import assign, to_float64
 from ..errors import ReparamError, UnsupportedConv
-from ..geometry import ConvGeometry, as_pair, fold_into, read_bn_affine
-from ..initializers import uniform_fan_in
 from ..registry import register_layer
-from ..tensors import assign, to_float64
 from .base import FLAG, WHOLE, ReparamLayer, one_of, or_none
 from .toeplitz import DepthwiseConv2D
 

@@ -13,12 +13,12 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .. import kernels
+from ..arithmetic import kernels
+from ..arithmetic.geometry import ConvGeometry, fold_into, read_bn_affine
+from ..arithmetic.initializers import uniform_fan_in
+from ..arithmetic.tensors import assign, to_float64
 from ..errors import ReparamError, UnsupportedConv
-from ..geometry import ConvGeometry, fold_into, read_bn_affine
-from ..initializers import uniform_fan_in
 from ..registry import register_layer
-from ..tensors import assign, to_float64
 from .base import FLAG, POSITIVE, WHOLE, InferenceForm, ReparamLayer, or_none, several
 from .partitions import grouped_linear, join_partitions, pad_to_partitions, size_of, split_into_partitions
 

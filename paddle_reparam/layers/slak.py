@@ -10,11 +10,11 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .. import kernels
+from ..arithmetic import kernels
+from ..arithmetic.geometry import ConvGeometry, fold_into
+from ..arithmetic.tensors import assign, to_float64
 from ..errors import ReparamError, UnsupportedConv
-from ..geometry import ConvGeometry, fold_into
 from ..registry import register_layer
-from ..tensors import assign, to_float64
 from .base import FLAG, WHOLE, InferenceForm, ReparamLayer
 from .replknet import conv_bn, fold_conv_bn, forward_together
 

@@ -10,12 +10,12 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .. import kernels
+from ..arithmetic import kernels
+from ..arithmetic.geometry import ConvGeometry, fold_into, read_bn_affine
+from ..arithmetic.initializers import init_fan_out_normal
+from ..arithmetic.tensors import assign, to_float64
 from ..errors import UnsupportedConv
-from ..geometry import ConvGeometry, fold_into, read_bn_affine
-from ..initializers import init_fan_out_normal
 from ..registry import register_layer
-from ..tensors import assign, to_float64
 from .base import FLAG, SHARE, InferenceForm, ReparamLayer
 
 # float32 holds no reciprocal of what is smaller than about 1e-38; the rest is room for what is multiplied with it.

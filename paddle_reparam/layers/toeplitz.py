@@ -26,8 +26,8 @@ import paddle
 from paddle import nn
 from paddle.autograd import PyLayer
 
+from ..arithmetic.geometry import ConvGeometry
 from ..errors import ReparamError
-from ..geometry import ConvGeometry
 
 #: What the shifted copies of a block of channels may take: no more than stays in a processor's cache.
 BLOCK_BYTES = 4 << 20

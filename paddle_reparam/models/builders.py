@@ -36,7 +36,7 @@ def check_arguments(
 def load_pretrained(model: nn.Layer, pretrained: bool | str | os.PathLike[str]) -> nn.Layer:
     """Load a weight file into the model, all of it, and return the model; `pretrained=False` leaves it as it is."""
     if pretrained is not False:
-        from ..checkpoints import load_into
+        from ..weights.checkpoints import load_into
 
         load_into(model, pretrained)
     return model

@@ -14,13 +14,13 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from .. import kernels
+from ..arithmetic import kernels
+from ..arithmetic.geometry import ConvGeometry, affine_of_layer_norm
+from ..arithmetic.tensors import to_float64
 from ..errors import ReparamError
-from ..geometry import ConvGeometry, affine_of_layer_norm
 from ..layers.base import ReparamLayer
 from ..layers.toeplitz import DepthwiseConv2D
 from ..registry import Published, register_model
-from ..tensors import to_float64
 from .builders import check_arguments, load_pretrained
 
 _EPSILON = 1e-6

@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ..initializers import init_fan_out_normal
+from ..arithmetic.initializers import init_fan_out_normal
 from ..layers.dcd import DCDConv2D, DCDLinear
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained

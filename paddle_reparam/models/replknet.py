@@ -14,7 +14,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ..initializers import uniform_fan_in
+from ..arithmetic.initializers import uniform_fan_in
 from ..layers.replknet import ReparamLargeKernelConv2D
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained

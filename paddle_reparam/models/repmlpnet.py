@@ -11,13 +11,13 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from ..checkpoints import form_of, load_into
+from ..arithmetic.geometry import as_pair
+from ..arithmetic.initializers import uniform_fan_in
+from ..arithmetic.tensors import to_float64
 from ..errors import CheckpointError, ReparamError
-from ..geometry import as_pair
-from ..initializers import uniform_fan_in
 from ..layers.repmlpnet import RepMLPBlock, RepMLPNetUnit, conv_bn
 from ..registry import Published, create_model, register_model
-from ..tensors import to_float64
+from ..weights.checkpoints import form_of, load_into
 from .builders import check_arguments, load_pretrained
 
 #: Height and width of the images in pixels, or one number for both.

@@ -14,8 +14,8 @@ import paddle
 from paddle import nn
 from paddle.vision.models.resnet import BasicBlock, BottleneckBlock
 
-from ..geometry import ConvGeometry
-from ..initializers import init_fan_out_normal
+from ..arithmetic.geometry import ConvGeometry
+from ..arithmetic.initializers import init_fan_out_normal
 from ..layers.dcd import DCDConv2D, DCDLinear
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained

@@ -15,7 +15,7 @@ from paddle import nn
 from paddle.vision.models import ResNet
 from paddle.vision.models.resnet import BasicBlock, BottleneckBlock
 
-from ..initializers import init_fan_out_normal
+from ..arithmetic.initializers import init_fan_out_normal
 from ..layers.spconv import SPConv2D
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained

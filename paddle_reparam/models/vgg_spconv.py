@@ -7,7 +7,7 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from ..initializers import init_fan_out_normal
+from ..arithmetic.initializers import init_fan_out_normal
 from ..layers.spconv import SPConv2D
 from ..registry import register_model
 from .builders import check_arguments, load_pretrained

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from ..processors import let_amd_multiply_fast
+from ..measure.processors import let_amd_multiply_fast
 
 
 def setup() -> ModuleType:

@@ -12,9 +12,10 @@ from paddle import nn
 from ppcls import arch
 from ppcls.utils import logger
 
-from .. import models, rewrite  # noqa: F401  (importing the models registers them)
+from .. import models  # noqa: F401  (importing the models registers them)
 from ..errors import ReparamError
 from ..registry import Registry, create_model, list_models
+from ..surgery import rewrite
 from .errors import ConfigError
 from .loading import load_weights, read_fresh
 

@@ -26,10 +26,9 @@ from paddle import nn
 from paddle.io.dataloader import dataloader_iter, fetcher
 from ppcls.utils import logger
 
-from ..errors import ReparamError
-from ..export import one_sentence
+from ..errors import ReparamError, one_sentence
 from ..images import why_unreadable
-from ..tracing import all_finite, first_not_finite, not_finite, undisturbed_draws
+from ..surgery.tracing import all_finite, first_not_finite, not_finite, undisturbed_draws
 
 
 def check_samples(loader: Any, class_num: int | None, split: str, channels: int | None = None) -> None:

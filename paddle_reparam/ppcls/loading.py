@@ -22,9 +22,8 @@ from ppcls.engine import engine as engine_module
 from ppcls.loss import build_loss
 from ppcls.utils import download, logger, save_load
 
-from .. import checkpoints
-from ..errors import CheckpointError, ReparamError
-from ..export import one_sentence
+from ..errors import CheckpointError, ReparamError, one_sentence
+from ..weights import checkpoints
 from .errors import ConfigError
 
 _REFOCUSING = "convmap.weight"

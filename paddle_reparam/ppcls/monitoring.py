@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import ReparamError
-from ..monitor import MaskHistory, Monitor, undisturbed
+from ..training.monitor import MaskHistory, Monitor, undisturbed
 from . import sections
 from .errors import ConfigError
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ..deploy.export import Normalization
+from ..deploy.onnx_export import ONNX_FILE, OnnxModel
+from ..deploy.quantization import KernelRange, QuantizationReport, export_int8
+from ..deploy.released import check_files, read_manifest
 from ..errors import exit_code
-from ..export import Normalization
-from ..onnx_export import ONNX_FILE, OnnxModel
-from ..quantization import KernelRange, QuantizationReport, export_int8
-from ..released import check_files, read_manifest
 from . import setup
 from .command import add_override, image_of, next_steps, read_config
 from .errors import ConfigError
@@ -67,7 +67,7 @@ def _quantize(given: argparse.Namespace) -> None:
     if "features" in manifest["output"]["keys"]:
         raise ConfigError(
             f"{given.release}: its network puts out features, and what int8 costs is measured on classes; quantise it "
-            "with paddle_reparam.quantization.quantize_onnx and measure what you retrieve with it"
+            "with paddle_reparam.deploy.quantization.quantize_onnx and measure what you retrieve with it"
         )
     kernels = manifest["quantization"]["kernels"]
     print(QuantizationReport([KernelRange(**kernel) for kernel in kernels]).worst(_WORST))

@@ -19,12 +19,12 @@ import paddle
 import yaml
 from paddle import nn
 
-from .. import checkpoints
-from ..errors import CheckpointError, OutputExists, ReparamError, exit_code
-from ..export import one_sentence
+from ..deploy.release import PLAIN_WEIGHTS, release
+from ..errors import CheckpointError, OutputExists, ReparamError, exit_code, one_sentence
+from ..files import atomic_write, digest
 from ..registry import Registry
-from ..release import PLAIN_WEIGHTS, digest, release
 from ..report import Report, format_table
+from ..weights import checkpoints
 from . import saving, setup
 from .command import add_override, read_config
 from .errors import ConfigError
@@ -163,7 +163,7 @@ def _train_both(
     second = stage_two(config, VARIANTS[variant], str(file))
     second["Global"]["output_dir"] = str(folder / "stage_two")
     text = yaml.safe_dump(_plain(second), sort_keys=False)
-    checkpoints.atomic_write(folder / STAGE_TWO, lambda path: path.write_text(text, encoding="utf-8"))
+    atomic_write(folder / STAGE_TWO, lambda path: path.write_text(text, encoding="utf-8"))
     trained = _train(second, folder / "stage_two")
     curves[variant] = read_curve(folder / "stage_two")
     plain = folder / PLAIN_WEIGHTS
@@ -179,7 +179,7 @@ def _train_both(
         {name: {"name": str(path), **digest(path)} for name, path in files.items()},
         dict(source or {}),
     )
-    checkpoints.atomic_write(folder / RESULT, lambda path: path.write_text(f"{report.to_json()}\n", encoding="utf-8"))
+    atomic_write(folder / RESULT, lambda path: path.write_text(f"{report.to_json()}\n", encoding="utf-8"))
     return report
 
 
@@ -324,7 +324,7 @@ def _save_pretrained(baseline: dict[str, Any], file: Path) -> None:
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    checkpoints.atomic_write(target, lambda path: shutil.copyfile(source, path))
+    atomic_write(target, lambda path: shutil.copyfile(source, path))
 
 
 def _write_plain(baseline: dict[str, Any], second: dict[str, Any], trained: Path, plain: Path) -> None:
@@ -437,4 +437,4 @@ def _claim(folder: Path, config: dict[str, Any], variant: str, weights: str | No
         raise OutputExists(f"{folder} exists already and is kept; name another folder")
     else:
         text = json.dumps(run, indent=1)
-        checkpoints.atomic_write(record, lambda path: path.write_text(text, encoding="utf-8"))
+        atomic_write(record, lambda path: path.write_text(text, encoding="utf-8"))

@@ -16,10 +16,10 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from ..errors import ReparamError, exit_code
-from ..export import FORMATS, ExportOptions, OutputSpec, one_sentence
-from ..release import ReleaseReport, release
-from ..released import MANIFEST, check_release, read_manifest
+from ..deploy.export import FORMATS, ExportOptions, OutputSpec
+from ..deploy.release import ReleaseReport, release
+from ..deploy.released import MANIFEST, check_release, read_manifest
+from ..errors import ReparamError, exit_code, one_sentence
 from . import setup
 from .command import add_override, image_of, next_steps, options, read_config
 from .errors import ConfigError

@@ -18,7 +18,7 @@ from paddle.optimizer.lr import LRScheduler
 from ppcls.utils import logger
 
 from ..errors import CheckpointError
-from ..sparsity import inner_optimizer
+from ..training.sparsity import inner_optimizer
 from . import saving
 from .loading import load_weights
 

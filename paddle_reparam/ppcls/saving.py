@@ -20,10 +20,10 @@ from typing import Any, Callable
 
 import paddle
 
-from .. import pickles
+from ..deploy.manifest_form import dict_of, matching, whole
+from ..deploy.manifest_form import record as record_of
 from ..errors import CheckpointError, OutputExists, ReparamError
-from ..manifest_form import dict_of, matching, whole
-from ..manifest_form import record as record_of
+from ..weights import pickles
 from .errors import ConfigError
 
 try:

@@ -11,8 +11,9 @@ import paddle.nn.functional as F
 from paddle import nn
 from ppcls.utils import logger
 
-from .. import sparsity
-from ..sparsity import SparseTraining
+from ..surgery import masks
+from ..training import sparsity
+from ..training.sparsity import SparseTraining
 from . import sections
 from .errors import ConfigError
 
@@ -53,16 +54,16 @@ def start(engine: Any, settings: Mapping[str, Any] | None) -> SparseTraining | N
     model = getattr(engine.model, "_layers", engine.model)
     average = engine.model_ema.module if getattr(engine, "ema", False) else None
     if settings is None:
-        if sparsity.masked_places(model):
+        if masks.masked_places(model):
             logger.warning(
                 "the weights carry masks and the config has no Sparsity: from here on all weights are trained"
             )
-            sparsity.remove_masks(model)
+            masks.remove_masks(model)
             if average is not None:
-                sparsity.remove_masks(average)
+                masks.remove_masks(average)
         return None
     seed = engine.config["Global"].get("seed") or 0
-    if not sparsity.masked_places(model):
+    if not masks.masked_places(model):
         report = sparsity.add_masks(
             model,
             settings["density"],
@@ -113,7 +114,7 @@ def _loss_of_first_images(engine: Any, model: nn.Layer) -> paddle.Tensor:
 def _follow(average: Any, model: nn.Layer) -> None:
     """Make PaddleClas' moving average respect the masks, and carry them in its own weight file."""
     module = average.module
-    sparsity.adopt_masks(module, model.state_dict())
+    masks.adopt_masks(module, model.state_dict())
     parameters = dict(module.named_parameters())
 
     @paddle.no_grad()

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from ..export import THRESHOLD, Normalization, OutputSpec
+from ..deploy.export import THRESHOLD, Normalization, OutputSpec
+from ..deploy.predict import STEPS, to_gray
 from ..images import why_misread
-from ..predict import STEPS, to_gray
 from .errors import ConfigError
 
 

@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from paddle import nn
 
+from ..errors import BY_FORCE, CheckpointError, MissingFile, OutputExists, ReparamError
+from ..files import atomic_write
+from ..registry import create_model, get_model
+from ..report import Report, format_table
+from ..surgery.rewrite import reparameterize
+from ..surgery.verify import VerifyReport, verify
 from . import checkpoints
-from . import models as models  # importing registers them
-from .errors import BY_FORCE, CheckpointError, MissingFile, OutputExists, ReparamError
-from .registry import create_model, get_model
-from .report import Report, format_table
-from .rewrite import reparameterize
-from .verify import VerifyReport, verify
 
 #: The parts of a training checkpoint that hold the weights, and the parts that hold their moving average.
 PLAIN_PARTS = ("state_dict", "model", "module")
@@ -134,7 +134,7 @@ def convert(
         checkpoints.load_into(model, path)
         shape, check = _compare_with_fused(name, model)
 
-    checkpoints.atomic_write(output, write)
+    atomic_write(output, write)
     counted = {key: a for key, a in published.arrays.items() if not key.endswith("num_batches_tracked")}
     large = [array for array in counted.values() if array.ndim > 1]
     return ConversionReport(

@@ -16,9 +16,8 @@ import paddle.nn.functional as F
 from paddle import nn
 from paddle.jit.dy2static.program_translator import StaticFunction
 
-from . import kernels, sparsity
-from .errors import ReparamError, UnsupportedConv, UsageError
-from .geometry import (
+from ..arithmetic import kernels
+from ..arithmetic.geometry import (
     BATCH_NORMS,
     FOLDABLE,
     ConvGeometry,
@@ -28,10 +27,12 @@ from .geometry import (
     is_convolution,
     read_bn_affine,
 )
-from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
-from .registry import get_layer
-from .report import Report, format_table
-from .tensors import assign, to_float64
+from ..arithmetic.tensors import assign, to_float64
+from ..errors import ReparamError, UnsupportedConv, UsageError
+from ..layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
+from ..registry import get_layer
+from ..report import Report, format_table
+from . import masks
 from .tracing import (
     IMAGENET_INPUT,
     InputSpec,
@@ -518,7 +519,7 @@ def reparameterize(
     report = RewriteReport()
     duplicate = copy_model(model)
     # Masks are for training: the weights behind them are zero.
-    sparsity.remove_masks(duplicate)
+    masks.remove_masks(duplicate)
     fused = _fuse_layers(duplicate, report)
     blocks = _fuse_foreign(fused, report)
     if fold_bn or fixed_size:

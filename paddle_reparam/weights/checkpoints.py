@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import hashlib
 import io
 import json
 import os
-import secrets
 import stat
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +19,12 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from . import layers as layers  # form_of asks every registered layer, and importing registers them
-from . import pickles, sparsity
-from .errors import CheckpointError, MissingFile, ReparamError
-from .registry import create_model, get_layer, get_model, list_layers, list_models
-from .report import Report, format_table
+from ..errors import CheckpointError, MissingFile, ReparamError
+from ..files import atomic_write
+from ..registry import create_model, get_layer, get_model, list_layers, list_models
+from ..report import Report, format_table
+from ..surgery import masks
+from . import pickles
 
 _CHECKSUM = "paddle_reparam.sha256"
 # Deflate makes a file of zeros a thousand times smaller; weights hardly shrink. Below this size nobody is hurt.
@@ -146,37 +145,6 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     atomic_write(path, write)
 
 
-def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) -> None:
-    """Let `write` make a file at a temporary path, and put it at `path` when it is whole and on the disk.
-
-    Until then, and for good if anything fails, what stood at `path` stays; no temporary file is left. The temporary
-    path has the suffix of `path` and lies in its folder, which is made where it is missing.
-
-    Raises `ReparamError` where the file cannot be written, and whatever `write` raises besides `OSError`.
-    """
-    target = Path(os.path.realpath(path))
-    # Of a name that is as long as can be there is no longer one.
-    temporary = target.with_name(f".{target.stem[:40]}-{secrets.token_hex(4)}{target.suffix}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        _flush_to_disk(temporary, os.O_RDWR)
-        os.replace(temporary, target)
-    except OSError as error:
-        raise ReparamError(
-            f"{path}: it cannot be written ({error.strerror or error}); what stood there is unchanged"
-        ) from error
-    except ReparamError as error:
-        raise error.at(str(path)) from error
-    finally:
-        # Where the folder is none, or nothing can be written in it, there is no temporary file either.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-    # The file is in place and whole; some file systems cannot flush a folder.
-    with contextlib.suppress(OSError):
-        _flush_to_disk(target.parent, os.O_RDONLY)
-
-
 def form_of(names: Iterable[str]) -> Literal["train", "fused"]:
     """Tell from its names whether a state dict is one of layers in train form.
 
@@ -220,18 +188,18 @@ def load_into(
     arrays = load(where) if from_file else _to_arrays(path_or_state)
     left = _left_fresh(model.state_dict(use_hook=False), arrays, fresh)
     wanted = {name: array for name, array in arrays.items() if name not in left}
-    adopted = sparsity.adopt_masks(model, wanted)
+    adopted = masks.adopt_masks(model, wanted)
     try:
         report = _load_arrays(model, wanted, may_miss, left if fresh else None, where)
     except CheckpointError:
-        sparsity.drop_buffers(model, adopted)
+        masks.drop_buffers(model, adopted)
         raise
     shares = {
-        name[: -len(sparsity.SUFFIX)]: float(np.mean(arrays[name]))
+        name[: -len(masks.SUFFIX)]: float(np.mean(arrays[name]))
         for name in left
-        if name in arrays and name.endswith(sparsity.SUFFIX)
+        if name in arrays and name.endswith(masks.SUFFIX)
     }
-    sparsity.draw_anew(model, shares)
+    masks.draw_anew(model, shares)
     return report
 
 
@@ -247,7 +215,7 @@ def _left_fresh(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray], fresh:
             if not matching:
                 raise CheckpointError(f"fresh {pattern!r} is the name of no entry of the model")
             left.update(matching)
-    return left | {f"{name}{sparsity.SUFFIX}" for name in left}
+    return left | {f"{name}{masks.SUFFIX}" for name in left}
 
 
 def _classifier(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[list[str], int, int] | None:
@@ -383,14 +351,6 @@ def fit_exactly(model: nn.Layer, arrays: Mapping[str, np.ndarray], what: str) ->
             )
         raise CheckpointError(f"the published weights are not those of {what}; {advice}\n  " + "\n  ".join(lines))
     return {key: np.ascontiguousarray(arrays[key].astype(_type_name(own[key]))) for key in own}
-
-
-def _flush_to_disk(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _form_hint(arrays: Mapping[str, Any], own: Mapping[str, Any]) -> str:

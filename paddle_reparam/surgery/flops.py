@@ -12,10 +12,10 @@ import numpy as np
 import paddle
 from paddle import _C_ops, nn
 
-from .errors import ReparamError
-from .geometry import BATCH_NORMS
-from .layers.toeplitz import formulation
-from .report import Report
+from ..arithmetic.geometry import BATCH_NORMS
+from ..errors import ReparamError
+from ..layers.toeplitz import formulation
+from ..report import Report
 from .tracing import InputSpec, require_eval, run, sample_inputs, unchanged, walk
 
 

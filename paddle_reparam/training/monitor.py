@@ -14,14 +14,15 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from . import analysis
-from .analysis import dcd, refconv, repmlp, slak, spconv
-from .errors import ReparamError
-from .geometry import BATCH_NORMS
-from .layers.base import ReparamLayer
-from .sparsity import SIXTEEN_BITS, SparseTraining, masked_places
-from .tensors import to_float64
-from .tracing import undisturbed_draws
+from .. import analysis
+from ..analysis import dcd, refconv, repmlp, slak, spconv
+from ..arithmetic.geometry import BATCH_NORMS
+from ..arithmetic.tensors import to_float64
+from ..errors import ReparamError
+from ..layers.base import ReparamLayer
+from ..surgery.masks import masked_places
+from ..surgery.tracing import undisturbed_draws
+from .sparsity import SIXTEEN_BITS, SparseTraining
 
 #: Histograms and pictures cost more than numbers: they are written once in so many times.
 PICTURES_EVERY = 10

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 #: numpy's codes of what a weight file may hold; "u2" is bfloat16, which Paddle hands over as its 16 bits.
 DTYPES = frozenset({"b1", "i1", "i2", "i4", "i8", "u1", "u2", "f2", "f4", "f8"})

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .checkpoints import atomic_write
-from .errors import BY_FORCE, OutputExists, ReparamError, UsageError
-from .images import IMAGE_SUFFIXES, images_below, why_unreadable
-from .release import new_folder
-from .report import Report
+from ..errors import BY_FORCE, OutputExists, ReparamError, UsageError
+from ..files import atomic_write, new_folder
+from ..images import IMAGE_SUFFIXES, images_below, why_unreadable
+from ..report import Report
 
 TRAIN_LIST, VAL_LIST, LABEL_NAMES = "train_list.txt", "val_list.txt", "label_names.txt"
 VAL_FOLDERS = ("val", "test")

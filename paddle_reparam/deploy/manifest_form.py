@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, Callable
 
-from .errors import ReparamError
+from ..errors import ReparamError
 
 Form = Callable[[Any, str], None]
 

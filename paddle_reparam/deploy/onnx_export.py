@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import paddle
 
-from .errors import ReparamError
-from .export import FILE_NAME, WEIGHTS_SUFFIX, Folder, in_order, one_sentence, program_file
+from ..errors import ReparamError, one_sentence
+from ..files import Folder
+from .export import FILE_NAME, WEIGHTS_SUFFIX, in_order, program_file
 
 ONNX_FILE = f"{FILE_NAME}.onnx"
 #: What writes, checks and runs it.
@@ -50,7 +51,7 @@ def export_onnx(folder: Folder) -> Path:
     # In a process of its own: where paddle2onnx cannot convert something, it may abort the process.
     converting = subprocess.run(
         [sys.executable, "-m", __name__, str(program_file(folder)), str(path)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}, capture_output=True, text=True,
     )  # fmt: skip
     if converting.returncode != 0:
         lines = [line.strip() for line in (converting.stdout + converting.stderr).splitlines()]

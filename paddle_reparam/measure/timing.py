@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import paddle
 
-from .errors import ReparamError
+from ..errors import ReparamError
 
 #: Rounds below which quartiles say nothing.
 FEWEST_ROUNDS = 5

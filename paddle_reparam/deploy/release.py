@@ -6,12 +6,8 @@ A folder stands under its name only when all of it has been written and checked.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import os
 import platform
-import secrets
-import shutil
 import tempfile
 import time
 from collections import Counter
@@ -24,8 +20,17 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from . import __version__, checkpoints
-from .errors import BY_FORCE, NothingProven, OutputExists, ReparamError
+from .. import __version__
+from ..arithmetic.geometry import BATCH_NORMS
+from ..errors import BY_FORCE, NothingProven, OutputExists, ReparamError, one_sentence
+from ..files import Folder, digest, new_folder
+from ..measure.memory import give_back
+from ..report import Report, format_table
+from ..surgery.flops import ModelSize, measure
+from ..surgery.rewrite import RewriteReport, reparameterize
+from ..surgery.tracing import InputSpec, input_shapes, sample_inputs, unchanged, walk
+from ..surgery.verify import NETWORK_TOLERANCE, VerifyReport, verify
+from ..weights import checkpoints
 from .export import (
     AS_THE_NETWORK,
     DEFAULT_OPTIONS,
@@ -33,34 +38,24 @@ from .export import (
     PROGRAM_SUFFIXES,
     WEIGHTS_SUFFIX,
     ExportOptions,
-    Folder,
     OutputSpec,
     check_export,
     export_inference,
     input_names,
     left_out,
-    one_sentence,
 )
-from .flops import ModelSize, measure
-from .geometry import BATCH_NORMS
-from .memory import give_back
 from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, onnx_versions
 from .quantization import quantization_report
 from .released import (
     MANIFEST,
     PLAIN_WEIGHTS,
     PROBE,
-    digest,
     probe_hash,
     probe_inputs,
     probe_output,
     write_manifest,
     write_probe,
 )
-from .report import Report, format_table
-from .rewrite import RewriteReport, reparameterize
-from .tracing import InputSpec, input_shapes, sample_inputs, unchanged, walk
-from .verify import NETWORK_TOLERANCE, VerifyReport, verify
 
 #: The files that Paddle Inference needs.
 _EXPORTED = {f"{FILE_NAME}{suffix}" for suffix in (*PROGRAM_SUFFIXES, WEIGHTS_SUFFIX)}
@@ -369,10 +364,6 @@ def _plain_weights(model: nn.Layer, stock: nn.Layer) -> tuple[dict[str, paddle.T
     return state, None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A folder that appears whole
-
-
 def _refuse_to_replace(target: Path, folder: Folder, force: bool) -> None:
     if not os.path.lexists(target):
         return
@@ -382,69 +373,3 @@ def _refuse_to_replace(target: Path, folder: Folder, force: bool) -> None:
         raise OutputExists(
             f"{folder} holds no {MANIFEST}, so it is no earlier release and is kept; name another folder"
         )
-
-
-@contextlib.contextmanager
-def new_folder(target: Path, folder: Folder, replace: bool) -> Iterator[Path]:
-    """Give a temporary folder to fill, and put it in the place of `target` when the `with` block ends without an error.
-
-    It lies beside the target, as `.NAME-*.partial`, and is flushed to the disk before it is put in place. An older
-    folder is exchanged with the new one in a single step where the system can do that (Linux). Elsewhere it is moved
-    aside first: for the moment between two renames no folder has the name, and the old one is whole beside it. If the
-    process is killed, a `.partial` folder may be left; it can be deleted.
-    """
-    temporary = target.with_name(f".{target.name[:40]}-{secrets.token_hex(4)}.partial")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
-        if replace and target.exists():
-            _exchange(temporary, target)
-        else:
-            os.rename(temporary, target)
-        _flush(target.parent)
-    except OSError as error:
-        raise ReparamError(f"{folder}: it cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        # Some file systems cannot flush a folder; a file they can.
-        if path.is_file():
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(new: Path, old: Path) -> None:
-    """Swap the two folders: in one step, or in two renames where the system has no such step."""
-    if _exchange_at_once(new, old):
-        return
-    aside = new.with_suffix(".old")
-    os.rename(old, aside)
-    try:
-        os.rename(new, old)
-    except OSError:
-        os.rename(aside, old)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _exchange_at_once(new: Path, old: Path) -> bool:
-    """Exchange two names with Linux' renameat2; return False where this system or file system cannot."""
-    function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if os.name == "posix" else None
-    if function is None:
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if function(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
-        return False
-    raise OSError(number, os.strerror(number))

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from paddle import nn
 
-from .checkpoints import atomic_write
-from .errors import ReparamError, UsageError
-from .export import THRESHOLD, Folder, one_sentence
+from ..arithmetic.tensors import to_float64
+from ..errors import ReparamError, UsageError, one_sentence
+from ..files import Folder, atomic_write
+from ..report import Report, format_table
+from .export import THRESHOLD
 from .onnx_export import OnnxModel, need
-from .report import Report, format_table
-from .tensors import to_float64
 
 #: A channel whose largest weight is so many times the median channel's stands out.
 OUTLIER = 10.0

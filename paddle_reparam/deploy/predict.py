@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from .errors import MissingFile, ReparamError, UsageError, printable
-from .export import THRESHOLD, Folder, InferenceModel, one_sentence
+from ..errors import MissingFile, ReparamError, UsageError, one_sentence, printable
+from ..files import Folder
+from ..report import format_table
+from .export import THRESHOLD, InferenceModel
 from .released import check_files, read_manifest
-from .report import format_table
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 #: The steps of PaddleClas that are known here, in the order in which a config may have them.

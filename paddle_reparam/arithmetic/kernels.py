@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .errors import ReparamError
+from ..errors import ReparamError
 
 Array = np.ndarray
 

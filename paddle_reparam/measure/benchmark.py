@@ -12,26 +12,18 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .errors import ReparamError
-from .export import (
-    WEIGHTS_SUFFIX,
-    ExportOptions,
-    Folder,
-    InferenceModel,
-    export_inference,
-    one_sentence,
-    program_file,
-    require_gpu,
-)
-from .flops import ModelSize, measure
+from ..deploy.export import WEIGHTS_SUFFIX, ExportOptions, InferenceModel, export_inference, program_file, require_gpu
+from ..deploy.onnx_export import ONNX_FILE, OnnxModel, export_onnx, onnx_versions
+from ..errors import ReparamError, one_sentence
+from ..files import Folder
+from ..report import Report, format_table
+from ..surgery.flops import ModelSize, measure
+from ..surgery.rewrite import reparameterize
+from ..surgery.tracing import sample_inputs
+from ..surgery.verify import NETWORK_TOLERANCE, relative_error, settle_batch_norms
 from .memory import own_peak
-from .onnx_export import ONNX_FILE, OnnxModel, export_onnx, onnx_versions
 from .profiling import ProfileReport, profile
-from .report import Report, format_table
-from .rewrite import reparameterize
 from .timing import Timing, alternate, in_new_process, machine_facts, memory_rate
-from .tracing import sample_inputs
-from .verify import NETWORK_TOLERANCE, relative_error, settle_batch_norms
 
 #: name -> what loads an exported folder for so many threads.
 RUNTIMES: dict[str, Callable[[Folder, int], Any]] = {

@@ -19,18 +19,13 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .errors import ReparamError
-from .report import Report, format_table
-from .tracing import walk
+from ..errors import ReparamError
+from ..report import Report, format_table
+from ..surgery.masks import STEP, SUFFIX, Place, draw_mask, keep_only, mask_in_place, masked, masked_places
+from ..surgery.tracing import walk
 
 Array = np.ndarray
-#: A parameter's mask is a buffer of its layer under the parameter's name with this suffix.
-SUFFIX = "_mask"
-#: Buffer of the root layer: how many optimizer steps the masks have seen.
-STEP = "sparsity_step"
 SIXTEEN_BITS = (paddle.float16, paddle.bfloat16)
-#: Bytes of a number -> the whole numbers that have as many.
-_BITS = {2: "int16", 4: "int32", 8: "int64"}
 #: Prune rate at the end of training, as published.
 LAST_RATE = 0.005
 
@@ -94,13 +89,6 @@ def exact_counts(densities: Sequence[float], sizes: Sequence[int], density: floa
     return counts.tolist()
 
 
-def draw_mask(shape: Sequence[int], count: int, generator: np.random.Generator) -> Array:
-    """Return a mask with exactly `count` ones at random places."""
-    mask = np.zeros(math.prod(shape), bool)
-    mask[generator.choice(mask.size, count, replace=False)] = True
-    return mask.reshape(shape)
-
-
 def prune_rate(step: int, total_steps: int, first: float) -> float:
     """Return the share of the active weights to prune at a step: a cosine from `first` to `LAST_RATE`."""
     progress = min(1.0, step / max(1, total_steps))
@@ -133,27 +121,6 @@ def prune_and_grow(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Masks on a model
-
-
-@dataclass(frozen=True)
-class Place:
-    """A parameter that may get a mask: its path in the model, its layer and its name there."""
-
-    path: str
-    layer: nn.Layer
-    name: str
-
-    @property
-    def parameter(self) -> paddle.Tensor:
-        return self.layer._parameters[self.name]
-
-    @property
-    def mask(self) -> paddle.Tensor | None:
-        """The mask, as a buffer of any type; None: this parameter is dense."""
-        return self.layer._buffers.get(self.name + SUFFIX)
-
-    def read_mask(self) -> Array:
-        return self.mask.astype("bool").numpy()
 
 
 @dataclass
@@ -199,13 +166,6 @@ def eligible(model: nn.Layer, where: Sequence[str] = ("*",)) -> tuple[list[Place
     if not places:
         raise ReparamError(f"no parameter of {type(model).__name__} can be sparse: {sorted({w for _, w in others})}")
     return places, others
-
-
-def masked_places(model: nn.Layer) -> list[Place]:
-    """Return the parameters that have masks, in the order of the model."""
-    names = [(path, layer, name) for path, layer in walk(model) for name in layer._parameters]
-    places = [Place(f"{path}.{name}" if path else name, layer, name) for path, layer, name in names]
-    return list({id(p.parameter): p for p in places if p.mask is not None}.values())
 
 
 def gradient_scores(model: nn.Layer, loss: paddle.Tensor, places: Sequence[Place]) -> list[Array]:
@@ -273,56 +233,13 @@ def add_masks(
             report.dense.append((place.path, "every weight stays"))
             continue
         place.layer.register_buffer(place.name + SUFFIX, paddle.to_tensor(mask))
-        _keep_only(place.parameter, mask)
+        keep_only(place.parameter, mask)
         report.masked.append((place.path, shape, int(mask.sum())))
     if not report.masked:
         raise ReparamError(f"no parameter got a mask: with distribution {distribution!r} every eligible weight stays")
     report.density = sum(int(mask.sum()) for mask in masks) / sum(sizes)
     model.register_buffer(STEP, paddle.zeros([1], "int64"))
     return report
-
-
-def adopt_masks(model: nn.Layer, state: Mapping[str, Any]) -> list[str]:
-    """Register a mask for every parameter that has one in `state`, as yet empty; return the names of the new buffers.
-
-    A state dict with masks then fits the model.
-    """
-    new = []
-    for path, layer in walk(model):
-        for name in list(layer._parameters):
-            key = f"{path}.{name}{SUFFIX}" if path else name + SUFFIX
-            if key in state and name + SUFFIX not in layer._buffers:
-                layer.register_buffer(name + SUFFIX, paddle.ones(layer._parameters[name].shape, "bool"))
-                new.append(key)
-    if new and STEP not in model._buffers:
-        model.register_buffer(STEP, paddle.zeros([1], "int64"))
-        new.append(STEP)
-    return new
-
-
-def draw_anew(model: nn.Layer, shares: Mapping[str, float]) -> None:
-    """Give parameters, by path, masks in which a share stays, at random places, and clear the weights they hide.
-
-    For parameters that were drawn anew in a network whose other masks came from a file. A parameter that has a mask
-    keeps it. All processes draw the same.
-    """
-    names = [(path, layer, name) for path, layer in walk(model) for name in layer._parameters]
-    for i, (prefix, layer, name) in enumerate(names):
-        place = Place(f"{prefix}.{name}" if prefix else name, layer, name)
-        if place.path not in shares or place.mask is not None:
-            continue
-        size = math.prod(place.parameter.shape)
-        count = max(1, round(shares[place.path] * size))
-        if count < size:
-            mask = draw_mask(place.parameter.shape, count, np.random.default_rng([0, i]))
-            layer.register_buffer(name + SUFFIX, paddle.to_tensor(mask))
-            _keep_only(place.parameter, mask)
-
-
-def remove_masks(model: nn.Layer) -> None:
-    """Take the masks and the step counter away; the weights stay as they are, zeros included."""
-    names = [place.path + SUFFIX for place in masked_places(model)]
-    drop_buffers(model, [*names, STEP] if STEP in model._buffers else names)
 
 
 def restart(model: nn.Layer) -> None:
@@ -334,35 +251,6 @@ def restart(model: nn.Layer) -> None:
 def inner_optimizer(optimizer: Any) -> Any:
     """Return the optimizer that steps, where it is in the wrapper that Paddle puts around one for many processes."""
     return getattr(optimizer, "_inner_opt", optimizer)
-
-
-def drop_buffers(model: nn.Layer, names: Sequence[str]) -> None:
-    """Take buffers away by their names in the state dict."""
-    for name in names:
-        path, _, last = name.rpartition(".")
-        layer = model
-        for part in filter(None, path.split(".")):
-            layer = layer._sub_layers[part]
-        del layer._buffers[last]
-
-
-def _masked(tensor: paddle.Tensor, mask: paddle.Tensor) -> paddle.Tensor:
-    masked = tensor.clone()
-    _mask_in_place(masked, mask)
-    return masked
-
-
-def _mask_in_place(tensor: paddle.Tensor, mask: paddle.Tensor) -> None:
-    # A product of bits: one of numbers would let a NaN or infinity of a hidden position through, and `where` takes
-    # four times as long on a CPU.
-    bits = _BITS[tensor.element_size()]
-    whole, keep = tensor.view(bits), mask.astype(bits)
-    # A CPU multiplies no whole numbers of 16 bits.
-    whole.bitwise_and_(-keep) if bits == "int16" else whole.multiply_(keep)
-
-
-def _keep_only(tensor: paddle.Tensor, mask: Array) -> None:
-    tensor.set_value(_masked(tensor.detach(), paddle.to_tensor(mask)))
 
 
 def masks_digest(model: nn.Layer) -> str:
@@ -460,7 +348,7 @@ class SparseTraining:
         for place in self.places:
             gradient = place.parameter.grad
             if gradient is not None:
-                _mask_in_place(gradient, place.mask.astype("bool"))
+                mask_in_place(gradient, place.mask.astype("bool"))
 
     def update_masks(self, dense: Sequence[Array] | None = None) -> None:
         """Prune and grow every mask once: at random, or where the magnitudes of the `dense` gradients are highest."""
@@ -480,7 +368,7 @@ class SparseTraining:
         tensors += [by_name.get(name) for by_name in getattr(self._inner, "_accumulators", {}).values()]
         for tensor in tensors:
             if tensor is not None and list(tensor.shape) == shape:
-                _keep_only(tensor, keep)
+                keep_only(tensor, keep)
 
     def _compare_processes(self) -> None:
         if paddle.distributed.get_world_size() == 1:
@@ -506,5 +394,5 @@ def follow_with_average(model: nn.Layer, average: Mapping[str, paddle.Tensor], d
         new = decay * ema + (1 - decay) * parameter.detach().astype(ema.dtype)
         if name in masks:
             new = paddle.where(ema == 0, parameter.detach().astype(ema.dtype), new)
-            new = _masked(new, paddle.to_tensor(masks[name]))
+            new = masked(new, paddle.to_tensor(masks[name]))
         ema.set_value(new)

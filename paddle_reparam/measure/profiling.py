@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ReparamError
-from .export import WEIGHTS_SUFFIX, Folder, InferenceModel, program_file
-from .report import Report, format_table
+from ..deploy.export import WEIGHTS_SUFFIX, InferenceModel, program_file
+from ..errors import ReparamError
+from ..files import Folder
+from ..report import Report, format_table
 from .timing import in_new_process
 
 #: Written into the log at the beginning of each timed run; what stands before the first is loading and warming up.

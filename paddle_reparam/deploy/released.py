@@ -16,25 +16,24 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from . import checkpoints
-from .errors import MissingFile, ReparamError
+from ..errors import MissingFile, ReparamError, one_sentence
+from ..files import Folder, digest
+from ..report import Report, format_table
+from ..surgery.tracing import unchanged
+from ..surgery.verify import compare_outputs
+from ..weights import checkpoints
 from .export import (
-    Folder,
     InferenceModel,
     LoadedProgram,
     Normalization,
     OfPixels,
     OutputSpec,
     comparable,
-    one_sentence,
     program_file,
     reference_outputs,
 )
 from .manifest_form import MANIFEST_FORM, Misfit
 from .onnx_export import ONNX_FILE, OnnxModel, need
-from .report import Report, format_table
-from .tracing import unchanged
-from .verify import compare_outputs
 
 MANIFEST = "manifest.json"
 PLAIN_WEIGHTS = "plain.pdparams"
@@ -44,20 +43,6 @@ _BATCH = 2
 #: Bytes of a manifest at most; that of a network with a thousand kernels and 20,000 labels has a megabyte.
 _LARGEST_MANIFEST = 2**26
 #: Bytes that are read at a time.
-_CHUNK = 2**20
-
-
-def digest(path: Path) -> dict[str, Any]:
-    """Return the size in bytes and the sha256 of a file; raises `ReparamError` where it cannot be read."""
-    seen, size = hashlib.sha256(), 0
-    try:
-        with path.open("rb") as file:
-            while data := file.read(_CHUNK):
-                seen.update(data)
-                size += len(data)
-    except OSError as error:
-        raise ReparamError(f"{path}: it cannot be read ({error.strerror})") from error
-    return {"bytes": size, "sha256": seen.hexdigest()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -13,10 +13,10 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .errors import NothingProven, ReparamError
-from .geometry import BATCH_NORMS, FOLDABLE
-from .layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
-from .report import Report, format_table
+from ..arithmetic.geometry import BATCH_NORMS, FOLDABLE
+from ..errors import NothingProven, ReparamError
+from ..layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
+from ..report import Report, format_table
 from .tracing import (
     InputSpec,
     first_not_finite,

@@ -9,8 +9,8 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from ..errors import ReparamError, UnsupportedConv
 from . import kernels
-from .errors import ReparamError, UnsupportedConv
 from .tensors import assign, to_float64
 
 #: Paddle's batch normalisations; `nn.BatchNorm` is the old one, which may apply an activation as well.

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import paddle
@@ -21,14 +20,13 @@ from paddle.inference import Config, create_predictor
 from paddle.nn.utils.spectral_norm_hook import SpectralNorm
 from paddle.nn.utils.weight_norm_hook import WeightNorm
 
-from .errors import NothingProven, ReparamError, one_sentence
-from .memory import give_back
+from ..errors import NothingProven, ReparamError, one_sentence
+from ..files import Folder
+from ..measure.memory import give_back
+from ..surgery.rewrite import copy_model
+from ..surgery.tracing import InputSpec, flatten_outputs, input_shapes, require_eval, walk
+from ..surgery.verify import NETWORK_TOLERANCE, VerifyReport, verify
 from .old_programs import HAS_NEW_PROGRAMS, old_programs
-from .rewrite import copy_model
-from .tracing import InputSpec, flatten_outputs, input_shapes, require_eval, walk
-from .verify import NETWORK_TOLERANCE, VerifyReport, verify
-
-Folder = Union[str, "os.PathLike[str]"]
 
 #: What the files are called before their suffixes, as in PaddleClas' exports.
 FILE_NAME = "inference"

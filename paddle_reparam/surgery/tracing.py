@@ -14,8 +14,8 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from .errors import ReparamError, one_sentence
-from .geometry import BATCH_NORMS
+from ..arithmetic.geometry import BATCH_NORMS
+from ..errors import ReparamError, one_sentence
 
 #: Shapes of the inputs of a forward pass, the batch (None) first; by name where the network takes one dict of tensors.
 InputSpec = Union[Sequence[Any], Mapping[str, Any]]

@@ -13,11 +13,11 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from .errors import ReparamError
-from .flops import measure
-from .registry import Published, create_model, get_model, list_models
-from .rewrite import RewriteReport, reparameterize
-from .sparsity import eligible
+from ..errors import ReparamError
+from ..registry import Published, create_model, get_model, list_models
+from ..surgery.flops import measure
+from ..surgery.rewrite import RewriteReport, reparameterize
+from ..training.sparsity import eligible
 
 #: Which layers feed which does not depend on the size of the images, so a network is traced with small ones if it can.
 _SMALL = 64

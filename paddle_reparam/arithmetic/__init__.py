@@ -1,0 +1,1 @@
+"""Arithmetic on kernels, in float64, and what goes into it and comes out: geometry, tensors, initial values."""

@@ -1,0 +1,1 @@
+"""From a network in train form to a folder that can be shipped, checked and run."""

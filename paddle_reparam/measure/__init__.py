@@ -1,0 +1,1 @@
+"""What takes how long, needs how much, and on which machine."""

@@ -1,0 +1,1 @@
+"""What changes a network or proves that nothing changed: traced, layers put in and fused out, compared, counted."""
