@@ -1,4 +1,4 @@
-"""What a project keeps beside its code: the findings' table, and the forms for issues."""
+"""What a project keeps beside its code: what changed, the table of findings, forms for issues."""
 
 import re
 
@@ -6,6 +6,10 @@ import pytest
 import yaml
 from pages import ROOT
 
+import paddle_reparam
+
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+PACKAGE = ROOT / "paddle_reparam"
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
@@ -32,3 +36,25 @@ def test_forms_for_issues_are_in_both_languages(path):
 
 def test_there_are_three_forms():
     assert [path.stem for path in FORMS] == ["bug_report", "feature", "wrong_result"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CHANGELOG
+
+
+def test_modules_moved_as_the_changelog_says():
+    rows = re.findall(r"^\| (`.+`) \| `paddle_reparam([\w.]*)`", CHANGELOG, flags=re.M)
+    assert len(rows) > 7
+    for old, new in rows:
+        for name in re.findall(r"`([\w.]+)`", old):
+            module, _, function = name.partition(".")
+            place = PACKAGE.joinpath(*new.strip(".").split("."))
+            if function:
+                assert re.search(rf"^def {function}\(", place.with_suffix(".py").read_text("utf-8"), flags=re.M), name
+            else:
+                assert (place / f"{module}.py").is_file() or (place / module / "__init__.py").is_file(), name
+                assert not new or not (PACKAGE / f"{module}.py").exists(), f"{name} is where it was"
+
+
+def test_the_newest_entry_is_this_version():
+    assert re.findall(r"^## ([\d.]+)", CHANGELOG, flags=re.M)[0] == paddle_reparam.__version__
