@@ -3,8 +3,6 @@
 import importlib.util
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -17,7 +15,6 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from paddle_reparam import ppcls
-from paddle_reparam.deploy.export import OutputSpec
 from paddle_reparam.deploy.predict import ImageClassifier, find_images, preprocess
 from paddle_reparam.deploy.released import read_manifest, write_manifest
 from paddle_reparam.errors import ReparamError
@@ -156,21 +153,6 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_labelled(project, tmp_pa
     assert f"2 of 3 images are not labelled, the first: {tmp_path / 'a.png'}: it is no image" in error
 
 
-def test_files_for_others_have_the_form_that_they_read(project):
-    folder, _ = project
-    written = yaml.safe_load((folder / "plain" / "inference.yml").read_text())
-    assert set(written) == {"PreProcess", "PostProcess"}
-    assert written["PostProcess"] == {"Topk": {"topk": 5, "label_list": LABELS}}
-    steps = written["PreProcess"]["transform_ops"]
-    assert [name for step in steps for name in step] == ["ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage"]
-    assert isinstance(steps[2]["NormalizeImage"]["scale"], float)
-    assert set(steps[2]["NormalizeImage"]) == {"mean", "std", "scale", "order"}
-    # PaddleX always normalises and orders axes: an export that takes pixels is none for it.
-    assert not (folder / "pixels" / "inference.yml").exists()
-    script = yaml.safe_load((folder / "pixels" / "predict_cls.yml").read_text())["PostProcess"]
-    assert script == {"main_indicator": "Topk", "Topk": {"topk": 5, "class_id_map_file": "labels.txt"}}
-
-
 def test_labels_of_all_classes_are_given_and_odd_files_are_refused(tmp_path):
     from paddle_reparam.ppcls.errors import ConfigError
     from paddle_reparam.ppcls.transforms import read_labels
@@ -189,23 +171,6 @@ def test_labels_of_all_classes_are_given_and_odd_files_are_refused(tmp_path):
         file.write_bytes(content)
         with pytest.raises(ConfigError, match=message):
             read_labels(config, tmp_path)
-
-
-def test_files_for_several_labels_and_for_features():
-    from paddle_reparam.ppcls.transforms import files_for_paddleclas
-
-    normalise = {"NormalizeImage": {"scale": 1 / 255, "mean": [0.5] * 3, "std": [0.5] * 3, "order": ""}}
-    steps = [{"ResizeImage": {"size": [8, 8]}}, normalise, {"ToCHWImage": {}}]
-    files = files_for_paddleclas(steps, ["a", None], OutputSpec("sigmoid"))
-    assert files["labels.txt"] == "0 a\n1 1\n"
-    [several] = yaml.safe_load(files["inference.yml"])["PostProcess"].items()
-    assert several == ("MultiLabelThreshOutput", {"threshold": 0.5, "label_list": ["a", "1"]})
-    script = yaml.safe_load(files["predict_cls.yml"])["PostProcess"]
-    assert script["main_indicator"] == "MultiLabelThreshOutput"
-    assert files_for_paddleclas(steps, None, OutputSpec(None, ("features",))) == {}
-    assert files_for_paddleclas([*steps[:2], {"ToGray": {}}, *steps[2:]], None, OutputSpec("softmax")) == {}
-    by_area = [{"ResizeImage": {"size": 8, "interpolation": "area"}}, *steps[1:]]
-    assert set(files_for_paddleclas(by_area, None, OutputSpec("softmax"))) == {"predict_cls.yml"}
 
 
 def test_an_image_of_another_size_and_a_release_without_steps_are_refused(project, tmp_path):
@@ -243,26 +208,3 @@ def test_steps_are_those_of_paddleclas(project, steps):
         expected = getattr(operators, name)(**options)(expected)
     assert (preprocess(image, steps) == expected).all()
     assert cv2.resize(image, (5, 5)).shape == (5, 5, 3)
-
-
-@pytest.mark.skipif(not os.environ.get("PADDLECLAS_HOME"), reason="PADDLECLAS_HOME names no checkout of PaddleClas")
-@pytest.mark.parametrize("release", ["plain", "pixels", "floats"])
-def test_paddleclas_own_script_runs_a_release(project, tmp_path, release):
-    folder, expected = project
-    home = Path(os.environ["PADDLECLAS_HOME"]).resolve()
-    # Its deploy scripts import the checkout as a package of this name, whose __init__ wants packages for retrieval.
-    (tmp_path / "paddleclas").mkdir()
-    (tmp_path / "paddleclas" / "__init__.py").write_text("")
-    (tmp_path / "paddleclas" / "deploy").symlink_to(home / "deploy")
-    done = subprocess.run(
-        [sys.executable, str(home / "deploy" / "python" / "predict_cls.py"), "-c", "predict_cls.yml",
-         "-o", f"Global.infer_imgs={folder / 'images'}"],
-        cwd=folder / release, capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "FLAGS_enable_pir_api": "0"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    for name, probabilities in expected.items():
-        [ids, names] = re.findall(rf"{name}:\tclass id\(s\): \[(.*?)\].*label_name\(s\): \[(.*?)\]", done.stdout)[0]
-        best = np.argsort(-probabilities)[:5]
-        assert ids == ", ".join(map(str, best))
-        assert names == ", ".join(repr(LABELS[i]) for i in best)

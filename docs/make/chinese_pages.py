@@ -29,7 +29,7 @@ def pages() -> dict[Path, Path]:
     of_docs = {
         page: page.parent / "ch" / page.name
         for page in sorted((ROOT / "docs").glob("*.md"))
-        if page.stem != "architecture"
+        if page.stem not in ("architecture", "serving", "tasks")
     }
     return {**{page: page.with_name(f"{page.stem}_ch.md") for page in roots}, **of_docs}
 

@@ -61,9 +61,11 @@ def export_onnx(folder: Folder) -> Path:
     with one_sentence(f"{path}: it is no ONNX file that holds"):
         model = onnx.load(str(path))
         read = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
-        unread = [tensor for tensor in model.graph.initializer if tensor.name not in read]
-        for tensor in unread:
+        # onnxruntime warns of each one, whenever somebody loads the file.
+        for tensor in [tensor for tensor in model.graph.initializer if tensor.name not in read]:
             model.graph.initializer.remove(tensor)
+        for node in [node for node in model.graph.node if node.op_type == "Constant" and node.output[0] not in read]:
+            model.graph.node.remove(node)
         _mend_pads(model.graph, program_file(folder))
         _mend_group_norms(model.graph, program_file(folder))
         onnx.checker.check_model(model, full_check=True)

@@ -23,7 +23,8 @@ from ..errors import ReparamError, exit_code, one_sentence
 from . import setup
 from .command import add_override, image_of, next_steps, options, read_config
 from .errors import ConfigError
-from .transforms import files_for_paddleclas, read_labels, read_normalization, release_steps
+from .serving import files_for_others
+from .transforms import read_labels, read_normalization, release_steps
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,18 +95,19 @@ def _released(given: argparse.Namespace, config: dict[str, Any]) -> ReleaseRepor
         stock = None if stock_config is None else _build(stock_config)
     normalization = None if given.normalize is None else read_normalization(config, given.normalize)
     output = read_output(config)
+    shape = image_shape(config)
     steps, labels = release_steps(config, normalization), read_labels(shipped(config), Path(ppcls.__file__).parents[1])
     return release(
         model,
         weights,
         given.output,
-        [[None, *image_shape(config)]],
+        [[None, *shape]],
         output=output,
         load=functools.partial(load_weights, config=config, mode="export"),
         stock=stock,
         why_no_stock=why_no_stock,
         options=ExportOptions(given.format, normalization, given.size == "dynamic", given.onnx),
-        texts=files_for_paddleclas(steps, labels, output),
+        texts=files_for_others(steps, labels, output, shape[1:] if given.size == "fixed" else None),
         facts={
             "source": {
                 "config": {

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from ..deploy.export import THRESHOLD, Normalization, OutputSpec
+from ..deploy.export import Normalization
 from ..deploy.predict import STEPS, to_gray
 from ..images import why_misread
 from .errors import ConfigError
@@ -57,6 +56,8 @@ def read_steps(config: Mapping[str, Any]) -> list[dict[str, dict[str, Any]]]:
     for step in steps:
         if "NormalizeImage" in step:
             step["NormalizeImage"] = _plain_numbers(step["NormalizeImage"])
+        if "ResizeImage" in step:
+            step["ResizeImage"] = _plain_words(step["ResizeImage"])
     if steps and not any(
         "ToCHWImage" in step or step.get("NormalizeImage", {}).get("order") == "chw" for step in steps
     ):
@@ -78,6 +79,17 @@ def _plain_numbers(options: Mapping[str, Any]) -> dict[str, Any]:
         "mean": list(options.get("mean") or [0.485, 0.456, 0.406]),
         "std": list(options.get("std") or [0.229, 0.224, 0.225]),
     }
+
+
+def _plain_words(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of ResizeImage with what PIL does where nothing is said, which is another thing in 2.4."""
+    options = {key: value.lower() if isinstance(value, str) else value for key, value in options.items()}
+    if options.get("backend") == "pil" and options.get("interpolation") is None:
+        from ppcls.data.preprocess.ops.operators import UnifiedResize
+
+        default = UnifiedResize(backend="pil").resize_func.keywords["resample"]
+        options["interpolation"] = "bicubic" if default is None else "bilinear"
+    return options
 
 
 def read_normalization(config: Mapping[str, Any], dtype: str) -> Normalization:
@@ -150,63 +162,3 @@ def release_steps(config: Mapping[str, Any], normalization: Normalization | None
         if not floats and not any("ToCHWImage" in step for step in steps):
             steps.append({"ToCHWImage": {}})
     return steps
-
-
-def files_for_paddleclas(
-    steps: Sequence[Mapping[str, Any]] | None, labels: Sequence[str | None] | None, output: OutputSpec
-) -> dict[str, str]:
-    """Return name -> text of the files with which others run a release, where they can.
-
-    PaddleClas' own `deploy/python/predict_cls.py` reads `predict_cls.yml` and `labels.txt`, PaddleX `inference.yml`,
-    which may have no entry that it does not know. Neither knows features, nor steps of this library.
-    """
-    files = {}
-    names = None if labels is None else [str(i) if label is None else label for i, label in enumerate(labels)]
-    if names is not None:
-        files["labels.txt"] = "".join(f"{i} {name}\n" for i, name in enumerate(names))
-    known = steps is not None and not any("ToGray" in step for step in steps)
-    if not known or "features" in output.keys:
-        return files
-    several = output.activation == "sigmoid"
-    indicator = "MultiLabelThreshOutput" if several else "Topk"
-    options = {"threshold": THRESHOLD} if several else {"topk": 5}
-    files["predict_cls.yml"] = yaml.safe_dump(
-        {
-            "Global": {
-                "infer_imgs": ".", "inference_model_dir": ".", "batch_size": 1, "use_gpu": False,
-                "enable_mkldnn": True, "cpu_num_threads": 1, "enable_benchmark": False, "use_fp16": False,
-                "ir_optim": True, "use_tensorrt": False, "gpu_mem": 8000, "enable_profile": False,
-            },
-            "PreProcess": {"transform_ops": list(steps)},
-            "PostProcess": {
-                "main_indicator": indicator,
-                indicator: {**options, "class_id_map_file": None if labels is None else "labels.txt"},
-            },
-        }
-    )  # fmt: skip
-    if _paddlex_takes(steps):
-        options = options if names is None else {**options, "label_list": names}
-        files["inference.yml"] = yaml.safe_dump(
-            {"PreProcess": {"transform_ops": list(steps)}, "PostProcess": {indicator: options}}
-        )
-    return files
-
-
-#: The steps and options of PaddleX' image classification; all but the crop must be there.
-_OF_PADDLEX = {
-    "ResizeImage": {"size", "resize_short", "backend"},
-    "CropImage": {"size"},
-    "NormalizeImage": {"mean", "std", "scale", "order"},
-    "ToCHWImage": set(),
-}
-
-
-def _paddlex_takes(steps: Sequence[Mapping[str, Any]]) -> bool:
-    names = [name for step in steps for name in step]
-    inorder = [name for name in _OF_PADDLEX if name in names]
-    return (
-        names == inorder
-        and {"ResizeImage", "NormalizeImage", "ToCHWImage"} <= set(names)
-        and all(set(options) <= _OF_PADDLEX[name] for step in steps for name, options in step.items())
-        and all(step.get("NormalizeImage", {}).get("order", "") == "" for step in steps)
-    )
