@@ -54,4 +54,4 @@ lock:
 	rm -r requirements.new .venv-lock
 
 clean:
-	rm -rf .venv .venv-* output .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* *.egg-info build output .pytest_cache .ruff_cache .import_linter_cache
