@@ -19,7 +19,7 @@ from test_train_tools import IN_A_CHECKOUT, PLAIN, Place, config_of, train_as_a_
 
 from paddle_reparam.errors import CheckpointError
 from paddle_reparam.ppcls import saving, setup
-from paddle_reparam.surgery import masks
+from paddle_reparam.surgery.masks import STEP, SUFFIX
 from paddle_reparam.training.datasets import write_digits
 from paddle_reparam.weights import checkpoints
 
@@ -110,21 +110,21 @@ def assert_same(state, expected):
 
 
 def masks_of(state):
-    return {name: value for name, value in state.items() if name.endswith(masks.SUFFIX)}
+    return {name: value for name, value in state.items() if name.endswith(SUFFIX)}
 
 
 def assert_exactly_sparse(state):
     masks = masks_of(state)
     weights = {n: v for n, v in state.items() if v.ndim in (2, 4) and n not in masks}
-    kept = sum(int(masks.get(f"{name}{masks.SUFFIX}", np.ones(w.shape)).sum()) for name, w in weights.items())
+    kept = sum(int(masks.get(f"{name}{SUFFIX}", np.ones(w.shape)).sum()) for name, w in weights.items())
     assert kept == round(0.6 * sum(w.size for w in weights.values()))
     for name, mask in masks.items():
-        assert not state[name[: -len(masks.SUFFIX)]][mask == 0].any()
+        assert not state[name[: -len(SUFFIX)]][mask == 0].any()
 
 
 def test_a_sparse_run_has_exactly_its_density(uninterrupted):
     assert_exactly_sparse(uninterrupted)
-    assert uninterrupted[masks.STEP].tolist() == [2 * EPOCHS]
+    assert uninterrupted[STEP].tolist() == [2 * EPOCHS]
 
 
 def test_a_sparse_slak_has_exactly_its_density_after_every_update(place, uninterrupted_slak):
@@ -133,7 +133,7 @@ def test_a_sparse_slak_has_exactly_its_density_after_every_update(place, uninter
     ]
     for i, state in enumerate(epochs):
         assert_exactly_sparse(state)
-        assert state[masks.STEP].tolist() == [2 * (i + 1)]
+        assert state[STEP].tolist() == [2 * (i + 1)]
     # The last step is no update: what grew in it would never learn.
     moved = [any((a[n] != b[n]).any() for n in masks_of(b)) for a, b in zip(epochs, epochs[1:])]
     assert moved == [True, True, False]
@@ -166,6 +166,7 @@ def kill_and_go_on(place, config, run, uninterrupted, kind, count, *overrides):
     assert_same(checkpoints.load(f"{place.saved(run)}.pdparams"), uninterrupted)
     assert not list((place.root / run).rglob("*.partial"))
     assert not list((place.root / run).rglob("*.new"))
+    assert ".partial" not in place.log(run)
     return before
 
 
@@ -175,7 +176,7 @@ def test_mixed_precision_moves_the_masks_too(place, config):
     assert train_as_a_process_of_its_own(place.arguments(config, "amp", *scaling)) == 0
     state = checkpoints.load(f"{place.saved('amp')}.pdparams")
     assert_exactly_sparse(state)
-    assert state[masks.STEP].tolist() == [2 * EPOCHS]
+    assert state[STEP].tolist() == [2 * EPOCHS]
 
 
 @IN_A_CHECKOUT
@@ -189,7 +190,7 @@ def test_gathered_gradients_are_one_step(place, config):
     overrides.append("Sparsity.update_frequency=2")
     assert train_as_a_process_of_its_own(place.arguments(config, "gathered", *overrides)) == 0
     whole = checkpoints.load(f"{place.saved('gathered')}.pdparams")
-    assert whole[masks.STEP].tolist() == [2 * EPOCHS]
+    assert whole[STEP].tolist() == [2 * EPOCHS]
     # The last step is known as such: it is no update.
     assert_same(masks_of(whole), masks_of(checkpoints.load(f"{place.saved('gathered', 'epoch_3')}.pdparams")))
     assert saving.read_states(f"{place.saved('gathered')}.pdstates")["global_step"] == 4 * EPOCHS
@@ -226,8 +227,8 @@ def test_without_the_section_a_sparse_network_becomes_a_dense_one(place, slak, u
     assert train_as_a_process_of_its_own(place.arguments(slak, "dense", *overrides)) == 0
     assert "the weights carry masks and the config has no Sparsity" in place.log("dense")
     dense, masks = checkpoints.load(f"{place.saved('dense')}.pdparams"), masks_of(uninterrupted_slak)
-    assert set(dense) == set(uninterrupted_slak) - set(masks) - {masks.STEP}
-    assert any(dense[name.removesuffix(masks.SUFFIX)][mask == 0].any() for name, mask in masks.items())
+    assert set(dense) == set(uninterrupted_slak) - set(masks) - {STEP}
+    assert any(dense[name.removesuffix(SUFFIX)][mask == 0].any() for name, mask in masks.items())
 
 
 def test_a_set_whose_files_do_not_belong_together_is_refused(place, config, uninterrupted, capsys):

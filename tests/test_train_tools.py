@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from paddle_reparam.weights import checkpoints
 
 ppcls = setup()
 
+from paddle_reparam.ppcls import reparam  # noqa: E402
 from paddle_reparam.ppcls.command import launch, main, read_config  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -177,15 +179,38 @@ def test_stage_two_trains_the_refocusing_and_keeps_the_base(place, baseline, tra
     assert {n for n in after if n not in before} == {n for n in after if n.endswith("convmap.weight")}
 
 
-def test_what_is_replaced_is_printed_in_short_and_once(place, baseline, caplog):
-    arguments = place.arguments(place.config(REFCONV), "again", f"Global.pretrained_model={baseline}")
-    assert train_as_a_process_of_its_own(arguments) == 0
-    printed, [log] = caplog.text, place.root.joinpath("again").rglob("train.log")
+def test_what_a_training_says(place, baseline, refconv, caplog):
+    """What is replaced, in short and once; where the weights are; and what to type next, which works."""
+    given = [f"Global.pretrained_model={baseline}", "Arch.infer_add_softmax=False", "Optimizer.lr.learning_rate=0.02"]
+    assert train_as_a_process_of_its_own(place.arguments(refconv, "says", *given)) == 0
+    printed, [log] = caplog.text, place.root.joinpath("says").rglob("train.log")
     assert printed.count("14 done, 13 skipped (52% done)") == 1
     assert re.search(r"^ +14  RefConv2D\n +13  skipped: a 1x1 convolution has no", printed, re.M)
     assert f"each layer: {log}" in printed
     whole = re.compile(r"^conv\.conv +done +RefConv2D\(3->8, 3x3", re.M)
     assert (len(whole.findall(printed)), len(whole.findall(log.read_text()))) == (0, 1)
+
+    assert ".partial" not in printed
+    places = {name: place.saved("says", name) for name in ("best_model", "latest", "epoch_1")}
+    assert "Already save" not in printed
+    assert [text for text in caplog.messages if text.startswith("saved: ")] == [
+        f"saved: {places[name]}.pdparams" for name in ("best_model", "epoch_1", "latest")
+    ]
+    *_, best, latest, following = caplog.messages
+    assert re.fullmatch(rf"best weights \(of epoch 1, 0\.\d{{5}}\): {places['best_model']}\.pdparams", best)
+    assert latest == f"latest weights: {places['latest']}.pdparams"
+    python, tool, *arguments = shlex.split(following.splitlines()[-1])
+    assert (python, tool) == ("python", "tools/reparam.py")
+    assert arguments == [
+        "-c", refconv, "-o", "Arch.infer_add_softmax=False", "--weights", f"{places['best_model']}.pdparams",
+        "--output", str(place.root / "says" / "shipped"),
+    ]  # fmt: skip
+    assert reparam.main([*arguments, "--dry-run"]) == 0
+
+    # All epochs are done: it says so, and the same again.
+    caplog.clear()
+    assert main("train", place.arguments(refconv, "says", "Global.checkpoints=auto", given[1])) == 0
+    assert caplog.messages[-3:] == [best, latest, following]
 
 
 def test_the_baseline_may_stand_in_arch(place, baseline, refconv):

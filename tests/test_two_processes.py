@@ -134,7 +134,7 @@ def test_two_processes_evaluate_and_save_once(place, alone, together):
         # Four batches of four for each process alone, two when the images are shared.
         assert "[Train][Epoch 1/1][Iter: 1/2]" in log
         # What other runs of the process did after this one is in its log as well.
-        assert sum("Already save model in" in line and f"/two_{name}/" in line for line in log.splitlines()) == 3
+        assert sum(" INFO: saved: " in line and f"/two_{name}/" in line for line in log.splitlines()) == 3
     for run, mode in (*((name, "train") for name in NETWORKS), ("eval", "eval")):
         one, two = (first_average(place.log(f"{kind}_{run}", mode)) for kind in ("one", "two"))
         assert one.keys() == two.keys() >= {"loss", "top1"}

@@ -35,12 +35,33 @@ def main(mode: str, arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     with exit_code() as result:
         setup()
+        from ppcls.utils import logger
+
         from .engine import Engine
 
         config = read_config(given.config, given.override)
         config["profiler_options"] = given.profiler_options
-        getattr(Engine(config, mode=mode), mode)()
+        engine = Engine(config, mode=mode)
+        getattr(engine, mode)()
+        if mode == "train" and engine.saved:
+            logger.info(_after_training(engine, given))
     return result[0]
+
+
+#: Keys of a config, or how they begin, that say nothing of the network that ships.
+_OF_TRAINING = re.compile(
+    r"(Optimizer|Loss|AMP|EMA|Monitor|Sparsity|DataLoader\.Train|DataLoader\.UnLabelTrain)\b|.*\.(pretrained|fresh)="
+    r"|Global\.(?!(image_shape|class_num|use_multilabel)=)"
+)
+
+
+def _after_training(engine: Any, given: argparse.Namespace) -> str:
+    """Return what to type after a training, for its best weights where there are some."""
+    weights = engine.saved.get("best_model", engine.saved["latest"])
+    override = [each for each in given.override if not _OF_TRAINING.match(each)]
+    output = os.path.join(engine.output_dir, "shipped")
+    making = [*options(given.config, override), "--weights", f"{weights}.pdparams", "--output", output]
+    return next_steps(("reparam", making, "fuse, export and check: a folder to ship"))
 
 
 def add_override(parser: argparse.ArgumentParser, note: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,10 +52,15 @@ class Engine(PaddleClasEngine):
             self.sparsity_settings = sparse.read_section(config) if mode == "train" else None
             self.monitor_settings = monitoring.read_section(config) if mode == "train" else None
         self.best: dict[str, Any] | None = None
+        #: "best_model" and "latest" -> where that set is, without suffix.
+        self.saved: dict[str, Path] = {}
         with contextlib.ExitStack() as held:
             if mode == "train":
                 # Before PaddleClas opens its logs there.
                 held.enter_context(saving.only_training_in(config["Global"]["output_dir"]))
+                checkpoint = config["Global"]["checkpoints"]
+                if goes_on_by_itself and checkpoint and paddle.distributed.get_rank() == 0:
+                    config["Global"]["checkpoints"] = str(saving.placed(checkpoint))
             with explained(f"{mode} cannot start", wrong_config=True), strict_loading(config, mode):
                 super().__init__(config, mode)
             failures.clear()
@@ -79,10 +85,18 @@ class Engine(PaddleClasEngine):
             self._output_folder,
             explained("the training stopped"),
             strict_loading(self.config, self.mode, resume),
-            saving.whole_checkpoints(engine_module, self._states),
+            saving.whole_checkpoints(engine_module, self._states, self.saved),
             monitoring.progress(self),
         ):
             super().train()
+        self._tell_where_the_weights_are()
+
+    def _tell_where_the_weights_are(self) -> None:
+        if self.best is not None and "best_model" in self.saved:
+            told = f"of epoch {self.best['epoch']:.0f}, {self.best['metric']:.5f}"
+            logger.info(f"best weights ({told}): {self.saved['best_model']}.pdparams")
+        if "latest" in self.saved:
+            logger.info(f"latest weights: {self.saved['latest']}.pdparams")
 
     def eval(self, *args: Any, **kwargs: Any) -> Any:
         """Evaluate, and return what is better the larger it is.
@@ -191,6 +205,7 @@ class Engine(PaddleClasEngine):
                 )
             logger.info(f"all {epochs} epochs are done; there is nothing left to train")
         self.best = states.get("best")
+        self.saved.update(saving.sets_of(self.config["Global"]["checkpoints"]))
         self.global_step = int(states.get("global_step", 0))
         best = self.best["metric"] if self.best else states.get("metric", -1.0)
         return {"metric": best, "epoch": int(states["epoch"])}

@@ -360,7 +360,8 @@ def _train(config: dict[str, Any], folder: Path) -> Path:
     config["Global"]["checkpoints"] = "auto"
     config["profiler_options"] = None
     epochs = config["Global"]["epochs"]
-    saved = saving.newest(folder)
+    with saving.only_training_in(folder):
+        saved = saving.newest(folder)
     if saved is None or saved.epoch < epochs:
         # A training's parameters are named from the start: the optimizer's state is found again by these names.
         with paddle.utils.unique_name.guard(), _own_log():
@@ -368,7 +369,7 @@ def _train(config: dict[str, Any], folder: Path) -> Path:
         saved = saving.newest(folder)
     if saved is None or saved.epoch < epochs:
         raise ReparamError(f"{folder}: the training ended without a whole checkpoint of epoch {epochs}")
-    return Path(f"{saved.prefix}.pdparams")
+    return Path(f"{saving.placed(saved.prefix)}.pdparams")
 
 
 def _evaluate(baseline: dict[str, Any], weights: Path, folder: Path) -> float:

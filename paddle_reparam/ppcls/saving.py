@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -37,6 +38,8 @@ SUFFIXES = (".pdparams", ".pdopt", ".pdstates")
 RECORD = ".record.json"
 #: Bytes of a record at most; it names three files, or a few more.
 _LARGEST_RECORD = 2**20
+#: What the name of a hidden folder ends in, in which a set is being written.
+_STAGING = ".partial"
 #: What a running training holds of its folder.
 LOCK = ".training.lock"
 
@@ -52,20 +55,21 @@ class SavedSet:
 
 def save_whole(
     save: Callable[..., None], net: Any, optimizer: Any, states: dict[str, Any], folder: str, **options: Any
-) -> None:
+) -> Path | None:
     """Let PaddleClas' `save_model` write a set of files, and put it in place when all of it is on the disk.
 
-    `states` goes into `.pdstates`; `prefix` among the options names the set. Raises `ReparamError` where it cannot be
-    written; what was saved before is then as it was.
+    `states` goes into `.pdstates`; `prefix` among the options names the set. Returns where it is, without suffix; None
+    in all processes but the first, which write none. Raises `ReparamError` where it cannot be written; what was saved
+    before is then as it was.
     """
     if paddle.distributed.get_rank() != 0:
-        return
+        return None
     target, prefix = Path(folder), options.get("prefix", "ppcls")
-    staging = target / f".{prefix}.partial"
+    staging = target / f".{prefix}{_STAGING}"
     try:
         target.mkdir(parents=True, exist_ok=True)
         # What a killed run left, of any prefix. No process reads it any more: all have trained since they resumed.
-        for left in target.glob(".*.partial"):
+        for left in target.glob(f".*{_STAGING}"):
             _finish(left, target)
         save(net, optimizer, states, str(staging), **options)
         files = sorted(path for path in staging.rglob("*") if path.is_file())
@@ -76,18 +80,28 @@ def save_whole(
         }
         _write_synced(staging / f"{prefix}{RECORD}", json.dumps(record, indent=1).encode())
         _finish(staging, target)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             if not list(staging.glob(f"*{RECORD}")):
                 shutil.rmtree(staging)
+        if not isinstance(error, OSError):
+            raise
         raise ReparamError(
             f"{target / prefix}: the checkpoint cannot be written ({error.strerror or error}); the one before it is "
             "unchanged"
         ) from error
+    [weights] = [path for path in files if path.name == f"{prefix}.pdparams"]
+    return target / weights.relative_to(staging).with_suffix("")
 
 
 def _finish(staging: Path, target: Path) -> None:
     """Put a whole staged set in place, and remove what is staged."""
+    _put_in_place(staging, target)
+    if staging.exists():
+        shutil.rmtree(staging)
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
     for record in sorted(staging.glob(f"*{RECORD}")):
         if _read_record(record) is None:
             continue
@@ -96,8 +110,15 @@ def _finish(staging: Path, target: Path) -> None:
             place = target / name
             place.parent.mkdir(parents=True, exist_ok=True)
             _link(staging / name, place)
-    if staging.exists():
-        shutil.rmtree(staging)
+
+
+def placed(prefix: str | os.PathLike[str]) -> Path:
+    """Return where a set is, or is put by the next training, that `newest` may have found staged."""
+    return Path(*(part for part in Path(prefix).parts if not _is_staging(part)))
+
+
+def _is_staging(name: str) -> bool:
+    return name.startswith(".") and name.endswith(_STAGING)
 
 
 def _link(source: Path, place: Path) -> None:
@@ -180,6 +201,16 @@ def newest(folder: str | os.PathLike[str]) -> SavedSet | None:
     return None
 
 
+def sets_of(checkpoint: str | os.PathLike[str]) -> dict[str, Path]:
+    """Return the sets that a resumed training begins with, by the prefixes "latest" and "best_model"."""
+    sets = {"latest": placed(checkpoint)}
+    # Newer PaddleClas can give each set a folder of its name.
+    for folder in (sets["latest"].parent, sets["latest"].parent.parent / "best_model"):
+        if (folder / "best_model.pdparams").is_file():
+            sets.setdefault("best_model", folder / "best_model")
+    return sets
+
+
 def require_whole(prefix: str) -> None:
     """Raise `CheckpointError` where the files of a set are missing, or are not those that were saved together."""
     for suffix in SUFFIXES:
@@ -193,7 +224,7 @@ def require_whole(prefix: str) -> None:
         record = folder / f"{path.name}{RECORD}"
         if record.is_file() and _read_record(record) is None:
             saved = newest(folder)
-            hint = f"the newest whole one is {saved.prefix}" if saved else "there is no whole one beside it"
+            hint = f"the newest whole one is {placed(saved.prefix)}" if saved else "there is no whole one beside it"
             raise CheckpointError(
                 f"Global.checkpoints: the files of {prefix} were not saved together, or are damaged; {hint}"
             )
@@ -225,10 +256,15 @@ def _read(path: str, read: Callable[[bytes], Any]) -> Any:
 def only_training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Keep trainings of other processes out of a folder: two would take away what the other has begun to save.
 
-    Raises `OutputExists` where one is running there. The system lets go of the folder when a process ends, however it
+    What a killed one had saved but not put in place yet is then put there. Raises `OutputExists` where one is running
+    in the folder. The system lets go of the folder when a process ends, however it
     ends; where it cannot lock files, nothing is kept out.
     """
-    if fcntl is None or paddle.distributed.get_rank() != 0:
+    if paddle.distributed.get_rank() != 0:
+        yield
+        return
+    if fcntl is None:
+        _put_all_in_place(folder)
         yield
         return
     try:
@@ -246,21 +282,43 @@ def only_training_in(folder: str | os.PathLike[str]) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
+        _put_all_in_place(folder)
         yield
 
 
+def _put_all_in_place(folder: str | os.PathLike[str]) -> None:
+    """Put in place what a killed training staged; it is not removed, as other processes may be about to read it."""
+    for staging in Path(folder).rglob(f".*{_STAGING}"):
+        try:
+            _put_in_place(staging, staging.parent)
+        except OSError as error:
+            raise ReparamError(f"{staging.parent}: it cannot be written to ({error.strerror or error})") from error
+
+
 @contextlib.contextmanager
-def whole_checkpoints(module: Any, states_of_run: Callable[[str, dict[str, Any]], dict[str, Any]]) -> Iterator[None]:
+def whole_checkpoints(
+    module: Any, states_of_run: Callable[[str, dict[str, Any]], dict[str, Any]], saved: dict[str, Path]
+) -> Iterator[None]:
     """Make PaddleClas' Engine save whole sets while it runs in here.
 
-    `states_of_run(prefix, metric_info)` returns what goes into `.pdstates`.
+    `states_of_run(prefix, metric_info)` returns what goes into `.pdstates`; `saved` gets the path of each set, without
+    suffix.
     """
     save_load = module.save_load
-    original = save_load.save_model
+    original, log = save_load.save_model, save_load.logger
 
     def save_model(net: Any, optimizer: Any, metric_info: dict[str, Any], folder: str, **options: Any) -> None:
-        states = states_of_run(options.get("prefix", "ppcls"), metric_info)
-        save_whole(original, net, optimizer, states, folder, **options)
+        prefix = options.get("prefix", "ppcls")
+        states = states_of_run(prefix, metric_info)
+        # It would say where the set is staged.
+        save_load.logger = logging.Logger("of no one")
+        try:
+            place = save_whole(original, net, optimizer, states, folder, **options)
+        finally:
+            save_load.logger = log
+        if place is not None:
+            saved[prefix] = place
+            log.info(f"saved: {place}.pdparams")
 
     save_load.save_model = save_model
     try:
