@@ -24,7 +24,8 @@ from .errors import ReparamError
 from .registry import create_model, list_layers, list_models
 from .surgery.rewrite import reparameterize, replace
 from .surgery.verify import verify
-from .weights.checkpoints import convert_state, load, load_into, save
+from .weights.checkpoints import load, load_into, save
+from .weights.published import convert_state
 
 __all__ = [
     "ReparamError",

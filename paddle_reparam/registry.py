@@ -107,7 +107,7 @@ def register_model(
 
     `published`: one entry for each network that its paper or repository published. `rename`: takes the state dict of a
     published weight file, by its own keys, and returns the arrays under the names of this library; the running
-    statistics of BNs and the layout of `nn.Linear` are seen to by `checkpoints.convert_state`.
+    statistics of BNs and the layout of `nn.Linear` are seen to by `published.convert_state`.
     """
     if builder is None:
         return lambda b: register_model(b, published=published, rename=rename)

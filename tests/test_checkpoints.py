@@ -23,7 +23,7 @@ from paddle_reparam.files import atomic_write
 from paddle_reparam.layers.base import ReparamLayer
 from paddle_reparam.surgery.masks import masked_places
 from paddle_reparam.training import sparsity
-from paddle_reparam.weights import checkpoints
+from paddle_reparam.weights import formats
 from paddle_reparam.weights.checkpoints import LoadReport, form_of, load, load_into, save
 
 PADDLE_FILES = sorted(DATA.glob("*.pdparams"))
@@ -77,7 +77,7 @@ def test_the_content_decides_and_not_the_name(tmp_path, suffix):
 
 
 def test_npz_bombs_and_other_zip_archives(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_ALWAYS_UNPACKED", 1000)
+    monkeypatch.setattr(formats, "_ALWAYS_UNPACKED", 1000)
     np.savez_compressed(tmp_path / "bomb.npz", w=np.zeros(100_000))
     assert "packed more than a hundred times" in refusal(tmp_path / "bomb.npz")
     with zipfile.ZipFile(tmp_path / "other.npz", "w") as archive:
@@ -270,7 +270,7 @@ def test_a_failing_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypa
 
 def test_what_is_read_back_is_compared(tmp_path, monkeypatch):
     # A pickle without the checksum, as from a disk that loses it, and with one number changed.
-    monkeypatch.setitem(checkpoints._WRITERS, ".pdparams", lambda arrays: pickle.dumps({"w": np.array([1.0, 3.0])}, 4))
+    monkeypatch.setitem(formats.WRITERS, ".pdparams", lambda arrays: pickle.dumps({"w": np.array([1.0, 3.0])}, 4))
     with pytest.raises(ReparamError, match="what was read back is not what was written"):
         save({"w": np.array([1.0, 2.0])}, tmp_path / "model.pdparams")
     assert list(tmp_path.iterdir()) == []

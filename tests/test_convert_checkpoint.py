@@ -19,7 +19,7 @@ from paddle_reparam import registry
 from paddle_reparam.errors import CheckpointError, OutputExists, ReparamError, UnknownName
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.registry import create_model
-from paddle_reparam.weights import checkpoints, conversion
+from paddle_reparam.weights import checkpoints, conversion, published
 from paddle_reparam.weights.conversion import convert, read_published
 
 SCRIPT = Path(__file__).resolve().parents[1] / "tools" / "convert_checkpoint.py"
@@ -293,7 +293,7 @@ def test_of_paddleclas_two_files_pdparams_holds_the_average(tool, tmp_path, caps
 
     for owner, name in ((paddle, "load"), (pickle, "load"), (pickle, "loads"), (pickle, "Unpickler")):
         monkeypatch.setattr(owner, name, refuse)
-    state = checkpoints.convert_state("Tiny", published_tiny())
+    state = published.convert_state("Tiny", published_tiny())
     kinds = {"pdparams": "the moving average of the weights", "pdema": "the weights as they were trained"}
     checkpoints.save(state, tmp_path / "latest.pdparams")
     given = ["--model", "Tiny", "--output", str(tmp_path / "ours.pdparams"), "--force", "--input"]

@@ -34,7 +34,7 @@ from paddle_reparam.layers.dcd_fused import averages
 from paddle_reparam.layers.dcd_matrix import DCDDepthwiseConv2D, DCDMatrixConv2D, latent_dimension_of
 from paddle_reparam.registry import create_model, get_model
 from paddle_reparam.surgery.rewrite import replace
-from paddle_reparam.weights.checkpoints import convert_state
+from paddle_reparam.weights.published import convert_state
 
 EVEN_AND_ODD = [(8, 6), (7, 9)]
 

@@ -18,7 +18,8 @@ from network_contract import (
 
 from paddle_reparam.errors import CheckpointError, ReparamError, UnknownName
 from paddle_reparam.registry import create_model, get_model, list_models
-from paddle_reparam.weights.checkpoints import convert_state, load_into
+from paddle_reparam.weights.checkpoints import load_into
+from paddle_reparam.weights.published import convert_state
 
 NAMES = [*list_models("HBONet*"), *list_models("ShuffleNetV1*")]
 

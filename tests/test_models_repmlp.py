@@ -25,7 +25,8 @@ from paddle_reparam.models.mlp_repmlp import _VARIANTS, RepMLP_CIFAR, RepMLPForC
 from paddle_reparam.models.resnet_repmlp import RepMLPResNet, RepMLPResNet50, rename
 from paddle_reparam.registry import create_model
 from paddle_reparam.surgery.rewrite import reparameterize
-from paddle_reparam.weights.checkpoints import convert_state, load_into
+from paddle_reparam.weights.checkpoints import load_into
+from paddle_reparam.weights.published import convert_state
 
 
 def small(block: str) -> RepMLPResNet:

@@ -25,7 +25,7 @@ from paddle_reparam.models import replknet as networks
 from paddle_reparam.models.replknet import _RepLKNet
 from paddle_reparam.registry import create_model, get_model
 from paddle_reparam.surgery.rewrite import reparameterize, replace
-from paddle_reparam.weights.checkpoints import convert_state
+from paddle_reparam.weights.published import convert_state
 
 # --- The layer ---------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,8 @@ from paddle_reparam.layers.repmlpnet import RepMLPBlock, RepMLPBlockFitted, RepM
 from paddle_reparam.models.repmlpnet import RepMLPNet, change_resolution
 from paddle_reparam.registry import create_model, get_model
 from paddle_reparam.surgery.rewrite import reparameterize, replace
-from paddle_reparam.weights.checkpoints import convert_state, load_into, save
+from paddle_reparam.weights.checkpoints import load_into, save
+from paddle_reparam.weights.published import convert_state
 
 
 def make(channels: int, h: int, w: int, dtype: str = "float64", **options) -> RepMLPBlock:

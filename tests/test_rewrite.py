@@ -16,7 +16,8 @@ from paddle_reparam.layers.base import InferenceForm
 from paddle_reparam.layers.refconv import RefConv2D
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.registry import get_layer, list_layers
-from paddle_reparam.surgery.rewrite import RewriteReport, copy_model, reparameterize, replace
+from paddle_reparam.surgery.places import RewriteReport, copy_model
+from paddle_reparam.surgery.rewrite import reparameterize, replace
 from paddle_reparam.surgery.verify import verify
 
 SPEC = [[None, 3, 9, 8]]

@@ -28,7 +28,8 @@ from paddle_reparam.models.slak import SLaK, SLaKBlock
 from paddle_reparam.registry import create_model
 from paddle_reparam.surgery.flops import measure
 from paddle_reparam.surgery.rewrite import reparameterize, replace
-from paddle_reparam.weights.checkpoints import convert_state, form_of
+from paddle_reparam.weights.checkpoints import form_of
+from paddle_reparam.weights.published import convert_state
 
 MAPS = [(14, 14), (9, 16), (16, 3), (1, 5), (1, 1)]
 

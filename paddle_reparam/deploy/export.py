@@ -23,7 +23,7 @@ from paddle.nn.utils.weight_norm_hook import WeightNorm
 from ..errors import NothingProven, ReparamError, one_sentence
 from ..files import Folder
 from ..measure.memory import give_back
-from ..surgery.rewrite import copy_model
+from ..surgery.places import copy_model
 from ..surgery.tracing import InputSpec, flatten_outputs, input_shapes, require_eval, walk
 from ..surgery.verify import NETWORK_TOLERANCE, VerifyReport, verify
 from .old_programs import HAS_NEW_PROGRAMS, old_programs

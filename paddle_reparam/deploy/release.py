@@ -27,7 +27,8 @@ from ..files import Folder, digest, new_folder
 from ..measure.memory import give_back
 from ..report import Report, format_table
 from ..surgery.flops import ModelSize, measure
-from ..surgery.rewrite import RewriteReport, reparameterize
+from ..surgery.places import RewriteReport
+from ..surgery.rewrite import reparameterize
 from ..surgery.tracing import InputSpec, input_shapes, sample_inputs, unchanged, walk
 from ..surgery.verify import NETWORK_TOLERANCE, VerifyReport, verify
 from ..weights import checkpoints

@@ -16,7 +16,8 @@ from paddle import nn
 from ..errors import ReparamError
 from ..registry import Published, create_model, get_model, list_models
 from ..surgery.flops import measure
-from ..surgery.rewrite import RewriteReport, reparameterize
+from ..surgery.places import RewriteReport
+from ..surgery.rewrite import reparameterize
 from ..training.sparsity import eligible
 
 #: Which layers feed which does not depend on the size of the images, so a network is traced with small ones if it can.

@@ -15,7 +15,7 @@ from ppcls.utils import logger
 from .. import models  # noqa: F401  (importing the models registers them)
 from ..errors import ReparamError
 from ..registry import Registry, create_model, list_models
-from ..surgery import rewrite
+from ..surgery import places, rewrite
 from .errors import ConfigError
 from .loading import load_weights, read_fresh
 
@@ -85,7 +85,7 @@ def ReparamModel(
     return model
 
 
-def _log(what: str, report: rewrite.RewriteReport) -> None:
+def _log(what: str, report: places.RewriteReport) -> None:
     """Log what was replaced: in short on the screen, each layer in the file that an Engine logs to."""
     # PaddleClas closes none; the last one is of the Engine that runs.
     files = [each for each in logger._logger.handlers if isinstance(each, logging.FileHandler)][-1:]

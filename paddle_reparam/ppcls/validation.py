@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import functools
-import importlib
-import inspect
 import math
 import os
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import paddle
-
-from ..errors import UsageError
-from ..registry import Registry
-from . import saving
+from . import saving, values
 from .arch import get_builder
+from .constructors import check_constructor, check_operators, only_entry, parameters_of
 from .errors import ConfigError
 
 #: The parts of a PaddleClas config.
@@ -43,334 +35,22 @@ _DEFAULTS = {
 }
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Values: each of these returns what a value must be, or None where it is that.
-
-Check = Callable[[Any], "str | None"]
-
-#: Of images; more would fill any memory.
-_LONGEST_SIDE = 8192
-_LARGEST_BATCH = 1 << 16
-_MOST_CLASSES = 10**7
-#: Of a network's options, the number of classes aside: numbers above it would fill any memory.
-_LARGEST_OPTION = 10**6
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _whole(least: int, most: int = 2**31 - 1) -> Check:
-    what = f"a whole number from {least}" if most == 2**31 - 1 else f"a whole number from {least} to {most}"
-    return lambda value: None if _is_number(value) and isinstance(value, int) and least <= value <= most else what
-
-
-def _number(least: float = -math.inf) -> Check:
-    what = "a number" if least == -math.inf else f"a number from {least:g}"
-    return lambda value: None if _is_number(value) and value >= least else what
-
-
-def _one_of(*choices: Any) -> Check:
-    what = f"one of {', '.join(map(str, choices))}"
-    return lambda value: None if isinstance(value, str) and value in choices else what
-
-
-def _truth(value: Any) -> str | None:
-    return None if isinstance(value, bool) or (_is_number(value) and value in (0, 1)) else "True or False"
-
-
-def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and value and "\0" not in value else "a text"
-
-
-def _list(value: Any) -> str | None:
-    return None if isinstance(value, list) else "a list"
-
-
-def _mapping(value: Any) -> str | None:
-    return None if isinstance(value, Mapping) else "a section of KEY: VALUE"
-
-
-def _or_none(check: Check) -> Check:
-    def either(value: Any) -> str | None:
-        wrong = None if value is None else check(value)
-        return wrong and f"{wrong}, or null"
-
-    return either
-
-
-def _weights(value: Any) -> str | None:
-    """Return what `Global.pretrained_model` must be; a distillation's is a list."""
-    files = value if isinstance(value, list) else [value]
-    wrong = not files or any(file is not None and _text(file) for file in files)
-    return "a text, or a list of them" if wrong else None
-
-
-def _image_shape(value: Any) -> str | None:
-    side = _whole(1, _LONGEST_SIDE)
-    if isinstance(value, list) and len(value) == 3 and not any(map(side, value)):
-        return None
-    return f"[channels, height, width], whole numbers from 1 to {_LONGEST_SIDE}"
-
-
-def _device(value: Any) -> str | None:
-    kinds = ("cpu", "gpu", "xpu", "npu", "mlu", "ascend", "intel_gpu", "mps")
-    if not isinstance(value, str) or value not in kinds:
-        return "cpu or gpu; which GPU is chosen with CUDA_VISIBLE_DEVICES"
-    if value == "gpu" and not paddle.is_compiled_with_cuda():
-        return "cpu here: this Paddle is built for the CPU alone"
-    if value == "gpu" and not paddle.device.cuda.device_count():
-        return "cpu here: Paddle finds no GPU"
-    if value == "xpu" and not paddle.is_compiled_with_xpu():
-        return "cpu here: this Paddle is not built for XPUs"
-    return None
-
-
-_GLOBAL: dict[str, Check] = {
-    "output_dir": _text,
-    "device": _device,
-    "seed": lambda value: None if value in (None, False) else _whole(0, 2**32 - 1)(value),
-    "epochs": _whole(1),
-    "eval_during_train": _truth,
-    "eval_interval": _whole(1),
-    "start_eval_epoch": _whole(0),
-    "save_interval": _whole(1),
-    "print_batch_step": _whole(1),
-    "use_visualdl": _truth,
-    "pretrained_model": _or_none(_weights),
-    "checkpoints": _or_none(_text),
-    "image_shape": _or_none(_image_shape),
-    "save_inference_dir": _text,
-    "class_num": _whole(1, _MOST_CLASSES),
-    "eval_mode": _one_of("classification", "retrieval", "adaface"),
-    "use_multilabel": _truth,
-    "use_dali": _truth,
-    "to_static": _truth,
-    "update_freq": _whole(1),
-    "iter_per_epoch": _or_none(_whole(1)),
-    "warmup_iter": _or_none(_whole(0)),
-    "feature_normalize": _truth,
-    "retrieval_feature_from": _text,
-    "re_ranking": _truth,
-}
-#: What else PaddleClas reads from Global, of which it says itself what is wrong.
-_OTHER_GLOBAL = {
-    "fresh", "train_mode", "distributed", "feature_binarize", "sim_block_size", "log_ranks", "print_mem_info",
-    "infer_config_path", "hpi_config_path", "pdx_model_name", "export_for_fd", "uniform_output_enabled", "model_name",
-}  # fmt: skip
-
-_LOADER: dict[str, Check] = {"num_workers": _whole(0, 256), "use_shared_memory": _truth}
-_SAMPLER: dict[str, Check] = {"batch_size": _whole(1, _LARGEST_BATCH), "drop_last": _truth, "shuffle": _truth}
-_RATES: dict[str, Check] = {
-    "learning_rate": _number(0),
-    "weight_decay": _or_none(_number(0)),
-    "momentum": _number(0),
-    "coeff": _number(0),
-    "clip_norm": _number(0),
-    "weight": _number(),
-    "warmup_epoch": _number(0),
-}
-_AMP: dict[str, Check] = {
-    "level": _one_of("O0", "O1", "O2"),
-    "scale_loss": _number(0),
-    "use_dynamic_loss_scaling": _truth,
-    "use_amp": _truth,
-    "use_fp16_test": _truth,
-    "use_promote": _truth,
-}
-_INFER: dict[str, Check] = {
-    "infer_imgs": _text,
-    "batch_size": _whole(1, _LARGEST_BATCH),
-    "transforms": _list,
-    "PostProcess": _mapping,
-    "infer_list": _or_none(_text),
-    "save_dir": _or_none(_text),
-}
-
-
-def _check_values(
-    section: Mapping[str, Any], checks: Mapping[str, Check], where: str, needed: Iterable[str] = ()
-) -> None:
-    for key in needed:
-        if key not in section:
-            raise ConfigError(f"{where} lacks {key}")
-    for key, value in section.items():
-        wrong = checks[key](value) if key in checks else None
-        if wrong:
-            raise ConfigError(f"{where}.{key} is {_shown(value)}; it takes {wrong}")
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _refuse_misspelt(keys: Iterable[str], known: Collection[str], where: str) -> None:
-    """Raise `ConfigError` for a key that is nearly a known one; what else is not known belongs to somebody else."""
-    for key in keys:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-        if key not in known and near:
-            raise ConfigError(f"{where} has no {key!r}; did you mean {near[0]!r}?")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names: what PaddleClas looks up in its modules, with the arguments of its constructors.
-
-
-@functools.cache
-def _classes(kind: str, module: str, base: str = "object", own: bool = False) -> Registry:
-    """Return the classes in a module of PaddleClas by name: those below `base`, or `own`, that are written in it."""
-    package, _, name = base.rpartition(".")
-    parent = getattr(importlib.import_module(package), name) if package else object
-    known = Registry(kind)
-    for name, value in vars(importlib.import_module(module)).items():
-        is_one = inspect.isclass(value) and issubclass(value, parent) and value is not parent
-        if is_one and (not own or value.__module__ == module):
-            known.add(name, value)
-    return known
-
-
-def _constructors(kind: str) -> Registry:
-    return _classes(*_KINDS[kind])
-
-
-_KINDS: dict[str, tuple[Any, ...]] = {
-    "optimizer": ("optimizer", "ppcls.optimizer.optimizer", "object", True),
-    "schedule": ("schedule of the learning rate", "ppcls.optimizer.learning_rate", "object", True),
-    "loss": ("loss", "ppcls.loss", "paddle.nn.Layer"),
-    "metric": ("metric", "ppcls.metric", "paddle.nn.Layer"),
-    "data set": ("data set", "ppcls.data", "paddle.io.Dataset"),
-    "sampler": ("sampler", "ppcls.data", "paddle.io.Sampler"),
-    "transform": ("transform", "ppcls.data.preprocess"),
-    "postprocess": ("post-processing", "ppcls.data.postprocess"),
-}
-
-
-def _check_constructor(kind: str, name: Any, options: Any, where: str, given: Collection[str] = ()) -> None:
-    """Raise for a class that PaddleClas does not have, or that cannot be made with these options.
-
-    `given` are the arguments that PaddleClas adds by itself.
-    """
-    if _text(name):
-        raise ConfigError(f"{where}: the name of the {kind} is {_shown(name)}; it takes a text")
-    options = {} if options is None else options
-    try:
-        cls = _constructors(kind).get(name)
-    except UsageError as error:
-        raise error.at(where) from None
-    if not isinstance(options, Mapping):
-        raise ConfigError(f"{where}: the options of {name} are {_shown(options)}; it takes a section of KEY: VALUE")
-    known, is_open, needed = _parameters(cls)
-    unknown = [key for key in options if key not in known]
-    _refuse_misspelt(unknown, known, f"{where}: {name}")
-    if unknown and not is_open:
-        takes = ", ".join(sorted(set(known) - set(given))) or "no options"
-        raise ConfigError(f"{where}: {name} has no option {unknown[0]!r}; it takes {takes}")
-    lacking = [key for key in needed if key not in options and key not in given]
-    if lacking:
-        raise ConfigError(f"{where}: {name} needs the option {lacking[0]}")
-    for key, value in options.items():
-        wrong = _unlike(value, known[key].default) if key in known else None
-        wrong = wrong or (_RATES[key](value) if key in _RATES else None)
-        if kind == "transform" and ("size" in key or "short" in key):
-            wrong = wrong or _side(value)
-        if wrong:
-            raise ConfigError(f"{where}: {key} of {name} is {_shown(value)}; it takes {wrong}")
-
-
-def _parameters(cls: type) -> tuple[dict[str, inspect.Parameter], bool, list[str]]:
-    """Return the arguments of a constructor by name, those of its bases included where it hands on what it is given;
-    whether it takes others as well; and which ones it needs."""
-    found: dict[str, inspect.Parameter] = {}
-    needed: list[str] | None = None
-    levels = [base for base in cls.__mro__[:-1] if "__init__" in vars(base)]
-    for base in levels:
-        parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
-        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        if needed is None:
-            needed = [p.name for p in named if p.default is p.empty]
-        for parameter in named:
-            found.setdefault(parameter.name, parameter)
-        if all(p.kind != p.VAR_KEYWORD for p in parameters):
-            # What only the first one was given may go no further.
-            return found, base is not levels[0], needed
-    return found, bool(levels), needed or []
-
-
-def _unlike(value: Any, default: Any) -> str | None:
-    """Return what a value must be to be of its default's kind; PaddleClas evaluates some texts such as 1.0/255.0."""
-    if value is None or default is inspect.Parameter.empty or default is None:
-        return None
-    if isinstance(default, bool):
-        return _truth(value)
-    if isinstance(value, str) and re.fullmatch(r"[-+*/().\de ]+", value):
-        return None
-    if isinstance(default, (int, float)):
-        return "a number" if isinstance(value, (str, bool, Mapping)) else None
-    if isinstance(default, (list, tuple)):
-        return "a list" if isinstance(value, (bool, Mapping)) else None
-    if isinstance(default, str):
-        return None if isinstance(value, str) else "a text"
-    return None
-
-
-def _side(value: Any) -> str | None:
-    """Return what the size of an image must be; a pair is height and width."""
-    sides = value if isinstance(value, list) else [value]
-    wrong = sides and any(_is_number(side) and not 0 < side <= _LONGEST_SIDE for side in sides)
-    return f"numbers above 0 and up to {_LONGEST_SIDE}" if wrong else None
-
-
-def _check_operators(
-    kind: str, given: Any, where: str, by_ppcls: Collection[str] = (), more: Collection[str] = ()
-) -> None:
-    """Check a list of `NAME: OPTIONS`; `more` are options that PaddleClas takes out before it calls the constructor."""
-    if not isinstance(given, list):
-        raise ConfigError(f"{where} is {_shown(given)}; it takes a list of NAME: OPTIONS")
-    for number, entry in enumerate(given):
-        name, options = _only_entry(entry, f"{where}.{number}")
-        if isinstance(options, Mapping):
-            for key in more:
-                if key not in options:
-                    raise ConfigError(f"{where}.{number}: {name} needs the option {key}")
-            _check_values({key: options[key] for key in more}, _RATES, f"{where}.{number}.{name}")
-            options = {key: value for key, value in options.items() if key not in more}
-        elif more:
-            raise ConfigError(f"{where}.{number}: {name} needs the option {more[0]}")
-        _check_constructor(kind, name, options, f"{where}.{number}", by_ppcls)
-
-
-def _only_entry(entry: Any, where: str) -> tuple[str, Any]:
-    if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise ConfigError(f"{where} is {_shown(entry)}; it takes one NAME: OPTIONS")
-    return next(iter(entry.items()))
-
-
-def _section(parent: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """Return the section under a key, or raise `ConfigError` where there is none."""
-    if key not in parent:
-        raise ConfigError(f"the config has no section {where}")
-    if not isinstance(parent[key], Mapping):
-        raise ConfigError(f"{where} is {_shown(parent[key])}; it takes a section of KEY: VALUE")
-    return parent[key]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Sections
 
 
 def check_form(config: dict[str, Any]) -> None:
     """Raise `ConfigError` for what no section of a config can be: misspelt ones, keys that are no texts, NaN."""
     _check_keys(config, "")
-    _refuse_misspelt(config, SECTIONS, "the config")
+    values.refuse_misspelt(config, SECTIONS, "the config")
     for section in ("Global", "Arch", "DataLoader"):
-        _section(config, section, section)
+        values.section(config, section, section)
     for section in ("Loss", "UnLabelLoss", "Metric", "Infer", "AMP", "EMA", "Slim", "MLDecoder"):
         if config.get(section) is not None:
-            _section(config, section, section)
+            values.section(config, section, section)
     settings = config["Global"]
-    _refuse_misspelt(settings, {*_GLOBAL, *_OTHER_GLOBAL}, "Global")
+    values.refuse_misspelt(settings, {*values.GLOBAL, *values.OTHER_GLOBAL}, "Global")
     # A device is asked for only where the Engine runs: the other commands compute on the CPU.
-    _check_values(settings, {key: check for key, check in _GLOBAL.items() if key != "device"}, "Global")
+    values.check_values(settings, {key: check for key, check in values.GLOBAL.items() if key != "device"}, "Global")
     check_arch(config["Arch"])
 
 
@@ -391,30 +71,32 @@ def _check_keys(value: Any, where: str) -> None:
 
 def check_arch(arch: Mapping[str, Any], where: str = "Arch") -> None:
     """Raise `ConfigError` for an `Arch`, or a network inside it, of a form that no builder takes."""
-    _check_values(arch, {"class_num": _whole(1, _MOST_CLASSES)}, where)
+    values.check_values(arch, {"class_num": values.whole(1, values.MOST_CLASSES)}, where)
     for key, value in arch.items():
-        _check_size(value, f"{where}.{key}", _MOST_CLASSES if key == "class_num" else _LARGEST_OPTION)
+        _check_size(value, f"{where}.{key}", values.MOST_CLASSES if key == "class_num" else values.LARGEST_OPTION)
     for key in ("Backbone", "backbone", "Head", "Neck", *(["layer"] if arch.get("name") == "ReparamModel" else [])):
         if arch.get(key) is not None:
-            part = _section(arch, key, f"{where}.{key}")
+            part = values.section(arch, key, f"{where}.{key}")
             if key in ("Backbone", "backbone"):
                 check_arch(part, f"{where}.{key}")
     if arch.get("models") is not None:
         if not isinstance(arch["models"], list):
-            raise ConfigError(f"{where}.models is {_shown(arch['models'])}; it takes a list of NAME: NETWORK")
+            raise ConfigError(f"{where}.models is {values.shown(arch['models'])}; it takes a list of NAME: NETWORK")
         for number, entry in enumerate(arch["models"]):
-            name, part = _only_entry(entry, f"{where}.models.{number}")
-            check_arch(_section(entry, name, f"{where}.models.{number}.{name}"), f"{where}.models.{number}.{name}")
-    if "name" in arch and arch["name"] and _text(arch["name"]):
-        raise ConfigError(f"{where}.name is {_shown(arch['name'])}; it takes the name of a network")
+            name, part = only_entry(entry, f"{where}.models.{number}")
+            check_arch(
+                values.section(entry, name, f"{where}.models.{number}.{name}"), f"{where}.models.{number}.{name}"
+            )
+    if "name" in arch and arch["name"] and values.text(arch["name"]):
+        raise ConfigError(f"{where}.name is {values.shown(arch['name'])}; it takes the name of a network")
 
 
 def _check_size(value: Any, where: str, most: int) -> None:
     parts = value if isinstance(value, list) else value.values() if isinstance(value, Mapping) else ()
     for part in parts:
-        _check_size(part, where, _MOST_CLASSES if isinstance(value, Mapping) and "class_num" in value else most)
-    if _is_number(value) and abs(value) > most:
-        raise ConfigError(f"{where} is {_shown(value)}; no network is that large")
+        _check_size(part, where, values.MOST_CLASSES if isinstance(value, Mapping) and "class_num" in value else most)
+    if values.is_number(value) and abs(value) > most:
+        raise ConfigError(f"{where} is {values.shown(value)}; no network is that large")
 
 
 def check_training(config: Mapping[str, Any]) -> None:
@@ -422,19 +104,19 @@ def check_training(config: Mapping[str, Any]) -> None:
 
     A regularizer or clip_norm that is null is taken out: PaddleClas would hand it on.
     """
-    loss = _section(config, "Loss", "Loss")
-    _refuse_misspelt(loss, {"Train", "Eval"}, "Loss")
-    _check_operators("loss", loss.get("Train"), "Loss.Train", more=["weight"])
+    loss = values.section(config, "Loss", "Loss")
+    values.refuse_misspelt(loss, {"Train", "Eval"}, "Loss")
+    check_operators("loss", loss.get("Train"), "Loss.Train", more=["weight"])
     optimizer = config.get("Optimizer")
     if isinstance(optimizer, list):
         for number, entry in enumerate(optimizer):
-            name, options = _only_entry(entry, f"Optimizer.{number}")
-            if not isinstance(options, Mapping) or _text(options.get("scope")):
+            name, options = only_entry(entry, f"Optimizer.{number}")
+            if not isinstance(options, Mapping) or values.text(options.get("scope")):
                 raise ConfigError(f"Optimizer.{number}: {name} needs the option scope")
             _leave_out_nulls(options)
             _check_optimizer(name, options, f"Optimizer.{number}.{name}")
         return
-    _section(config, "Optimizer", "Optimizer")
+    values.section(config, "Optimizer", "Optimizer")
     if "name" not in optimizer:
         raise ConfigError("Optimizer has no name; give one, as in -o Optimizer.name=Momentum")
     _leave_out_nulls(optimizer)
@@ -449,60 +131,51 @@ def _leave_out_nulls(options: Any) -> None:
 
 def _check_optimizer(name: Any, options: Mapping[str, Any], where: str) -> None:
     own = ("lr", "regularizer", "clip_norm", "scope")
-    _refuse_misspelt(options, {*own, *_parameters_of("optimizer", name, where)}, where)
+    values.refuse_misspelt(options, {*own, *parameters_of("optimizer", name, where)}, where)
     rest = {key: value for key, value in options.items() if key not in own}
-    _check_constructor("optimizer", name, rest, where, ("learning_rate", "grad_clip"))
-    _check_values(options, {"clip_norm": _RATES["clip_norm"]}, where)
-    rate = _section(options, "lr", f"{where}.lr")
+    check_constructor("optimizer", name, rest, where, ("learning_rate", "grad_clip"))
+    values.check_values(options, {"clip_norm": values.RATES["clip_norm"]}, where)
+    rate = values.section(options, "lr", f"{where}.lr")
     if "name" in rate:
         rest = {key: value for key, value in rate.items() if key != "name"}
-        _check_constructor("schedule", rate["name"], rest, f"{where}.lr", ("epochs", "step_each_epoch"))
+        check_constructor("schedule", rate["name"], rest, f"{where}.lr", ("epochs", "step_each_epoch"))
     else:
-        _check_values(rate, _RATES, f"{where}.lr", ["learning_rate"])
+        values.check_values(rate, values.RATES, f"{where}.lr", ["learning_rate"])
     regularizer = options.get("regularizer")
     if regularizer is not None:
-        _section(options, "regularizer", f"{where}.regularizer")
-        checks = {"name": _one_of("L1", "L2"), "coeff": _RATES["coeff"]}
-        _refuse_misspelt(regularizer, checks, f"{where}.regularizer")
-        _check_values(regularizer, checks, f"{where}.regularizer", ["name"])
-
-
-def _parameters_of(kind: str, name: Any, where: str) -> Collection[str]:
-    if _text(name):
-        raise ConfigError(f"{where}: the name of the {kind} is {_shown(name)}; it takes a text")
-    try:
-        return _parameters(_constructors(kind).get(name))[0]
-    except UsageError as error:
-        raise error.at(where) from None
+        values.section(options, "regularizer", f"{where}.regularizer")
+        checks = {"name": values.one_of("L1", "L2"), "coeff": values.RATES["coeff"]}
+        values.refuse_misspelt(regularizer, checks, f"{where}.regularizer")
+        values.check_values(regularizer, checks, f"{where}.regularizer", ["name"])
 
 
 def check_loader(config: Mapping[str, Any], split: str) -> None:
     """Raise `ConfigError` or `UnknownName` for a part of `DataLoader` that cannot be read; its files must be there."""
     loaders = config["DataLoader"]
-    _refuse_misspelt(loaders, {"Train", "Eval", "UnLabelTrain", "class_num", "epochs"}, "DataLoader")
+    values.refuse_misspelt(loaders, {"Train", "Eval", "UnLabelTrain", "class_num", "epochs"}, "DataLoader")
     where = f"DataLoader.{split}"
-    part = _section(loaders, split, where)
+    part = values.section(loaders, split, where)
     if config["Global"].get("eval_mode") == "retrieval" and split == "Eval":
         for key in part:
-            _check_reader(_section(part, key, f"{where}.{key}"), f"{where}.{key}")
+            _check_reader(values.section(part, key, f"{where}.{key}"), f"{where}.{key}")
     else:
         _check_reader(part, where)
 
 
 def _check_reader(part: Mapping[str, Any], where: str) -> None:
-    _refuse_misspelt(part, {"dataset", "sampler", "loader"}, where)
-    check_dataset(_section(part, "dataset", f"{where}.dataset"), f"{where}.dataset")
-    sampler = _section(part, "sampler", f"{where}.sampler")
+    values.refuse_misspelt(part, {"dataset", "sampler", "loader"}, where)
+    check_dataset(values.section(part, "dataset", f"{where}.dataset"), f"{where}.dataset")
+    sampler = values.section(part, "sampler", f"{where}.sampler")
     if "name" in sampler:
         rest = {key: value for key, value in sampler.items() if key != "name"}
         given = ("dataset", "data_source", "total_epochs")
-        _check_constructor("sampler", sampler["name"], rest, f"{where}.sampler", given)
+        check_constructor("sampler", sampler["name"], rest, f"{where}.sampler", given)
     else:
-        _refuse_misspelt(sampler, _SAMPLER, f"{where}.sampler")
-    _check_values(sampler, _SAMPLER, f"{where}.sampler", [] if "name" in sampler else list(_SAMPLER))
-    loader = _section(part, "loader", f"{where}.loader")
-    _refuse_misspelt(loader, _LOADER, f"{where}.loader")
-    _check_values(loader, _LOADER, f"{where}.loader", list(_LOADER))
+        values.refuse_misspelt(sampler, values.SAMPLER, f"{where}.sampler")
+    values.check_values(sampler, values.SAMPLER, f"{where}.sampler", [] if "name" in sampler else list(values.SAMPLER))
+    loader = values.section(part, "loader", f"{where}.loader")
+    values.refuse_misspelt(loader, values.LOADER, f"{where}.loader")
+    values.check_values(loader, values.LOADER, f"{where}.loader", list(values.LOADER))
 
 
 def check_dataset(dataset: Mapping[str, Any], where: str) -> None:
@@ -511,11 +184,11 @@ def check_dataset(dataset: Mapping[str, Any], where: str) -> None:
         raise ConfigError(f"{where} has no name; give one, such as ImageNetDataset")
     own = ("name", "batch_transform_ops")
     rest = {key: value for key, value in dataset.items() if key not in own}
-    _refuse_misspelt(rest, {*own, *_parameters_of("data set", dataset["name"], where)}, where)
-    _check_constructor("data set", dataset["name"], rest, where)
+    values.refuse_misspelt(rest, {*own, *parameters_of("data set", dataset["name"], where)}, where)
+    check_constructor("data set", dataset["name"], rest, where)
     for key in ("transform_ops", "batch_transform_ops"):
         if dataset.get(key) is not None:
-            _check_operators("transform", dataset[key], f"{where}.{key}", ("class_num",))
+            check_operators("transform", dataset[key], f"{where}.{key}", ("class_num",))
     for key, is_there, what in (
         ("image_root", os.path.isdir, "a folder"),
         ("cls_label_path", os.path.isfile, "a file"),
@@ -523,8 +196,8 @@ def check_dataset(dataset: Mapping[str, Any], where: str) -> None:
         path = dataset.get(key)
         if path is None:
             continue
-        if _text(path):
-            raise ConfigError(f"{where}.{key} is {_shown(path)}; it takes the path of {what}")
+        if values.text(path):
+            raise ConfigError(f"{where}.{key} is {values.shown(path)}; it takes the path of {what}")
         if not is_there(path):
             wrong = f"{path} is not {what}" if os.path.lexists(path) else f"there is no {path}"
             raise ConfigError(f"{where}.{key}: {wrong}")
@@ -533,21 +206,21 @@ def check_dataset(dataset: Mapping[str, Any], where: str) -> None:
 def check_metrics(config: Mapping[str, Any], split: str) -> None:
     """Raise `ConfigError` or `UnknownName` for `Metric.Train` or `Metric.Eval`."""
     metric = config.get("Metric") or {}
-    _refuse_misspelt(metric, {"Train", "Eval"}, "Metric")
+    values.refuse_misspelt(metric, {"Train", "Eval"}, "Metric")
     if metric.get(split) is not None:
-        _check_operators("metric", metric[split], f"Metric.{split}")
+        check_operators("metric", metric[split], f"Metric.{split}")
 
 
 def check_infer(config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` or `UnknownName` for what infer reads; its images must be there."""
-    infer = _section(config, "Infer", "Infer")
-    _refuse_misspelt(infer, _INFER, "Infer")
-    _check_values(infer, _INFER, "Infer", ("infer_imgs", "batch_size", "transforms", "PostProcess"))
+    infer = values.section(config, "Infer", "Infer")
+    values.refuse_misspelt(infer, values.INFER, "Infer")
+    values.check_values(infer, values.INFER, "Infer", ("infer_imgs", "batch_size", "transforms", "PostProcess"))
     if not os.path.exists(infer["infer_imgs"]):
         raise ConfigError(f"Infer.infer_imgs: there is no {infer['infer_imgs']}")
-    _check_operators("transform", infer["transforms"], "Infer.transforms", ("class_num",))
+    check_operators("transform", infer["transforms"], "Infer.transforms", ("class_num",))
     name, rest = infer["PostProcess"].get("name"), {k: v for k, v in infer["PostProcess"].items() if k != "name"}
-    _check_constructor("postprocess", name, rest, "Infer.PostProcess")
+    check_constructor("postprocess", name, rest, "Infer.PostProcess")
 
 
 def check_place(folder: str, where: str) -> None:
@@ -557,7 +230,7 @@ def check_place(folder: str, where: str) -> None:
         while not os.path.lexists(parent):
             parent = parent.parent
     except OSError as error:
-        raise ConfigError(f"{where} is {_shown(folder)}: {error.strerror}") from error
+        raise ConfigError(f"{where} is {values.shown(folder)}: {error.strerror}") from error
     if not parent.is_dir():
         raise ConfigError(f"{where} is {folder}, but {parent} is not a folder; name another place")
     if not os.access(parent, os.W_OK):
@@ -660,7 +333,7 @@ def check_run(config: dict[str, Any], mode: str) -> None:
     check_form(config)
     for key, value in _DEFAULTS.items():
         settings.setdefault(key, value)
-    _check_values({"device": settings["device"]}, _GLOBAL, "Global")
+    values.check_values({"device": settings["device"]}, values.GLOBAL, "Global")
     check_place(settings["output_dir"], "Global.output_dir")
     if isinstance(settings["pretrained_model"], (list, tuple)):
         _weights_of_each(config)
@@ -686,7 +359,7 @@ def check_run(config: dict[str, Any], mode: str) -> None:
     if mode != "train" and not settings["pretrained_model"] and not _is_complete(config["Arch"]):
         raise ConfigError(f"{mode} has no weights: set Global.pretrained_model to what training saved")
     for key in ("AMP", "EMA"):
-        _check_values(config.get(key) or {}, {**_AMP, "decay": _number(0)}, key)
+        values.check_values(config.get(key) or {}, {**values.AMP, "decay": values.number(0)}, key)
     for key in ("Metric", "Loss"):
         for split in ("Train", "Eval"):
             if key in config and (config[key] is None or config[key].get(split, "") is None):
@@ -699,7 +372,7 @@ def check_run(config: dict[str, Any], mode: str) -> None:
     for split in splits.get(mode, []):
         check_metrics(config, split)
         if split == "Eval" and "Eval" in config.get("Loss", {}):
-            _check_operators("loss", config["Loss"]["Eval"], "Loss.Eval", more=["weight"])
+            check_operators("loss", config["Loss"]["Eval"], "Loss.Eval", more=["weight"])
     if mode == "train":
         check_training(config)
     if mode == "infer":

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import io
-import json
 import os
 import stat
 import textwrap
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,20 +17,14 @@ from paddle import nn
 
 from ..errors import CheckpointError, MissingFile, ReparamError
 from ..files import atomic_write
-from ..registry import create_model, get_layer, get_model, list_layers, list_models
+from ..registry import get_layer, list_layers
 from ..report import Report, format_table
 from ..surgery import masks
 from . import pickles
+from .formats import READERS, WRITERS, identical, kind_of
 
-_CHECKSUM = "paddle_reparam.sha256"
-# Deflate makes a file of zeros a thousand times smaller; weights hardly shrink. Below this size nobody is hurt.
-_ALWAYS_UNPACKED = 1 << 28
 # Axes of an entry -> the one that counts the classes where it is a classifier's: a bias, a Linear, a 1x1 convolution.
 _CLASS_AXIS = {1: 0, 2: 1, 4: 0}
-_FROM_SAFETENSORS = {
-    "BOOL": "b1", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8",
-    "U8": "u1", "BF16": "u2", "F16": "f2", "F32": "f4", "F64": "f8",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -51,9 +41,9 @@ class LoadReport(Report):
 
     def __str__(self) -> str:
         total = len(self.loaded) + len(self.missing) + len(self.fresh)
-        rows = [["loaded", len(self.loaded), ""], ["left as they were", len(self.missing), _listed(self.missing)]]
+        rows = [["loaded", len(self.loaded), ""], ["left as they were", len(self.missing), listed(self.missing)]]
         if self.fresh:
-            rows.append(["fresh, as they were drawn", len(self.fresh), _listed(self.fresh)])
+            rows.append(["fresh, as they were drawn", len(self.fresh), listed(self.fresh)])
         table = format_table(["entries of the model", "count", "names"], rows)
         return f"{table}\ncoverage {self.coverage:.1f} % of {total}"
 
@@ -91,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         raise MissingFile(f"{path}: it cannot be read ({error.strerror})") from error
     except OSError as error:
         raise CheckpointError(f"{path}: it cannot be read ({error.strerror})") from error
-    kind = _kind_of(data, Path(path).suffix)
+    kind = kind_of(data, Path(path).suffix)
     try:
         if kind is None:
             raise CheckpointError(
@@ -99,7 +89,7 @@ def load(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
                 if not data
                 else "it is no .safetensors, .pdparams, .pdema or .npz file, by name or content"
             )
-        arrays = _READERS[kind](data)
+        arrays = READERS[kind](data)
         if not arrays:
             raise CheckpointError("it holds no arrays")
     except CheckpointError as error:
@@ -127,19 +117,19 @@ def save(state: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     Raises `CheckpointError` for another suffix or what is no array, `ReparamError` where it cannot be written.
     """
     suffix = Path(path).suffix
-    if suffix not in _WRITERS:
+    if suffix not in WRITERS:
         raise CheckpointError(
-            f"{path}: weights are written as {' or '.join(_WRITERS)}, not as {suffix or 'no suffix'!r}"
+            f"{path}: weights are written as {' or '.join(WRITERS)}, not as {suffix or 'no suffix'!r}"
         )
     try:
         arrays = _to_arrays(state)
     except CheckpointError as error:
         raise error.at(str(path)) from None
-    data = _WRITERS[suffix](arrays)
+    data = WRITERS[suffix](arrays)
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
-        if not _identical(load(temporary), arrays):
+        if not identical(load(temporary), arrays):
             raise ReparamError("what was read back is not what was written; the disk or the memory may be failing")
 
     atomic_write(path, write)
@@ -206,7 +196,7 @@ def load_into(
 def _left_fresh(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray], fresh: bool | Sequence[str]) -> set[str]:
     """Return the entries of the model and of a file that `fresh` speaks of, and the masks of its parameters."""
     if fresh is True:
-        found = _classifier(own, arrays)
+        found = classifier(own, arrays)
         left = set() if found is None else set(found[0])
     else:
         left, names = set(), [*own, *(name for name in arrays if name not in own)]
@@ -218,7 +208,7 @@ def _left_fresh(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray], fresh:
     return left | {f"{name}{masks.SUFFIX}" for name in left}
 
 
-def _classifier(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[list[str], int, int] | None:
+def classifier(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> tuple[list[str], int, int] | None:
     """Return (names, file's number of classes, model's) where the shapes differ in the number of outputs alone.
 
     More than one layer may count them: auxiliary classifiers, heads that are distilled. Where a layer within the
@@ -256,13 +246,13 @@ def _load_arrays(
         "missing": [n for n in missing if not any(fnmatch.fnmatchcase(n, pattern) for pattern in may_miss)],
         "extra": extra,
         "of another shape": [f"{n} (file {list(arrays[n].shape)}, model {list(own[n].shape)})" for n in shapes],
-        "of another type": [f"{n} (file {_type_name(arrays[n])}, model {_type_name(own[n])})" for n in types],
-        "too large for the model's type": [f"{n} (model {_type_name(own[n])})" for n in too_large],
+        "of another type": [f"{n} (file {type_name(arrays[n])}, model {type_name(own[n])})" for n in types],
+        "too large for the model's type": [f"{n} (model {type_name(own[n])})" for n in too_large],
     }
     loaded = [name for name in cast if name not in types and name not in too_large]
     coverage = 100.0 * len(loaded) / max(len(own), 1)
     if any(faults.values()):
-        lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names]
+        lines = [f"{len(names)} {kind}: {listed(names)}" for kind, names in faults.items() if names]
         others = any(names for kind, names in faults.items() if kind != "of another shape")
         hint = _form_hint(arrays, own) or ("" if others else _class_hint(own, arrays))
         raise CheckpointError(
@@ -281,78 +271,6 @@ def _load_arrays(
     return LoadReport(tuple(loaded), tuple(missing), 100.0 * len(loaded) / max(len(everything), 1), fresh)
 
 
-#: Published names of what a BN keeps -> Paddle's; the counter has no counterpart.
-_OF_A_BATCH_NORM = {"running_mean": "_mean", "running_var": "_variance", "num_batches_tracked": None}
-
-
-def convert_state(name: str, state: Mapping[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
-    """Return a published state dict as one that `create_model(name, **options)` takes, entry for entry.
-
-    `state`: published key -> array, in the layouts of the published files (a Linear's weight is `[out, in]`), with or
-    without the prefix `module.`. Floats are cast to the model's type.
-
-    Raises `CheckpointError` with what is missing, left over or of another shape, and for a model without published
-    weights.
-    """
-    model = create_model(name, **options)
-    return fit_exactly(model, in_our_names(name, state, model), f"{name}{options or ''}")
-
-
-def in_our_names(name: str, state: Mapping[str, np.ndarray], model: nn.Layer) -> dict[str, np.ndarray]:
-    """Return a published state dict under the names and in the layouts of `model`, whatever fits it.
-
-    Raises `CheckpointError` for a model without published weights and for entries that cannot be brought into its form.
-    """
-    rename = get_model(name).rename
-    if rename is None:
-        known = ", ".join(n for n in list_models() if get_model(n).rename is not None)
-        raise CheckpointError(f"no published weight files of {name} are known; those of {known} can be converted")
-    from_parallel = all(key.startswith("module.") for key in state)
-    plain = {key[len("module.") :] if from_parallel else key: np.asarray(value) for key, value in state.items()}
-    try:
-        renamed = rename(plain)
-    except (LookupError, TypeError, ValueError) as error:
-        if isinstance(error, ReparamError):
-            raise
-        raise CheckpointError(f"its entries are not those of a published {name} ({error!r})") from error
-    owners = dict(model.named_sublayers(include_self=True))
-    arrays: dict[str, np.ndarray] = {}
-    for key, value in renamed.items():
-        path, _, last = key.rpartition(".")
-        last = _OF_A_BATCH_NORM.get(last, last)
-        if last is None:
-            continue
-        key = f"{path}.{last}" if path else last
-        array = np.asarray(value)
-        arrays[key] = array.T if last == "weight" and isinstance(owners.get(path), nn.Linear) else array
-    return arrays
-
-
-def fit_exactly(model: nn.Layer, arrays: Mapping[str, np.ndarray], what: str) -> dict[str, np.ndarray]:
-    """Return the arrays in the types of the model, `what` by name; `CheckpointError` lists all that does not fit."""
-    own = model.state_dict()
-    faults = {
-        "missing": [key for key in own if key not in arrays],
-        "left over": [key for key in arrays if key not in own],
-        "of another shape": [
-            f"{key} (file {list(arrays[key].shape)}, model {list(own[key].shape)})"
-            for key in own
-            if key in arrays and list(arrays[key].shape) != list(own[key].shape)
-        ],
-    }
-    if any(faults.values()):
-        lines = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in faults.items() if names]
-        found = None if faults["missing"] or faults["left over"] else _classifier(own, arrays)
-        advice = "give the options that they were trained with"
-        if found is not None:
-            advice = (
-                f"they are of {found[1]} classes: convert them without class_num, and load the file with fresh=True "
-                "(in a config: Arch.fresh beside Arch.pretrained)"
-            )
-        raise CheckpointError(f"the published weights are not those of {what}; {advice}\n  " + "\n  ".join(lines))
-    return {key: np.ascontiguousarray(arrays[key].astype(_type_name(own[key]))) for key in own}
-
-
 def _form_hint(arrays: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     file_form, model_form = form_of(arrays), form_of(own)
     if (file_form, model_form) == ("train", "fused"):
@@ -369,24 +287,24 @@ def _form_hint(arrays: Mapping[str, Any], own: Mapping[str, Any]) -> str:
 
 
 def _class_hint(own: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
-    found = _classifier(own, arrays)
+    found = classifier(own, arrays)
     if found is None:
         return ""
     names, theirs, ours = found
     return (
-        f"it is of {theirs} classes and the model of {ours}: fresh=True leaves {_listed(names)} as the model drew them "
+        f"it is of {theirs} classes and the model of {ours}: fresh=True leaves {listed(names)} as the model drew them "
         "(in a config: Arch.fresh beside Arch.pretrained, Global.fresh beside Global.pretrained_model); without it "
     )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first ten names, and how many more there are."""
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     short = [name if len(name) <= 200 else f"{name[:200]}..." for name in names[:10]]
     return ", ".join(name if name.isprintable() else repr(name) for name in short) + more
 
 
-def _type_name(value: np.ndarray | paddle.Tensor) -> str:
+def type_name(value: np.ndarray | paddle.Tensor) -> str:
     name = str(value.dtype).replace("paddle.", "")
     return "bfloat16" if name == "uint16" else name
 
@@ -419,109 +337,3 @@ def _to_arrays(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if not arrays:
         raise CheckpointError("the state holds no arrays")
     return arrays
-
-
-def _raw(array: np.ndarray) -> memoryview:
-    """Return the bytes of a contiguous array without copying them."""
-    return memoryview(array.reshape(-1).view(np.uint8))
-
-
-def _identical(arrays: Mapping[str, np.ndarray], others: Mapping[str, np.ndarray]) -> bool:
-    """Return whether two states have the same names, types, shapes and bytes."""
-    return arrays.keys() == others.keys() and all(
-        (array.dtype, array.shape) == (others[name].dtype, others[name].shape)
-        and np.array_equal(_raw(array), _raw(others[name]))
-        for name, array in arrays.items()
-    )
-
-
-def _checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Return the sha256 over names, types, shapes and bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(json.dumps([name, array.dtype.str[1:], list(array.shape)]).encode())
-        digest.update(_raw(array))
-    return digest.hexdigest()
-
-
-def _kind_of(data: bytes, suffix: str) -> str | None:
-    """Return the format of a file's contents; where they do not show it, the one that its name says."""
-    header_size = int.from_bytes(data[:8], "little")
-    if data[8:9] == b"{" and header_size <= len(data) - 8:
-        return "safetensors"
-    if data.startswith(b"PK\x03\x04"):
-        return "npz"
-    if data[:1] == b"\x80" and data[1:2] in (b"\2", b"\3", b"\4", b"\5"):
-        return "pickle"
-    by_suffix = {".safetensors": "safetensors", ".npz": "npz", ".pdparams": "pickle", ".pdema": "pickle"}
-    return by_suffix.get(suffix) if data else None
-
-
-def _read_safetensors(data: bytes) -> dict[str, np.ndarray]:
-    import safetensors
-
-    arrays = {}
-    for name, tensor in safetensors.deserialize(data):
-        if tensor["dtype"] not in _FROM_SAFETENSORS:
-            raise CheckpointError(
-                f"its entry {pickles.shown(name)} has the type {tensor['dtype']}, which no weight has"
-            )
-        code = f"<{_FROM_SAFETENSORS[tensor['dtype']]}"
-        arrays[name] = pickles.array_of(code, tensor["shape"], bytes(tensor["data"]))
-    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-    if _CHECKSUM in metadata and metadata[_CHECKSUM] != _checksum(arrays):
-        raise CheckpointError("its checksum is not that of its contents: it is damaged; get or save it again")
-    return arrays
-
-
-def _write_safetensors(arrays: Mapping[str, np.ndarray]) -> bytes:
-    from safetensors.numpy import save as to_safetensors
-
-    data = to_safetensors(dict(arrays), {_CHECKSUM: _checksum(arrays)})
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    # numpy has no bfloat16; its bits were written as uint16.
-    for entry in header.values():
-        if entry.get("dtype") == "U16":
-            entry["dtype"] = "BF16"
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + data[end:]
-
-
-def _write_pickle(arrays: Mapping[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    cpu = paddle.CPUPlace()
-    paddle.save({name: paddle.to_tensor(array, place=cpu) for name, array in arrays.items()}, buffer)
-    return pickles.seal(buffer.getvalue())
-
-
-def _read_npz(data: bytes) -> dict[str, np.ndarray]:
-    arrays: dict[str, np.ndarray] = {}
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entries = archive.infolist()
-        # zipfile takes entries that a changed length hides for a comment; numpy writes none of either.
-        if data[-22:-18] != b"PK\5\6" or int.from_bytes(data[-12:-10], "little") != min(len(entries), 0xFFFF):
-            raise CheckpointError("its list of arrays is not whole: it is damaged; get or save it again")
-        if sum(entry.file_size for entry in entries) > max(_ALWAYS_UNPACKED, 100 * len(data)):
-            raise CheckpointError("it is packed more than a hundred times; save it again with numpy.savez")
-        for entry in entries:
-            name, suffix = os.path.splitext(entry.filename)
-            if suffix != ".npy" or name in arrays:
-                raise CheckpointError(
-                    f"it is a zip archive with {pickles.shown(entry.filename)} in it, and no .npz file"
-                )
-            arrays[name] = _read_npy(archive.read(entry))
-    return arrays
-
-
-def _read_npy(data: bytes) -> np.ndarray:
-    stream = io.BytesIO(data)
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-    shape, fortran, dtype = readers[np.lib.format.read_magic(stream)](stream)
-    return pickles.array_of(dtype.str, shape, data[stream.tell() :], fortran)
-
-
-_READERS = {"safetensors": _read_safetensors, "pickle": pickles.read, "npz": _read_npz}
-_WRITERS = {".safetensors": _write_safetensors, ".pdparams": _write_pickle}

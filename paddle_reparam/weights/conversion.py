@@ -23,6 +23,7 @@ from ..report import Report, format_table
 from ..surgery.rewrite import reparameterize
 from ..surgery.verify import VerifyReport, verify
 from . import checkpoints
+from .published import fit_exactly, in_our_names
 
 #: The parts of a training checkpoint that hold the weights, and the parts that hold their moving average.
 PLAIN_PARTS = ("state_dict", "model", "module")
@@ -117,12 +118,12 @@ def convert(
     options = dict(options or {})
     model = _build(name, options)
     try:
-        renamed = checkpoints.in_our_names(name, published.arrays, model)
+        renamed = in_our_names(name, published.arrays, model)
         found = None if "class_num" in options else _class_count(name, renamed, model)
         if found is not None:
             options["class_num"] = found
             model = _build(name, options)
-        state = checkpoints.fit_exactly(model, renamed, f"{name}{options or ''}")
+        state = fit_exactly(model, renamed, f"{name}{options or ''}")
     except CheckpointError as error:
         raise error.at(str(source)) from error
     shape: list[int | None] = []
