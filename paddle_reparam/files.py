@@ -54,7 +54,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
             f"{path}: it cannot be written ({error.strerror or error}); what stood there is unchanged"
         ) from error
     except ReparamError as error:
-        raise error.at(str(path)) from error
+        raise _as_it_will_be(error, temporary, path).at(str(path)) from error
     finally:
         # Where the folder is none, or nothing can be written in it, there is no temporary file either.
         with contextlib.suppress(OSError):
@@ -86,8 +86,15 @@ def new_folder(target: Path, folder: Folder, replace: bool) -> Iterator[Path]:
         _flush(target.parent)
     except OSError as error:
         raise ReparamError(f"{folder}: it cannot be written ({error.strerror or error})") from error
+    except ReparamError as error:
+        raise _as_it_will_be(error, temporary, folder) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _as_it_will_be(error: ReparamError, temporary: Path, place: Folder) -> ReparamError:
+    """Return an error that names a file by the place that it was written for, where nobody finds the temporary one."""
+    return type(error)(str(error).replace(str(temporary), str(place)))
 
 
 def _flush(path: Path) -> None:

@@ -20,7 +20,7 @@ from paddle import nn
 
 from paddle_reparam import files, ppcls
 from paddle_reparam.deploy.export import WEIGHTS_SUFFIX, InferenceModel, OutputSpec, program_file
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import ReparamError, UsageError
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.surgery.rewrite import replace
 from paddle_reparam.surgery.verify import settle_batch_norms
@@ -375,6 +375,22 @@ def test_without_an_exchange_the_old_folder_is_moved_aside(tmp_path, monkeypatch
         (new / "a").write_text("new")
     assert (out / "a").read_text() == "new"
     assert not list(tmp_path.glob(".out-*.old"))
+
+
+def test_errors_name_the_place_and_not_what_is_temporary(tmp_path):
+    out = tmp_path / "out"
+    with (
+        pytest.raises(UsageError, match=f"^{out}/program.json: it is broken$"),
+        files.new_folder(out, out, replace=False) as new,
+    ):
+        raise UsageError(f"{new / 'program.json'}: it is broken")
+
+    def write(temporary):
+        raise ReparamError(f"{temporary} is broken")
+
+    with pytest.raises(ReparamError, match=f"^{out}: {out} is broken$"):
+        files.atomic_write(out, write)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_with_the_longest_name(tmp_path):
