@@ -76,7 +76,7 @@ def keep_few(folder: Path) -> None:
     for name, count in {"train_list.txt": 4, "val_list.txt": 2}.items():
         path = folder / "dataset" / "digits" / name
         lines = path.read_text().splitlines()
-        kept = [line for label in range(10) for line in [x for x in lines if x.endswith(f" {label}")][:count]]
+        kept = [line for label in range(10) for line in [x for x in lines if x.endswith(f"\t{label}")][:count]]
         path.write_text("\n".join(kept) + "\n")
 
 

@@ -34,6 +34,8 @@ GLOBAL = {
 SECTIONS = {"Global", "Arch", "Loss", "Optimizer", "DataLoader", "Metric", "Infer"}
 WRAPPED = {"name", "class_num", "backbone", "layer", "pretrained"}
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
+#: Those whose lists tools/prepare_data.py writes; ImageNet has its own.
+DELIMITED = {"digits": ["delimiter"], "cifar10": ["delimiter"], "imagenet": []}
 
 
 class Recipe(NamedTuple):
@@ -197,7 +199,7 @@ def test_evaluation_and_prediction_see_the_same_images(path):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_every_key_is_read(path, engine):
-    config = raw(path)
+    config, dataset = raw(path), path.split("/")[0]
     assert set(config) - {"Sparsity"} == SECTIONS
     assert ("Sparsity" in config) == Path(path).name.startswith("SLaK")
     from paddle_reparam.ppcls import sparse
@@ -221,7 +223,8 @@ def test_every_key_is_read(path, engine):
         part = config["DataLoader"][mode]
         assert set(part) == {"dataset", "sampler", "loader"}
         operators = {"transform_ops", *(["batch_transform_ops"] if mixes(config) and mode == "Train" else [])}
-        assert set(part["dataset"]) == {"name", "image_root", "cls_label_path", *operators}
+        assert set(part["dataset"]) == {"name", "image_root", "cls_label_path", *operators, *DELIMITED[dataset]}
+        assert part["dataset"].get("delimiter", "\t") == "\t"
         assert set(part["sampler"]) == {"name", "batch_size", "drop_last", "shuffle"}
         assert set(part["loader"]) == {"num_workers", "use_shared_memory"}
     rate = config["Optimizer"]["lr"]
@@ -250,8 +253,9 @@ def images(tmp_path_factory):
         (root / dataset).mkdir()
         for i in range(4):
             cv2.imwrite(str(root / dataset / f"{i}.png"), generator.integers(0, 256, shape, dtype=np.uint8))
+        between = "\t" if DELIMITED[dataset] else " "
         for name in ("train_list.txt", "val_list.txt"):
-            (root / dataset / name).write_text("".join(f"{i}.png {i % 2}\n" for i in range(4)))
+            (root / dataset / name).write_text("".join(f"{i}.png{between}{i % 2}\n" for i in range(4)))
         (root / dataset / "label_names.txt").write_text("".join(f"{i} name{i}\n" for i in range(1000)))
     return root
 

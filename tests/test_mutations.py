@@ -46,7 +46,7 @@ class Place:
         lines = []
         for i in range(4):
             Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(root / f"{i}.png")
-            lines.append(f"{i}.png {i}\n")
+            lines.append(f"{i}.png\t{i}\n")
         (root / "list.txt").write_text("".join(lines))
 
     def config(self, path: str) -> dict[str, Any]:
@@ -66,7 +66,8 @@ class Place:
         config["Infer"]["infer_imgs"] = str(self.root / "0.png")
         for split in ("Train", "Eval"):
             part = config["DataLoader"][split]
-            part["dataset"].update(image_root=str(self.root), cls_label_path=str(self.root / "list.txt"))
+            listed = {"cls_label_path": str(self.root / "list.txt"), "delimiter": "\t"}
+            part["dataset"].update(image_root=str(self.root), **listed)
             part["sampler"]["batch_size"], part["loader"]["num_workers"] = 4, 0
         for operators in (
             config["Infer"]["transforms"],

@@ -2,12 +2,14 @@
 
 import importlib.util
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from odd_images import READ, REFUSED
 from PIL import Image
 
 from paddle_reparam.errors import ReparamError
@@ -47,6 +49,16 @@ def lists(root):
     }
 
 
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Let there be 60 digits, which are sooner written."""
+    from sklearn import datasets as theirs
+
+    digits = theirs.load_digits()
+    digits.images, digits.target = digits.images[:60], digits.target[:60]
+    monkeypatch.setattr(theirs, "load_digits", lambda: digits)
+
+
 def test_digits_are_the_images_of_scikit_learn(prepare, tmp_path, capsys):
     from sklearn.datasets import load_digits
 
@@ -59,23 +71,25 @@ def test_digits_are_the_images_of_scikit_learn(prepare, tmp_path, capsys):
     lines = written["train_list.txt"] + written["val_list.txt"]
     digits = load_digits()
     for line in lines:
-        path, label = line.split(" ")
+        path, label = line.split("\t")
         index = int(Path(path).stem)
         assert int(label) == digits.target[index] == int(Path(path).parent.name)
         np.testing.assert_array_equal(np.asarray(Image.open(root / path)), np.rint(digits.images[index] * 255 / 16))
-    assert sorted(int(Path(line.split(" ")[0]).stem) for line in lines) == list(range(1797))
-    counts = np.bincount([int(line.split(" ")[1]) for line in written["val_list.txt"]])
+    assert sorted(int(Path(line.split("\t")[0]).stem) for line in lines) == list(range(1797))
+    counts = np.bincount([int(line.split("\t")[1]) for line in written["val_list.txt"]])
     assert counts.min() >= 34
     assert counts.max() <= 38
     assert [p.name for p in root.parent.iterdir()] == ["digits"], "something was left beside the folder"
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_digits_are_the_same_each_time(prepare, tmp_path):
     for name in ("one", "two"):
         assert prepare("digits", "--output", tmp_path / name) == 0
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_digits_replace_only_their_own(prepare, tmp_path, capsys):
     output = tmp_path / "digits"
     output.mkdir()
@@ -102,6 +116,7 @@ def test_digits_replace_only_their_own(prepare, tmp_path, capsys):
     assert file.read_text() == "mine"
 
 
+@pytest.mark.usefixtures("few_digits")
 def test_digits_that_fail_leave_nothing(prepare, tmp_path, monkeypatch, capsys):
     def full_disk(*_):
         raise OSError(28, "No space left on device")
@@ -120,8 +135,8 @@ def test_folder(prepare, tree, capsys):
     assert prepare("folder", "--root", tree) == 0
     assert "2 classes, 3 images for training, 2 for validation" in capsys.readouterr().out
     assert lists(tree) == {
-        "train_list.txt": ["train/ant/more/1.jpeg 0", "train/cat/10.PNG 1", "train/cat/2.jpg 1"],
-        "val_list.txt": ["test/ant/4.bmp 0", "test/cat/3.jpg 1"],
+        "train_list.txt": ["train/ant/more/1.jpeg\t0", "train/cat/10.PNG\t1", "train/cat/2.jpg\t1"],
+        "val_list.txt": ["test/ant/4.bmp\t0", "test/cat/3.jpg\t1"],
         "label_names.txt": ["0 ant", "1 cat"],
     }
 
@@ -132,7 +147,87 @@ def test_folder_takes_val_before_test(prepare, tree):
         (tree / "val" / name).mkdir()
         Image.new("L", (4, 4)).save(tree / "val" / name / "5.png")
     assert prepare("folder", "--root", tree) == 0
-    assert lists(tree)["val_list.txt"] == ["val/ant/5.png 0", "val/cat/5.png 1"]
+    assert lists(tree)["val_list.txt"] == ["val/ant/5.png\t0", "val/cat/5.png\t1"]
+
+
+@pytest.mark.parametrize(
+    ("names", "used"),
+    [
+        (["Training", "Testing"], ("Training", "Testing")),
+        (["train", "valid", "test"], ("train", "valid")),
+        (["TRAIN", "Val"], ("TRAIN", "Val")),
+    ],
+)
+def test_parts_have_the_names_that_people_give_them(prepare, tmp_path, names, used):
+    """As classes they would be told from each other, by what nobody knows."""
+    for name in names:
+        for kind in ("ant", "cat"):
+            (tmp_path / name / kind).mkdir(parents=True)
+            (tmp_path / name / kind / "1.png").write_bytes(READ["rgb.png"][0])
+    assert prepare("folder", "--root", tmp_path) == 0
+    for listed, part in zip(("train_list.txt", "val_list.txt"), used):
+        assert lists(tmp_path)[listed] == [f"{part}/ant/1.png\t0", f"{part}/cat/1.png\t1"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """One folder of classes: 23, 5, 2 and 1 images of every kind, with names that people give them."""
+    root = tmp_path / "my photos"
+    files = [(name, data) for name, (data, _) in READ.items()]
+    for name, count in ((" kept", 5), ("train", 2), ("one", 1), ("猫 和 狗", len(files))):
+        (root / name).mkdir(parents=True)
+        for file, data in files[-count:]:
+            (root / name / file).write_bytes(data)
+    for name in ("one/.DS_Store", "one/notes.txt", "train/a.GIF", "train/b.gif", "train/README"):
+        (root / name).write_text("no image")
+    return root
+
+
+def test_one_folder_of_classes_is_split(prepare, photos, capsys):
+    assert prepare("folder", "--root", photos) == 0
+    count = len(READ)
+    out = capsys.readouterr().out.splitlines()
+    assert out == [
+        f"{photos}: 4 classes, {count + 1} images for training, 7 for validation; a class has 1 to {count}",
+        'wrote train_list.txt, val_list.txt, label_names.txt; a config for them has class_num: 4 and delimiter: "\\t"',
+        "without an image for validation, as they have one only: one",
+        "left out, as no images that are read here: 2 .gif, 1 .txt, 1 README",
+    ]
+    written = lists(photos)
+    assert written["label_names.txt"] == ["0  kept", "1 one", "2 train", "3 猫 和 狗"]
+    shares = [[line.split("\t")[1] for line in written[name]] for name in ("train_list.txt", "val_list.txt")]
+    assert [[labels.count(str(i)) for i in range(4)] for labels in shares] == [[4, 1, 1, count - 5], [1, 0, 1, 5]]
+    lines = written["train_list.txt"] + written["val_list.txt"]
+    assert len(set(lines)) == len(lines) == count + 8
+    for line in lines:
+        # As PaddleClas reads it.
+        path, label = line.strip().split("\t")
+        assert (photos / path).is_file()
+        assert (photos / path).parent.name == written["label_names.txt"][int(label)].partition(" ")[2]
+
+
+def test_a_split_is_the_same_again_and_nearly_so_with_more_images(prepare, photos):
+    assert prepare("folder", "--root", photos, "--val-share", "0.5") == 0
+    before = lists(photos)
+    assert prepare("folder", "--root", photos, "--val-share", "0.5", "--force") == 0
+    assert lists(photos) == before
+    for number in range(4):
+        (photos / "猫 和 狗" / f"new {number}.png").write_bytes(READ["rgb.png"][0])
+    assert prepare("folder", "--root", photos, "--val-share", "0.5", "--force") == 0
+    moved = set(before["val_list.txt"]) ^ {line for line in lists(photos)["val_list.txt"] if "new" not in line}
+    assert len(moved) <= 4
+
+
+def test_every_broken_image_is_named_with_what_is_wrong(prepare, photos, capsys):
+    for name, (data, _) in REFUSED.items():
+        (photos / "one" / name).write_bytes(data)
+    before = contents(photos)
+    assert prepare("folder", "--root", photos) == 1
+    sentence, *named = capsys.readouterr().err.partition("error: ")[2].splitlines()
+    assert sentence == f"{len(REFUSED)} of {len(READ) + 8 + len(REFUSED)} images cannot be read; replace or remove:"
+    for line, (name, (_, reason)) in zip(named, sorted(REFUSED.items())):
+        assert re.search(rf"one/{name}: .*{reason}", line)
+    assert contents(photos) == before
 
 
 def test_folder_keeps_lists_unless_forced(prepare, tree, capsys):
@@ -165,8 +260,10 @@ def two_that_are_none(root):
         (root / path).write_text("<html>not found</html>")
 
 
-def with_a_blank(root):
-    (root / "test/cat/3.jpg").rename(root / "test/cat/3 b.jpg")
+def names_that_no_list_can_hold(root):
+    for name in ("a\tb", "a\nb", "a\u2028b", "a\udcffb"):
+        (root / "test/cat/3.jpg").rename(root / f"test/cat/{name}.jpg")
+        (root / "test/cat/3.jpg").write_bytes((root / f"test/cat/{name}.jpg").read_bytes())
 
 
 def one_class_more(root):
@@ -187,19 +284,36 @@ def without_validation(root):
     (root / "test").rename(root / "other")
 
 
+def one_class(root):
+    for part in ("train", "test"):
+        shutil.rmtree(root / part / "ant")
+
+
+def one_image_each(root):
+    shutil.rmtree(root / "train")
+    (root / "test/ant").rename(root / "ant")
+    (root / "test/cat").rename(root / "cat")
+    (root / "test").rmdir()
+
+
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
         (cut_short, r"train/cat/2\.jpg: it is damaged \(image file is truncated"),
         (
             two_that_are_none,
-            r"2 of 5 images cannot be read; replace or remove:\n.*train/cat/2\.jpg: it is no image\n.*test/cat/3\.jpg",
+            r"2 of 5 images cannot be read; replace or remove:\n.*test/cat/3\.jpg: it is no image\n.*train/cat/2\.jpg",
         ),
-        (with_a_blank, r"test/cat/3 b\.jpg: a path with a blank.* rename it"),
+        (names_that_no_list_can_hold, r"4 paths hold a tab, .* rename:\n(.*test/cat/a\\\S+b\.jpg\n){4}"),
         (one_class_more, r"the classes differ: only \S*test has dog"),
         (without_images, r"test/cat holds no images \(\.jpg, .*\); fill it"),
         (without_classes, r"train holds no folders; it needs one for each class"),
-        (without_validation, r"must hold the folders train and val or test"),
+        (
+            without_validation,
+            r"has the folder train with folders in it, and needs both train and val; .* give \S*train itself",
+        ),
+        (one_class, r"train holds one folder only, cat; .* give two"),
+        (one_image_each, r"no class has two images, .*; add images"),
     ],
 )
 def test_folder_refuses(prepare, tree, capsys, spoil, sentence):

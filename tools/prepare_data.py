@@ -1,4 +1,4 @@
-"""Bring images into the form that PaddleClas reads: list files of `path label` lines, and a file of label names."""
+"""Bring images into the form that PaddleClas reads: lists of paths and labels, and a file of label names."""
 
 from __future__ import annotations
 
@@ -19,17 +19,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     kinds = parser.add_subparsers(dest="kind", required=True)
     digits = kinds.add_parser("digits", help="write scikit-learn's 1797 digits as image files, with list files")
     digits.add_argument("--output", required=True, help="the folder to make")
-    folder = kinds.add_parser("folder", help="write list files for train/<class>/ and val/<class>/ (or test/<class>/)")
-    folder.add_argument("--root", required=True, help="the folder that holds train and val or test")
+    folder = kinds.add_parser(
+        "folder", help="write list files for images in <class>/, or train/<class>/ and val/<class>/"
+    )
+    folder.add_argument("--root", required=True, help="the folder that holds a folder for each class, or train and val")
+    folder.add_argument(
+        "--val-share",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="how much of each class is for validation, unless there are train and val (0.2)",
+    )
     folder.add_argument("--skip-check", action="store_true", help="do not decode every image")
     for kind in (digits, folder):
         kind.add_argument("--force", action="store_true", help="replace what an earlier run wrote")
     given = parser.parse_args(arguments)
+    if given.kind == "folder" and not 0 < given.val_share < 1:
+        parser.error(f"--val-share is {given.val_share:g}; it is a share, between 0 and 1")
     with exit_code() as result:
         if given.kind == "digits":
             print(write_digits(given.output, given.force))
         else:
-            print(list_folder(given.root, given.force, not given.skip_check, _show_progress))
+            print(list_folder(given.root, given.force, not given.skip_check, _show_progress, given.val_share))
     return result[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import paddle
 from ppcls.engine import engine as engine_module
 from ppcls.utils import logger
 
+from ..images import IMAGE_SUFFIXES, images_below
 from . import monitoring, resuming, saving, sparse
 from .errors import ConfigError
 from .guards import (
@@ -118,11 +120,14 @@ class Engine(PaddleClasEngine):
         if not place:
             raise ConfigError("infer has no images: set Infer.infer_imgs to an image or to a folder of some")
 
-        def readable(*args: Any, **kwargs: Any) -> list[str]:
-            try:
-                images = find(*args, **kwargs)
-            except Exception as error:
-                raise ConfigError(f"Infer.infer_imgs: there are no images in {place} ({error})") from error
+        def readable(folder: str, infer_list: str | None = None) -> list[str]:
+            if infer_list:
+                images = find(folder, infer_list)
+            else:
+                # PaddleClas knows fewer endings of their names, and 2.4 no folders in a folder.
+                images = [folder] if os.path.isfile(folder) else [str(path) for path in images_below(folder)]
+            if not images:
+                raise ConfigError(f"Infer.infer_imgs: there are no images in {place} ({', '.join(IMAGE_SUFFIXES)})")
             return readable_images(images, self.preprocess_func)
 
         engine_module.get_image_list = readable

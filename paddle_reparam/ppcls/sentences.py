@@ -89,7 +89,10 @@ def _wrong_lines(dataset: Mapping[str, Any]) -> str | None:
             [int(label) for label in (labels[0].split(",") if several else labels[:1])]
             assert labels
         except (ValueError, IndexError, AssertionError):
-            return f"line {number} is {line[:80]!r}; it takes a path, {delimiter!r} and a whole number"
+            other = "\t" if delimiter == " " else " "
+            in_config = {"\t": r'"\t"', " ": "null"}[other]
+            hint = f", or in the data set delimiter: {in_config}" if line.rpartition(other)[2].isdecimal() else ""
+            return f"line {number} is {line[:80]!r}; it takes a path, {delimiter!r} and a whole number{hint}"
         if not os.path.exists(os.path.join(root, path)):
             missing.append(path)
     if missing:

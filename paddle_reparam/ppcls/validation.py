@@ -186,6 +186,7 @@ def check_dataset(dataset: Mapping[str, Any], where: str) -> None:
     rest = {key: value for key, value in dataset.items() if key not in own}
     values.refuse_misspelt(rest, {*own, *parameters_of("data set", dataset["name"], where)}, where)
     check_constructor("data set", dataset["name"], rest, where)
+    values.check_values(dataset, values.DATASET, where)
     for key in ("transform_ops", "batch_transform_ops"):
         if dataset.get(key) is not None:
             check_operators("transform", dataset[key], f"{where}.{key}", ("class_num",))

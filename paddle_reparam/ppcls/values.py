@@ -123,8 +123,7 @@ OTHER_GLOBAL = {
     "infer_config_path", "hpi_config_path", "pdx_model_name", "export_for_fd", "uniform_output_enabled", "model_name",
 }  # fmt: skip
 LOADER: dict[str, Check] = {"num_workers": whole(0, 256), "use_shared_memory": truth}
-
-
+DATASET: dict[str, Check] = {"delimiter": _or_none(text)}
 SAMPLER: dict[str, Check] = {"batch_size": whole(1, _LARGEST_BATCH), "drop_last": truth, "shuffle": truth}
 RATES: dict[str, Check] = {
     "learning_rate": number(0),
