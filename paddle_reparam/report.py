@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,18 +14,32 @@ import numpy as np
 from .errors import printable
 
 
-def format_table(header: list[str], rows: list[list[Any]]) -> str:
-    """Return rows as aligned plain text; numbers are aligned to the right. Cells hold texts from files, so that what a
-    terminal would obey is written out.
+def shown_width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for one of Chinese, none for an accent alone."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in ("W", "F") else 1 for c in text
+    )
+
+
+def format_row(row: Sequence[Any], widths: Sequence[int], right: Sequence[bool] = ()) -> str:
+    """Return cells as a line of columns of these widths, those of `right` aligned there.
+
+    Cells hold texts from files, so that what a terminal would obey is written out.
     """
-    cells = [[printable(str(c)) for c in row] for row in [header, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    right = [bool(rows) and all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+    cells = []
+    for i, width in enumerate(widths):
+        text = printable(str(row[i]))
+        blanks = " " * (width - shown_width(text))
+        cells.append(blanks + text if right and right[i] else text + blanks)
+    return "  ".join(cells).rstrip()
 
-    def line(row: list[str]) -> str:
-        return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right)).rstrip()
 
-    return "\n".join([line(cells[0]), line(["-" * w for w in widths]), *map(line, cells[1:])])
+def format_table(header: list[str], rows: list[list[Any]]) -> str:
+    """Return rows as aligned plain text; numbers are aligned to the right. Cells are those of `format_row`."""
+    columns = list(zip(header, *rows))
+    widths = [max(shown_width(printable(str(cell))) for cell in column) for column in columns]
+    right = [bool(rows) and all(isinstance(cell, (int, float)) for cell in column[1:]) for column in columns]
+    return "\n".join(format_row(row, widths, right) for row in [header, ["-" * width for width in widths], *rows])
 
 
 class Report:

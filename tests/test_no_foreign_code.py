@@ -13,9 +13,10 @@ from test_released import changed, seal
 
 from paddle_reparam import ppcls, replace
 from paddle_reparam.deploy.export import OutputSpec
-from paddle_reparam.deploy.predict import ImageClassifier, draw_sheet, format_predictions
+from paddle_reparam.deploy.predict import ImageClassifier, format_predictions
 from paddle_reparam.deploy.release import release
 from paddle_reparam.deploy.released import read_manifest
+from paddle_reparam.deploy.sheet import draw_sheet
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.weights import checkpoints
 
@@ -93,7 +94,8 @@ def test_a_release_is_checked_and_used_as_data(copied, nothing_foreign, capsys):
     assert "plain.pdparams" in capsys.readouterr().out
     image = copied.parent / "image.png"
     Image.new("RGB", (32, 32), (1, 2, 3)).save(image)
-    assert len(ImageClassifier(copied).predict(image).labels) == 5
+    [prediction] = ImageClassifier(copied).predict([image])
+    assert len(prediction.labels) == 5
 
 
 def test_labels_cannot_steer_a_terminal_or_a_picture(copied):
@@ -101,10 +103,11 @@ def test_labels_cannot_steer_a_terminal_or_a_picture(copied):
     Image.new("RGB", (32, 32), (1, 2, 3)).save(image)
     manifest = read_manifest(copied)
     seal(copied, changed({**manifest, "labels": None}, ("labels",), ["\x1b[2J $x", "$\\frac", "c", "d", "e"]))
-    predictions = [ImageClassifier(copied).predict(image)]
-    assert "\x1b" not in format_predictions(predictions)
-    assert r"\x1b[2J $x" in format_predictions(predictions)
-    assert draw_sheet(copied.parent / "sheet.png", predictions) == 1
+    predictions = list(ImageClassifier(copied).predict([image]))
+    printed = "\n".join(format_predictions(predictions, [image]))
+    assert "\x1b" not in printed
+    assert r"\x1b[2J $x" in printed
+    assert draw_sheet(copied.parent / "sheet.png", predictions) == ""
 
 
 @pytest.mark.parametrize("arch", [ARCH, REC, DISTILLATION])

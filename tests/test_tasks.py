@@ -331,7 +331,7 @@ def test_predict(walk, capsys):
             best = [k for k in order if scores[k] >= floor] if walk.task == "several labels" else order
             rows = printed[printed.index(f"val_{i:02}.png") :].splitlines()
             found = [tuple(row.split()[-2:]) for row in rows[: max(len(best), 1)]]
-            assert found == ([(names[k], f"{scores[k]:.2%}") for k in best] or [("none", "-")])
+            assert found == ([(f"{scores[k]:.2%}", names[k]) for k in best] or [("-", "none")])
 
 
 @pytest.mark.skipif(bool(WHY_NO_ONNX), reason=WHY_NO_ONNX or "ONNX is there")

@@ -1,28 +1,36 @@
 """Label images with a released folder: a table of labels and probabilities, and a contact sheet."""
 
+from __future__ import annotations
+
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam.deploy.export import THRESHOLD
-from paddle_reparam.deploy.predict import ImageClassifier, draw_sheet, find_images, format_predictions
-from paddle_reparam.errors import ReparamError, UsageError, exit_code
+from paddle_reparam.deploy.predict import ImageClassifier, Prediction, find_images, format_predictions
+from paddle_reparam.deploy.sheet import ON_A_SHEET, draw_sheet
+from paddle_reparam.errors import ReparamError, exit_code, printable
 
 
-def main(arguments: "list[str] | None" = None) -> int:
-    """Run the command; return its exit code, 1 where the folder or an image is not what it should be."""
-    parser = argparse.ArgumentParser(description="Label images with a folder that tools/reparam.py made.")
-    parser.add_argument("release", help="the released folder")
-    parser.add_argument("images", help="an image, or a folder of images")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code, 1 where the release or an image is not what it should be."""
+    parser = argparse.ArgumentParser(
+        description="Label images with a folder that tools/reparam.py made, or an int8 file of tools/quantize.py."
+    )
+    parser.add_argument("release", help="the released folder, or the int8 file")
+    parser.add_argument("images", nargs="+", help="images, and folders of images")
     parser.add_argument("--top", type=int, help="how many labels an image gets (5)")
     parser.add_argument(
         "--threshold",
         type=float,
         help=f"of networks with several labels an image: what a label must reach ({THRESHOLD})",
     )
-    parser.add_argument("--sheet", type=Path, metavar="PNG", help="draw the images with their labels into this file")
+    parser.add_argument(
+        "--sheet", type=Path, metavar="PNG", help=f"draw the first {ON_A_SHEET} images with their labels into this file"
+    )
     given = parser.parse_args(arguments)
     if given.top is not None and given.top < 1:
         parser.error(f"--top is {given.top}; it is 1 or more")
@@ -31,24 +39,43 @@ def main(arguments: "list[str] | None" = None) -> int:
     if given.sheet is not None and not (given.sheet.suffix == ".png" and given.sheet.parent.is_dir()):
         parser.error(f"--sheet is {given.sheet}; give a .png file in a folder that exists")
     with exit_code() as result:
-        classifier = ImageClassifier(given.release)
-        paths = find_images(given.images)
-        predictions, failed = [], []
-        for path in paths:
-            try:
-                predictions.append(classifier.predict(path, given.top, given.threshold))
-            except UsageError:
-                raise
-            except ReparamError as error:
-                failed.append(error)
-        if len(failed) == len(paths) == 1:
-            raise failed[0]
-        print(format_predictions(predictions))
-        if given.sheet is not None and predictions:
-            print(f"written: {given.sheet}, {draw_sheet(given.sheet, predictions)} of {len(predictions)} images")
-        if failed:
-            raise ReparamError(f"{len(failed)} of {len(paths)} images are not labelled, the first: {failed[0]}")
+        _predict(given)
     return result[0]
+
+
+def _predict(given: argparse.Namespace) -> None:
+    classifier = ImageClassifier(given.release)
+    failed: list[ReparamError] = []
+    on_the_sheet: list[Prediction] = []
+    labelled = 0
+
+    def predictions() -> Iterator[Prediction]:
+        nonlocal labelled
+        for prediction in classifier.predict(paths, given.top, given.threshold, failed.append):
+            labelled += 1
+            if given.sheet is not None and len(on_the_sheet) < ON_A_SHEET:
+                on_the_sheet.append(prediction)
+            yield prediction
+
+    paths = find_images(given.images, failed.append)
+    for line in format_predictions(predictions(), paths):
+        print(line, flush=True)
+    if on_the_sheet:
+        undrawn = draw_sheet(given.sheet, on_the_sheet)
+        first = f"the first {len(on_the_sheet)} of " if len(on_the_sheet) < labelled else ""
+        print(f"written: {given.sheet}, {first}{labelled} images")
+        if undrawn:
+            some = printable(undrawn[:20])
+            print(
+                f"no font here has {some}, so the sheet has \\u and a number in their place; install one that "
+                "has, such as Noto Sans CJK",
+                file=sys.stderr,
+            )
+    if failed and not labelled and len(failed) == 1:
+        raise failed[0]
+    if failed:
+        lines = "".join(f"\n  {printable(str(error))}" for error in failed)
+        raise ReparamError(f"{labelled} images are labelled, {len(failed)} are not:{lines}")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,8 @@ class OnnxModel:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.output_shapes = [node.shape for node in self._session.get_outputs()]
         self.inputs = in_order([node.name for node in self._session.get_inputs()])
+        #: What the file says of itself, name -> text.
+        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
 
     def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
         """Return the outputs for the inputs, in the order in which the network takes them."""

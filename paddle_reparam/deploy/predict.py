@@ -2,66 +2,71 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 
 from ..errors import MissingFile, ReparamError, UsageError, one_sentence, printable
 from ..files import Folder
-from ..report import format_table
+from ..images import IMAGE_SUFFIXES, images_below, read_rgb
+from ..report import format_row, shown_width
 from .export import THRESHOLD, InferenceModel
-from .released import check_files, read_manifest
+from .onnx_export import OnnxModel
+from .released import check_files, manifest_of_onnx, read_manifest
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 #: The steps of PaddleClas that are known here, in the order in which a config may have them.
 STEPS = ("DecodeImage", "ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage", "ToGray")
 
-#: Images on one contact sheet.
-_ON_A_SHEET = 48
+#: Images that a network is given at once, and the numbers that they hold together at most.
+_IMAGES_AT_ONCE, _NUMBERS_AT_ONCE = 16, 2**22
+#: The longer side of a thumbnail, in pixels.
+_THUMBNAIL = 220
 
 
 @dataclass
 class Prediction:
-    """An image `[H, W, 3]` (RGB, uint8), its file, and its most probable (label, probability), the first the best.
+    """An image's file, a small picture of it `[H, W, 3]` (RGB, uint8), and its most probable (label, probability), the
+    first the best.
 
     There is none where each label has a probability of its own, and none reaches the threshold.
     """
 
     path: Path
-    image: np.ndarray
+    thumbnail: np.ndarray
     labels: list[tuple[str, float]]
 
 
-def find_images(place: Folder) -> list[Path]:
-    """Return an image, or all images below a folder in order; raises `ReparamError` where there is none."""
-    place = Path(place)
-    if place.is_file():
-        return [place]
-    if not place.is_dir():
-        raise MissingFile(f"there is no image and no folder {place}")
-    images = sorted(path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-    if not images:
-        raise ReparamError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    return images
+#: What is told of an image or a folder that cannot be labelled, while the others are.
+Failed = Callable[[ReparamError], None]
 
 
-def read_image(path: Path) -> np.ndarray:
-    """Return an image as PaddleClas decodes it, `[H, W, 3]`, RGB, uint8; raises `ReparamError`."""
-    import cv2
+def find_images(places: Iterable[Folder], failed: Failed | None = None) -> list[Path]:
+    """Return images, and all images below folders in order, each once.
 
-    try:
-        data = np.frombuffer(path.read_bytes(), np.uint8)
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
-    except (OSError, cv2.error) as error:
-        raise ReparamError(f"{path}: it cannot be read ({error})") from error
-    if image is None:
-        raise ReparamError(f"{path}: it is no image that can be read, or it is damaged")
-    return image[:, :, ::-1]
+    Raises `MissingFile` for a place that does not exist. A folder without images is a `ReparamError`, which `failed` is
+    given; without it, it is raised.
+    """
+    places, images = [Path(place) for place in places], []
+    for place in places:
+        if not place.exists():
+            raise MissingFile(f"there is no image and no folder {place}")
+    for place in places:
+        if place.is_dir():
+            found = images_below(place)
+            images += found
+            if not found:
+                (failed or _raise)(ReparamError(f"{place} holds no image ({', '.join(IMAGE_SUFFIXES)})"))
+        else:
+            images.append(place)
+    return list(dict.fromkeys(images))
+
+
+def _raise(error: ReparamError) -> None:
+    raise error
 
 
 def preprocess(image: np.ndarray, steps: Sequence[Mapping[str, Mapping[str, Any]]]) -> np.ndarray:
@@ -127,94 +132,142 @@ def _cropped(image: np.ndarray, size: int | Sequence[int]) -> np.ndarray:
     return image[top : top + height, left : left + width]
 
 
-class ImageClassifier:
-    """A released folder that labels images. Its files are checked against their hashes first."""
+def _thumbnail(image: np.ndarray) -> np.ndarray:
+    import cv2
 
-    def __init__(self, folder: Folder) -> None:
+    factor = min(1.0, _THUMBNAIL / max(image.shape[:2]))
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+@dataclass
+class _Read:
+    """An image that was read: its file, its thumbnail, and what the network takes of it, `[C, H, W]`."""
+
+    path: Path
+    thumbnail: np.ndarray
+    taken: np.ndarray
+
+
+class ImageClassifier:
+    """A released folder, or an int8 file made of one, that labels images.
+
+    A folder's files are checked against their hashes first.
+    """
+
+    def __init__(self, release: Folder) -> None:
         """Raises `ReparamError` for what is no release, is damaged, or cannot label images."""
-        manifest = read_manifest(folder)
-        check_files(folder, manifest)
+        in_one_file = Path(release).is_file()
+        if in_one_file:
+            network = OnnxModel(release)
+            manifest = manifest_of_onnx(network)
+        else:
+            manifest = read_manifest(release)
+            check_files(release, manifest)
         self.shape, self.size = manifest["input"]["shape"][0][1:], manifest["input"]["size"]
         if len(manifest["input"]["shape"]) != 1:
-            raise ReparamError(f"{folder}: its network takes several inputs, and no image alone")
+            raise ReparamError(f"{release}: its network takes several inputs, and no image alone")
         self.dtype = manifest["input"]["dtype"]
         self.steps, self.labels = manifest["input"].get("preprocessing"), manifest.get("labels")
         if self.steps is None:
-            raise ReparamError(f"{folder}: its manifest does not say how its input is made of an image; release again")
+            raise ReparamError(f"{release}: its manifest does not say how its input is made of an image; release again")
         activation = manifest["output"]["activation"]
         if activation not in ("softmax", "sigmoid"):
-            raise ReparamError(f"{folder}: its network puts out no probabilities, so it cannot label images")
+            raise ReparamError(f"{release}: its network puts out no probabilities, so it cannot label images")
         #: Whether each label has a probability of its own.
         self.several_labels = activation == "sigmoid"
-        self._model = InferenceModel(folder)
+        # Photographs have many sizes: without `keep_shapes`, as a folder of them would fill the memory.
+        self._network = network if in_one_file else InferenceModel(release, keep_shapes=False)
 
-    def probabilities(self, image: np.ndarray) -> np.ndarray:
-        """Return the probabilities `[classes]` for an RGB image `[H, W, 3]` of any size, uint8."""
-        x = preprocess(image, self.steps)
-        if self.size == "fixed" and list(x.shape) != self.shape:
-            raise ReparamError(f"the network takes images of {self.shape}, this one is {list(x.shape)}")
-        probabilities = self._model.run(x[None].astype(self.dtype))[0][0]
-        if probabilities.ndim != 1:
-            raise ReparamError(f"the network puts out {list(probabilities.shape)} for an image, no class probabilities")
-        return probabilities
-
-    def predict(self, path: Path, top: int | None = None, threshold: float | None = None) -> Prediction:
-        """Return the `top` most probable labels of an image file (5).
+    def predict(
+        self,
+        paths: Iterable[Path],
+        top: int | None = None,
+        threshold: float | None = None,
+        failed: Failed | None = None,
+    ) -> Iterator[Prediction]:
+        """Yield the `top` most probable labels of each image file (5), while the files are read.
 
         Where each label has a probability of its own, all that reach the `threshold` (0.5) count, or `top` of those.
-        Raises `UsageError` for a threshold where they have not.
+        `failed` is given the `ReparamError` of each image that cannot be read or labelled; without it, it is raised.
+        Raises `UsageError` for a threshold where the classes exclude each other.
         """
         if threshold is not None and not self.several_labels:
             raise UsageError(
                 "the classes of this network exclude each other, so no threshold applies; ask for the top ones"
             )
-        image = read_image(path)
-        with one_sentence(f"{path}: it cannot be labelled"):
-            try:
-                probabilities = self.probabilities(image)
-            except ReparamError as error:
-                raise error.at(str(path)) from error
         if self.several_labels:
             floor, most = THRESHOLD if threshold is None else threshold, top
         else:
             floor, most = 0.0, 5 if top is None else top
-        best = [i for i in np.argsort(-probabilities, kind="stable") if probabilities[i] >= floor][:most]
-        return Prediction(path, image, [(self._label(int(i)), float(probabilities[i])) for i in best])
+        failed = failed or _raise
+        for batch in self._batches(paths, failed):
+            try:
+                rows = self._probabilities(np.stack([read.taken for read in batch]))
+            except ReparamError as error:
+                if self.size == "fixed":
+                    raise
+                for read in batch:
+                    failed(error.at(str(read.path)))
+                continue
+            for read, row in zip(batch, rows):
+                best = [i for i in np.argsort(-row, kind="stable") if row[i] >= floor][:most]
+                yield Prediction(read.path, read.thumbnail, [(self._label(int(i)), float(row[i])) for i in best])
+
+    def _batches(self, paths: Iterable[Path], failed: Failed) -> Iterator[list[_Read]]:
+        """Yield images that follow each other and have one size: a few, or one where they are large."""
+        batch: list[_Read] = []
+        for path in paths:
+            try:
+                read = self._read(path)
+            except ReparamError as error:
+                failed(error)
+                continue
+            full = len(batch) == _IMAGES_AT_ONCE or (len(batch) + 1) * read.taken.size > _NUMBERS_AT_ONCE
+            if batch and (full or read.taken.shape != batch[0].taken.shape):
+                yield batch
+                batch = []
+            batch.append(read)
+        if batch:
+            yield batch
+
+    def _read(self, path: Path) -> _Read:
+        image = read_rgb(path)
+        with one_sentence(f"{path}: it cannot be labelled"):
+            try:
+                # A copy: a view would keep all of a photograph.
+                taken = np.array(preprocess(image, self.steps), self.dtype, order="C")
+                if self.size == "fixed" and list(taken.shape) != self.shape:
+                    raise ReparamError(f"the network takes images of {self.shape}, this one is {list(taken.shape)}")
+            except ReparamError as error:
+                raise error.at(str(path)) from error
+            return _Read(path, _thumbnail(image), taken)
+
+    def _probabilities(self, images: np.ndarray) -> np.ndarray:
+        """Return the probabilities `[N, classes]` of images `[N, C, H, W]`."""
+        probabilities = self._network.run(images)[0]
+        if probabilities.ndim != 2 or len(probabilities) != len(images):
+            raise ReparamError(
+                f"the network puts out {list(probabilities.shape)} for {len(images)} images, no class probabilities"
+            )
+        return probabilities
 
     def _label(self, number: int) -> str:
         name = self.labels[number] if self.labels and number < len(self.labels) else None
         return str(number) if name is None else name
 
 
-def format_predictions(predictions: Sequence[Prediction]) -> str:
-    """Return a table with a row for each label of each image."""
-    rows = [
-        [
-            "" if place else os.fspath(prediction.path),
-            label,
-            ("-" if probability is None else f"{probability:.2%}").rjust(7),
-        ]
-        for prediction in predictions
-        for place, (label, probability) in enumerate(prediction.labels or [("none", None)])
-    ]
-    return format_table(["image", "label", "probability"], rows)
+def format_predictions(predictions: Iterable[Prediction], paths: Sequence[Path]) -> Iterator[str]:
+    """Yield the lines of a table with a row for each label of each image, as the predictions come.
 
-
-def draw_sheet(path: Path, predictions: Sequence[Prediction]) -> int:
-    """Write a contact sheet with the first images and their best labels; return how many of them are on it."""
-    from matplotlib.figure import Figure
-
-    shown = predictions[:_ON_A_SHEET]
-    columns = min(8, math.ceil(math.sqrt(len(shown))))
-    rows = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(2.2 * columns, 2.6 * rows), facecolor="white", layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axes in grid:
-        axes.axis("off")
-    for axes, prediction in zip(grid, shown):
-        axes.imshow(prediction.image)
-        best = "".join(f"{printable(label[:24])}\n{probability:.1%}" for label, probability in prediction.labels[:1])
-        axes.set_title(best or "none", fontsize=9, parse_math=False)
-    with one_sentence(f"{path}: it cannot be written"):
-        figure.savefig(path, dpi=100)
-    return len(shown)
+    `paths` are all that may come: they say how wide the table is.
+    """
+    head = ["image", "probability", "label"]
+    widths = [max(shown_width(printable(os.fspath(path))) for path in [*paths, head[0]]), *map(len, head[1:])]
+    right = [False, True, False]
+    for number, prediction in enumerate(predictions):
+        if number == 0:
+            yield from (format_row(row, widths, right) for row in (head, ["-" * width for width in widths]))
+        for place, (label, probability) in enumerate(prediction.labels or [("none", None)]):
+            path = "" if place else os.fspath(prediction.path)
+            yield format_row([path, "-" if probability is None else f"{probability:.2%}", label], widths, right)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,12 +110,14 @@ def _rounding_error(channels: np.ndarray, ranges: np.ndarray) -> float:
 # An ONNX file of eight bits
 
 
-def quantize_onnx(source: Folder, target: Folder, images: np.ndarray, batch: int = 16) -> None:
+def quantize_onnx(
+    source: Folder, target: Folder, images: np.ndarray, batch: int = 16, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write an ONNX file of float32 in int8, with the ranges that its activations have on images `[N, C, H, W]`.
 
     Weights have a scale for each channel, activations one each; the numbers are those of ONNX' QuantizeLinear, which
-    any runtime can execute. Raises `ReparamError` without images, without the extra `onnx`, and where onnxruntime
-    cannot quantise the network.
+    any runtime can execute. The file says `metadata` of itself. Raises `ReparamError` without images, without the extra
+    `onnx`, and where onnxruntime cannot quantise the network.
     """
     if not len(images):
         raise ReparamError("the ranges of the activations are measured on images, and none was given")
@@ -137,6 +139,11 @@ def quantize_onnx(source: Folder, target: Folder, images: np.ndarray, batch: int
             str(prepared), str(target), Reader(), quant_format=tool.QuantFormat.QDQ, per_channel=True,
             activation_type=tool.QuantType.QInt8, weight_type=tool.QuantType.QInt8,
         )  # fmt: skip
+        if metadata:
+            onnx = need("onnx")
+            model = onnx.load(str(target))
+            onnx.helper.set_model_props(model, {**{each.key: each.value for each in model.metadata_props}, **metadata})
+            onnx.save(model, str(target))
 
 
 @dataclass
@@ -182,13 +189,14 @@ def export_int8(
     calibration: np.ndarray,
     batches: Iterable[tuple[np.ndarray, np.ndarray]],
     largest_drop: float = 1.0,
+    metadata: Mapping[str, str] | None = None,
 ) -> Int8Report:
     """Write an ONNX file in int8 if it is as good: its accuracy on images may be `largest_drop` points lower at most.
 
     `calibration` is `[N, C, H, W]`, `batches` are images of that form with labels `[N]`, by which top-1 is measured, or
     `[N, labels]` of 0 and 1 (and -1 for what is not known). The first output is what scores the classes, in the second
-    case by probabilities. Raises `ReparamError`, and leaves what stood at `target`, where more is lost, and
-    `UsageError` for a `largest_drop` that is not 0 or more.
+    case by probabilities. The file says `metadata` of itself. Raises `ReparamError`, and leaves what stood at `target`,
+    where more is lost, and `UsageError` for a `largest_drop` that is not 0 or more.
     """
     if not largest_drop >= 0:
         raise UsageError(f"what int8 may lose is {largest_drop:g} percentage points; give 0 or more")
@@ -196,7 +204,7 @@ def export_int8(
     reports = []
 
     def write(temporary: Path) -> None:
-        quantize_onnx(source, temporary, calibration)
+        quantize_onnx(source, temporary, calibration, metadata=metadata)
         models = [OnnxModel(file) for file in (source, temporary)]
         right, answers, images, measure = np.zeros(2, int), 0, 0, "top-1"
         for pixels, labels in batches:

@@ -53,19 +53,24 @@ def _text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=2, sort_keys=True) + "\n"
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write what describes a release, with the sha256 of all of it but that entry as `seal`.
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """Return the text of what describes a release, with the sha256 of all of it but that entry as `seal`.
 
-    The seal notices accidents. It is no signature: who changes a manifest can seal it again. Raises `ReparamError`
-    where `read_manifest` would refuse what is written.
+    The seal notices accidents. It is no signature: who changes a manifest can seal it again. Raises `Misfit` where
+    it would be refused when it is read.
     """
     text = _text(manifest)
+    MANIFEST_FORM(json.loads(text), "")
+    return _text({**manifest, "seal": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write what describes a release, sealed; raises `ReparamError` where `read_manifest` would refuse it."""
     try:
-        MANIFEST_FORM(json.loads(text), "")
+        text = sealed(manifest)
     except Misfit as misfit:
         raise ReparamError(f"{folder / MANIFEST}: {misfit} is nothing that a manifest can hold") from misfit
-    seal = hashlib.sha256(text.encode()).hexdigest()
-    (folder / MANIFEST).write_text(_text({**manifest, "seal": seal}), encoding="utf-8")
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:
@@ -79,11 +84,31 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
         raise MissingFile(f"{folder} is no release: there is no such folder")
     if path.is_symlink() or not path.is_file():
         raise ReparamError(f"{folder} is no release: it holds no {MANIFEST}")
+
+    try:
+        text = path.read_text(encoding="utf-8") if path.stat().st_size <= _LARGEST_MANIFEST else ""
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    return _unsealed(text, f"{path} is not as it was written", "release again")
+
+
+def manifest_of_onnx(model: OnnxModel) -> dict[str, Any]:
+    """Return the manifest of the release that an ONNX file was made of, which the file holds.
+
+    Raises `ReparamError` for one without, and for a manifest that was changed.
+    """
+    text = model.metadata.get(MANIFEST)
+    if text is None:
+        raise ReparamError(
+            f"{model.name}: it does not say what its input and its labels are, as the files of tools/quantize.py do; "
+            "give the folder of the release, or such a file"
+        )
+    return _unsealed(text, f"{model.name}: the manifest in it is not as it was written", "quantise again")
+
+
+def _unsealed(text: str, what: str, remedy: str) -> dict[str, Any]:
     place = ""
     try:
-        if path.stat().st_size > _LARGEST_MANIFEST:
-            raise Misfit("its size")
-        text = path.read_text(encoding="utf-8")
         manifest = json.loads(text)
         same = text == _text(manifest)
         seal = manifest.pop("seal")
@@ -91,12 +116,10 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
         MANIFEST_FORM(manifest, "")
     except Misfit as misfit:
         same, place = False, f" ({misfit})"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         same = False
     if not same:
-        raise ReparamError(
-            f"{path} is not as it was written, or of an older version of this library{place}; release again"
-        )
+        raise ReparamError(f"{what}, or of an older version of this library{place}; {remedy}")
     return manifest
 
 

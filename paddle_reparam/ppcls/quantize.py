@@ -16,7 +16,7 @@ import numpy as np
 from ..deploy.export import Normalization
 from ..deploy.onnx_export import ONNX_FILE, OnnxModel
 from ..deploy.quantization import KernelRange, QuantizationReport, export_int8
-from ..deploy.released import check_files, read_manifest
+from ..deploy.released import MANIFEST, check_files, read_manifest, sealed
 from ..errors import exit_code
 from . import setup
 from .command import add_override, image_of, next_steps, read_config
@@ -88,7 +88,9 @@ def _quantize(given: argparse.Namespace) -> None:
     pixels = read_training_images(config, given.images).pixels
     _refuse_another_network(config, manifest, given.release)
     calibration = taken(pixels)
-    print(f"\n{export_int8(source, given.output, calibration, measured(), given.largest_drop)}")
+    # With the manifest in it the file can be used alone, as by tools/predict.py.
+    facts = {MANIFEST: sealed(manifest)}
+    print(f"\n{export_int8(source, given.output, calibration, measured(), given.largest_drop, facts)}")
     print(f"written: {given.output}")
     print(next_steps(("predict", [given.output, image_of(config)], "labels of images, by the int8 file")))
 
