@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import re
+import tracemalloc
+import warnings
 from pathlib import Path
 
 import cv2
@@ -10,6 +12,11 @@ import numpy as np
 import paddle
 import pytest
 import yaml
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
+from matplotlib.figure import Figure
+from odd_images import READ, REFUSED
 from pages import ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -18,6 +25,8 @@ from paddle_reparam import ppcls
 from paddle_reparam.deploy.predict import ImageClassifier, find_images, preprocess
 from paddle_reparam.deploy.released import read_manifest, write_manifest
 from paddle_reparam.errors import ReparamError
+from paddle_reparam.images import read_rgb
+from paddle_reparam.report import shown_width
 from paddle_reparam.weights import checkpoints
 
 LABELS = [f"label {i}" for i in range(10)]
@@ -152,6 +161,122 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_labelled(project, tmp_pa
     assert error.startswith("error: 1 images are labelled, 2 are not:\n")
     for name, why in (("a.png", "it is no image"), ("c.png", "it is empty")):
         assert f"\n  {tmp_path / name}: {why}\n" in error
+
+
+def test_several_places_and_every_kind_of_image(project, tmp_path, capsys):
+    folder, _ = project
+    for name, (data, _) in {**READ, **REFUSED}.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "empty").mkdir()
+    china, flower = (folder / "images" / name for name in ("china.png", "flower.png"))
+    places = [flower, tmp_path, china, tmp_path / "empty", folder / "images"]
+    assert tool("predict").main([str(folder / "plain"), *map(str, places), "--top", "1"]) == 1
+    out, error = capsys.readouterr()
+    rows = out.splitlines()[2:]
+    assert sorted(row.split("  ")[0] for row in rows) == sorted(
+        map(str, [china, flower, *(tmp_path / n for n in READ)])
+    )
+    assert rows[0].startswith(str(flower))
+    # Of which a Chinese character takes two.
+    assert len({shown_width(row[: row.index("%")]) for row in rows}) == 1
+    assert f"error: {len(READ) + 2} images are labelled, {len(REFUSED) + 1} are not:" in error
+    for name, (_, why) in {**REFUSED, "empty": (b"", "holds no image")}.items():
+        assert re.search(rf"\n  {re.escape(str(tmp_path / name))}:? .*{why}", error)
+
+
+def test_images_are_labelled_as_they_are_read_and_none_is_kept(project, tmp_path, monkeypatch, capsys):
+    folder, _ = project
+    picture = np.zeros([500, 700, 3], np.uint8)
+    data = cv2.imencode(".png", picture)[1].tobytes()
+    for number in range(24):
+        (tmp_path / f"{number:02}.png").write_bytes(data)
+    predict = tool("predict").main
+    predict([str(folder / "pixels"), str(tmp_path / "00.png"), "--top", "1"])  # what is imported is no image
+    tracemalloc.start()
+    assert predict([str(folder / "pixels"), str(tmp_path), "--top", "1"]) == 0
+    assert tracemalloc.get_traced_memory()[1] < 8 * picture.nbytes
+    tracemalloc.stop()
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 1 + 2 + 24
+    read = []
+    monkeypatch.setattr("paddle_reparam.deploy.predict.read_rgb", lambda path: [read.append(path), read_rgb(path)][1])
+    predictions = ImageClassifier(folder / "pixels").predict(find_images([tmp_path]))
+    next(predictions)
+    assert len(read) < 20
+    assert len(list(predictions)) == 23
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sheet
+
+
+def font_of(characters, file):
+    """Write a font in which each of these characters is a box, and nothing else is there."""
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "box"])
+    builder.setupCharacterMap(dict.fromkeys(map(ord, characters), "box"))
+    pen = TTGlyphPen(None)
+    pen.moveTo((100, 0))
+    for corner in ((100, 800), (900, 800), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    builder.setupGlyf({".notdef": pen.glyph(), "box": pen.glyph()})
+    builder.setupHorizontalMetrics(dict.fromkeys([".notdef", "box"], (1000, 0)))
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": "Boxes", "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(file)
+
+
+@pytest.mark.parametrize("installed", ["", "猫", "猫的照片"])
+def test_a_sheet_has_names_and_labels_in_every_script(project, tmp_path, monkeypatch, capsys, installed):
+    folder, _ = project
+    usual = [entry for entry in font_manager.fontManager.ttflist if entry.name == "DejaVu Sans"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
+    monkeypatch.setattr(
+        font_manager, "findSystemFonts", lambda: [str(tmp_path / "no font"), str(tmp_path / "boxes.ttf")]
+    )
+    (tmp_path / "no font").write_bytes(b"no font")
+    if installed:
+        font_of(installed, tmp_path / "boxes.ttf")
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: [figures.append(self), save(self, *a, **k)])
+    monkeypatch.setattr(
+        "paddle_reparam.deploy.predict.ImageClassifier._label", lambda self, number: "猫 costs $2 or $3"
+    )
+    name = f"a name that is longer than a picture is wide, {'x' * 60} $1.png"
+    for path in (tmp_path / name, tmp_path / "猫的照片.png"):
+        path.write_bytes((folder / "images" / "china.png").read_bytes())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arguments = [str(folder / "plain"), str(tmp_path), "--sheet", str(tmp_path / "sheet.png")]
+        assert tool("predict").main(arguments) == 0
+    out, error = capsys.readouterr()
+    assert out.endswith(f"written: {tmp_path / 'sheet.png'}, 2 images\n")
+    texts = [text for axes in figures[0].axes for text in (axes.title, *axes.texts)]
+    assert not any(text.get_parse_math() for text in texts)
+    label, shortened, _, name = (text.get_text() for text in texts)
+    assert re.fullmatch(r"a name that .{,4}…x+ \$1\.png", shortened)
+    cat = "猫" if installed else r"\u732b"
+    assert label.startswith(f"{cat} costs $2 or $3\n")
+    assert name == {"": r"\u732b\u7684…\u7247.png", "猫": r"猫\u7684\u7167\u7247.png"}.get(installed, "猫的照片.png")
+    if installed == "猫的照片":
+        assert error == ""
+    else:
+        assert error.count("\n") == 1
+        assert re.match("no font here has .*照片.*, such as Noto Sans CJK", error)
+
+
+def test_a_sheet_has_so_many_images_and_says_so(project, tmp_path, monkeypatch, capsys):
+    folder, _ = project
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes((folder / "images" / "china.png").read_bytes())
+    predict = tool("predict")
+    monkeypatch.setattr(predict, "ON_A_SHEET", 2)
+    sheet = tmp_path / "nothing" / "sheet.png"
+    sheet.parent.mkdir()
+    assert predict.main([str(folder / "plain"), str(tmp_path), "--sheet", str(sheet)]) == 0
+    assert f"written: {sheet}, the first 2 of 3 images" in capsys.readouterr().out
 
 
 def test_labels_of_all_classes_are_given_and_odd_files_are_refused(tmp_path):

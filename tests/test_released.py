@@ -5,6 +5,7 @@ import importlib
 import json
 import shutil
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -16,7 +17,16 @@ from paddle_reparam import check_release, release, replace
 from paddle_reparam.deploy.export import ExportOptions, InferenceModel, Normalization, OutputSpec, program_file
 from paddle_reparam.deploy.predict import ImageClassifier, preprocess
 from paddle_reparam.deploy.quantization import KernelRange, QuantizationReport
-from paddle_reparam.deploy.released import MANIFEST, PLAIN_WEIGHTS, PROBE, probe_inputs, read_manifest, write_manifest
+from paddle_reparam.deploy.released import (
+    MANIFEST,
+    PLAIN_WEIGHTS,
+    PROBE,
+    manifest_of_onnx,
+    probe_inputs,
+    read_manifest,
+    sealed,
+    write_manifest,
+)
 from paddle_reparam.errors import ReparamError, one_sentence
 from paddle_reparam.files import digest
 from paddle_reparam.surgery.flops import ModelSize
@@ -289,6 +299,24 @@ def test_a_manifest_of_another_form_is_one_sentence_whatever_it_says(copied, mon
                 sentences.append(str(error))
     assert len(sentences) > 300
     assert not [sentence for sentence in sentences if "\n" in sentence]
+
+
+def test_an_onnx_file_holds_the_manifest_of_its_release(copied):
+    manifest = read_manifest(copied)
+    text = sealed(manifest)
+    assert text == (copied / MANIFEST).read_text(encoding="utf-8")
+
+    def read(metadata):
+        return manifest_of_onnx(SimpleNamespace(name="int8.onnx", metadata=metadata))
+
+    assert read({MANIFEST: text, "onnx.infer": "onnxruntime.quant"}) == manifest
+    changed_shape = text.replace('"dtype": "float32"', '"dtype": "float64"')
+    assert changed_shape != text
+    for wrong in (changed_shape, text + " ", "", "[]", "[" * 100000):
+        with pytest.raises(ReparamError, match="int8.onnx: the manifest in it is not as it was .*; quantise again"):
+            read({MANIFEST: wrong})
+    with pytest.raises(ReparamError, match="int8.onnx: it does not say what its input and its labels are"):
+        read({})
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from PIL import Image
 from test_train_tools import config_of
 
 from paddle_reparam.deploy.export import InferenceModel
+from paddle_reparam.deploy.onnx_export import OnnxModel
 from paddle_reparam.deploy.released import PLAIN_WEIGHTS, read_manifest
 from paddle_reparam.ppcls import setup
 from paddle_reparam.weights import checkpoints
@@ -325,13 +326,17 @@ def test_predict(walk, capsys):
         capsys.readouterr()
         assert predict([*arguments, *more]) == 0
         printed = capsys.readouterr().out
-        names = {0: "green", 1: "red", 2: "2"}
-        for i, scores in enumerate(walk.outputs(images)):
-            order = np.argsort(-scores, kind="stable")
-            best = [k for k in order if scores[k] >= floor] if walk.task == "several labels" else order
-            rows = printed[printed.index(f"val_{i:02}.png") :].splitlines()
-            found = [tuple(row.split()[-2:]) for row in rows[: max(len(best), 1)]]
-            assert found == ([(f"{scores[k]:.2%}", names[k]) for k in best] or [("-", "none")])
+        check_labels(printed, walk.outputs(images), floor if walk.task == "several labels" else 0.0)
+
+
+def check_labels(printed, outputs, floor):
+    """Compare a table of `predict` with the probabilities of the images `val_NN.png`."""
+    names = {0: "green", 1: "red", 2: "2"}
+    for i, scores in enumerate(outputs):
+        best = [k for k in np.argsort(-scores, kind="stable") if scores[k] >= floor]
+        rows = printed[printed.index(f"val_{i:02}.png") :].splitlines()
+        found = [tuple(row.split()[-2:]) for row in rows[: max(len(best), 1)]]
+        assert found == ([(f"{scores[k]:.2%}", names[k]) for k in best] or [("-", "none")])
 
 
 @pytest.mark.skipif(bool(WHY_NO_ONNX), reason=WHY_NO_ONNX or "ONNX is there")
@@ -351,7 +356,14 @@ def test_quantize(walk, capsys):
     assert ("label accuracy" if several else "top-1") in printed
     assert ", on 12 images" in printed
     image = walk.config["Infer"]["infer_imgs"]
-    assert shlex.split(printed.splitlines()[-1]) == ["python", "tools/predict.py", str(target), image]
+    [_, _, *typed] = shlex.split(printed.splitlines()[-1])
+    assert typed == [str(target), image]
+    # The file says all that is needed, wherever it is.
+    alone = walk.root / "alone" / "elsewhere.onnx"
+    alone.parent.mkdir()
+    target.rename(alone)
+    assert tool("predict")([str(alone), str(walk.data)]) == 0
+    check_labels(capsys.readouterr().out, OnnxModel(alone).run(images)[0], 0.5 if several else 0.0)
 
 
 def test_refocus(walk, capsys):

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import one_sentence, printable
-from .predict import Prediction
 from ..report import shown_width
+from .predict import Prediction
 
 #: Images on one sheet.
 ON_A_SHEET = 48
@@ -35,7 +35,7 @@ def draw_sheet(path: Path, predictions: Sequence[Prediction]) -> str:
     names = [printable(prediction.path.name) for prediction in predictions]
     best = [printable(prediction.labels[0][0]) if prediction.labels else "none" for prediction in predictions]
     fonts, missing = fonts_for("".join(names + best))
-    names, best = ([_shortened(_escaped(text, missing)) for text in texts] for texts in (names, best))
+    names, best = ([_shortened(text, missing) for text in texts] for texts in (names, best))
     columns = min(8, math.ceil(math.sqrt(len(predictions))))
     rows = math.ceil(len(predictions) / columns)
     figure = Figure(figsize=(2.2 * columns, 2.8 * rows), facecolor="white", layout="constrained")
@@ -55,23 +55,18 @@ def draw_sheet(path: Path, predictions: Sequence[Prediction]) -> str:
     return missing
 
 
-def _shortened(text: str) -> str:
-    """Return a text without its middle where it is long."""
-    if shown_width(text) <= _LONGEST:
-        return text
-    ends = []
-    for characters in (text, text[::-1]):
-        end = ""
-        for character in characters:
-            if shown_width(end + character) > (_LONGEST - 1) // 2:
-                break
-            end += character
-        ends.append(end)
-    return f"{ends[0]}…{ends[1][::-1]}"
+def _shortened(text: str, missing: str) -> str:
+    """Return a text with these characters written out, and without its middle where it is long."""
+    pieces = [c.encode("unicode_escape").decode() if c in missing else c for c in text]
+    if shown_width("".join(pieces)) <= _LONGEST:
+        return "".join(pieces)
+    half = (_LONGEST - 1) // 2
+    return f"{''.join(_fitting(pieces, half))}…{''.join(_fitting(pieces[::-1], half)[::-1])}"
 
 
-def _escaped(text: str, characters: str) -> str:
-    return "".join(c.encode("unicode_escape").decode() if c in characters else c for c in text)
+def _fitting(pieces: list[str], columns: int) -> list[str]:
+    """Return the first pieces that so many columns have room for."""
+    return [piece for i, piece in enumerate(pieces) if shown_width("".join(pieces[: i + 1])) <= columns]
 
 
 def fonts_for(text: str) -> tuple[list[str], str]:
