@@ -20,8 +20,9 @@ from sklearn.datasets import load_sample_images
 
 from paddle_reparam import ppcls
 from paddle_reparam.deploy.export import InferenceModel, OutputSpec
-from paddle_reparam.deploy.predict import ImageClassifier, preprocess, read_image
+from paddle_reparam.deploy.predict import ImageClassifier, preprocess
 from paddle_reparam.deploy.released import read_manifest
+from paddle_reparam.images import read_rgb
 from paddle_reparam.weights import checkpoints
 
 PAGE = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
@@ -181,7 +182,7 @@ def photos(tmp_path_factory):
 
 
 def inputs(photos, steps=STEPS):
-    return np.stack([preprocess(read_image(path), steps) for path in sorted((photos / "images").iterdir())])
+    return np.stack([preprocess(read_rgb(path), steps) for path in sorted((photos / "images").iterdir())])
 
 
 def with_files(photos, name, *arguments):

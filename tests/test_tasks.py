@@ -17,7 +17,7 @@ import pytest
 import yaml
 from helpers import missing_for_onnx, relative_error
 from paddle import nn
-from pages import ROOT
+from pages import ROOT, blocks_of, commands_of, cut_short, keep_few, named_files, run_here
 from PIL import Image
 from test_train_tools import config_of
 
@@ -538,3 +538,39 @@ def test_a_training_that_evaluates_needs_a_metric(tmp_path, capsys):
     refused(capsys, 2, "Metric.Eval is missing", walk.run, "train")
     for nothing in ("Metric=None", "Metric.Eval=[]"):
         refused(capsys, 2, "Metric.Eval is missing", walk.run, "train", nothing)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# docs/tasks.md
+
+PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
+
+
+def test_the_page_shows_the_networks_of_the_configs():
+    blocks = [yaml.safe_load(block)["Arch"] for language, block in blocks_of(PAGE) if language == "yaml"]
+    configs = sorted((ROOT / "ppcls_configs" / "tasks").iterdir(), reverse=True)
+    assert [path.stem for path in configs] == ["recognition", "distillation"]
+    assert blocks == [yaml.safe_load(path.read_text(encoding="utf-8"))["Arch"] for path in configs]
+    assert not [name for name in named_files(PAGE) if not (ROOT / name).exists()]
+
+
+def test_every_block_of_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ppcls_configs").symlink_to(ROOT / "ppcls_configs")
+    for language, block in blocks_of(PAGE):
+        if language == "python":
+            capsys.readouterr()
+            exec(compile(block, "tasks.md", "exec"), {"__name__": "__main__"})
+            assert (
+                len(
+                    re.findall(r"dataset/\S+ is like dataset/digits/train/\d/\d+.png [01]\.\d", capsys.readouterr().out)
+                )
+                == 5
+            )
+        for command in commands_of(block) if language == "bash" else ():
+            run_here(cut_short(command))
+            if "prepare_data" in command:
+                keep_few(tmp_path)
+    assert re.search(r"dataset/digits/val/3/\d+.png +\d +[\d.]+%", capsys.readouterr().out)
+    assert read_manifest("output/tasks/features")["output"]["keys"] == ["features"]
+    assert read_manifest("output/tasks/student")["plain_weights"]["arch"]["name"] == "PPLCNet_x0_25"
