@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -392,6 +393,87 @@ def test_records_are_what_they_say(place, uninterrupted):
     content = json.loads(record.read_text())
     assert (content["epoch"], content["step"]) == (EPOCHS, 2 * EPOCHS)
     assert sorted(Path(name).suffix for name in content["files"]) == sorted(saving.SUFFIXES)
+
+
+def inodes(prefix):
+    return [os.stat(prefix + suffix).st_ino for suffix in (".pdparams", ".pdopt")]
+
+
+def test_what_an_epoch_saved_is_on_the_disk_once(place, uninterrupted_slak):
+    latest, *epochs = (place.saved("uninterrupted_slak", name) for name in ("latest", "epoch_4", "epoch_3", "epoch_2"))
+    assert inodes(latest) == inodes(epochs[0])
+    assert len({inode for prefix in epochs for inode in inodes(prefix)}) == 6
+    best = place.saved("uninterrupted_slak", "best_model")
+    epoch = saving.read_states(f"{best}.pdstates")["epoch"]
+    assert inodes(best) == inodes(place.saved("uninterrupted_slak", f"epoch_{epoch}"))
+
+
+def test_files_are_linked_by_what_they_hold(tmp_path, monkeypatch):
+    from paddle_reparam.ppcls.written_once import Files
+
+    layer, files = nn.Linear(2, 2), Files()
+
+    def write(net, optimizer, states, folder, prefix):
+        for name, content in ((f"{prefix}.pdparams", net.state_dict()), (f"{prefix}.pdopt", [optimizer])):
+            paddle.save(content, f"{folder}/{name}")
+
+    def save(prefix, optimizer):
+        saving.save_whole(write, layer, optimizer, {"epoch": 1}, str(tmp_path), files, prefix=prefix)
+        assert saving.newest(tmp_path) is not None
+        return inodes(str(tmp_path / prefix))
+
+    velocity = paddle.ones([2])
+    first = save("first", {"velocity": velocity})
+    assert save("second", {"velocity": velocity}) == first
+    velocity.set_value(velocity + 1)
+    third = save("third", {"velocity": velocity})
+    assert third[0] == first[0]
+    assert third[1] != first[1]
+    # What another program wrote into a file in place is not what was saved there.
+    with (tmp_path / "third.pdparams").open("r+b") as file:
+        file.write(b"another")
+    assert save("fourth", {})[0] != first[0]
+    layer.weight.set_value(layer.weight + 1)
+    fifth = save("fifth", {})[0]
+    assert_same(checkpoints.load(tmp_path / "fifth.pdparams"), {k: v.numpy() for k, v in layer.state_dict().items()})
+
+    def without_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", without_links)
+    assert save("sixth", {})[0] != fifth
+    assert_same(checkpoints.load(tmp_path / "sixth.pdparams"), checkpoints.load(tmp_path / "fifth.pdparams"))
+
+
+def test_the_sizes_of_checkpoints_are_said_before_the_first_step(place, uninterrupted, uninterrupted_slak):
+    for run, kept in (("uninterrupted", 2), ("uninterrupted_slak", 4)):
+        line, step = (place.log(run).index(text) for text in ("a checkpoint takes ", "[Train][Epoch 1/4][Iter: 0/2]"))
+        assert line < step
+        found = re.match(
+            r"a checkpoint takes ([\d.]+) MB, of it ([\d.]+) MB for weights and ([\d.]+) MB for the optimizer; "
+            r"the run keeps (\d) at most, ([\d.]+) MB; the disk has room for [\d.]+ GB",
+            place.log(run)[line:],
+        )
+        one, weights, optimizer, count, total = map(float, found.groups())
+        sizes = [os.path.getsize(place.saved(run) + suffix) / 1e6 for suffix in (".pdparams", ".pdopt")]
+        for said, size in zip((weights, optimizer), sizes):
+            assert said == pytest.approx(size, rel=0.1)
+        assert (one, count) == (pytest.approx(sum(sizes), rel=0.1), kept)
+        files = {path.stat().st_ino: path.stat().st_size for path in (place.root / run).rglob("*.pd*")}
+        assert sum(files.values()) / 1e6 <= total * 1.1
+
+
+def test_a_disk_without_room_is_told_before_the_first_step(place, config, capsys, monkeypatch):
+    usage = shutil.disk_usage(place.root)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=100_000))
+    message = fails(place, config, "no_room", capsys)
+    assert "a checkpoint takes 1.9 MB" in message
+    assert "the disk has room for 0.1 MB; free some, or set Global.output_dir" in message
+    assert "[Iter: 0/2]" not in place.log("no_room")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=4_000_000))
+    overrides = ["Global.save_interval=1", "Global.epochs=2"]
+    assert train_as_a_process_of_its_own(place.arguments(config, "little_room", *overrides)) == 0
+    assert "room for 2 checkpoints, and this run may keep 2 and write the next one" in place.log("little_room")
 
 
 def record_for(folder, files):

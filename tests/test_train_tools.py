@@ -21,7 +21,7 @@ from paddle_reparam.weights import checkpoints
 
 ppcls = setup()
 
-from paddle_reparam.ppcls import reparam  # noqa: E402
+from paddle_reparam.ppcls import reparam, saving  # noqa: E402
 from paddle_reparam.ppcls.command import launch, main, read_config  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
@@ -177,6 +177,12 @@ def test_stage_two_trains_the_refocusing_and_keeps_the_base(place, baseline, tra
     assert relative_error(after["conv.conv.weight"], before["conv.conv.weight"]) == 0
     assert relative_error(after["fc.weight"], before["fc.weight"]) > 0
     assert {n for n in after if n not in before} == {n for n in after if n.endswith("convmap.weight")}
+    # The optimizer keeps something of what is trained alone.
+    base = [name.replace("convmap.", "") for name in after if name.endswith("convmap.weight")]
+    learning = [name for name in after if name not in base and not name.endswith(("._mean", "._variance"))]
+    [state] = saving.read_states(f"{trained}.pdopt")
+    kept = sum(value.size for value in state.values() if isinstance(value, np.ndarray))
+    assert kept == sum(after[name].size for name in learning)
 
 
 def test_what_a_training_says(place, baseline, refconv, caplog):

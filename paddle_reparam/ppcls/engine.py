@@ -15,7 +15,7 @@ from ppcls.engine import engine as engine_module
 from ppcls.utils import logger
 
 from ..images import IMAGE_SUFFIXES, images_below
-from . import monitoring, resuming, saving, sparse
+from . import disk_space, monitoring, resuming, saving, sparse
 from .errors import ConfigError
 from .guards import (
     Loader,
@@ -165,6 +165,8 @@ class Engine(PaddleClasEngine):
             engine.__dict__.pop("train_dataloader_iter", None)
         if not hasattr(engine, "sparse_training"):
             engine.sparse_training = sparse.start(engine, engine.sparsity_settings)
+            # By now a resumed run knows its epoch, and the network has its masks.
+            disk_space.require_space(engine, epoch)
         if engine.monitor_settings and not hasattr(engine, "monitor"):
             engine.monitor = monitoring.start(engine, engine.monitor_settings)
         monitor = getattr(engine, "monitor", None)

@@ -130,7 +130,7 @@ def load_optimizer(path: str, optimizer: Any, state: Any, names: Mapping[str, st
         raise CheckpointError(f"{path}: it holds {_shown(state)} where the states of an optimizer by name are needed")
     inner = inner_optimizer(optimizer)
     _check_kind(path, inner, state)
-    by_name = {p.name: p for p in _parameters(inner)}
+    by_name = {p.name: p for p in parameters_of(inner)}
     names = names or {name: name for name in by_name}
     # (parameter, what is kept of it) -> its saved value
     saved: dict[tuple[str, str], Any] = {}
@@ -211,7 +211,7 @@ def _require_at_first_step(path: str, optimizer: Any, known: set[str]) -> None:
     optimizer._create_accumulators = checked
 
 
-def _parameters(optimizer: Any) -> list[Any]:
+def parameters_of(optimizer: Any) -> list[Any]:
     """Return an optimizer's parameters, out of the groups that it may have them in."""
     entries = optimizer._parameter_list or []
     return [p for entry in entries for p in (entry["params"] if isinstance(entry, dict) else [entry])]

@@ -4,6 +4,9 @@ PaddleClas writes `latest.pdparams`, `latest.pdopt` and `latest.pdstates` in pla
 between, a run leaves a set whose parts do not belong together, or one cut short, and nothing else. Here a set is
 written into a hidden folder beside its place, gets a record of the hashes of its files, and is then linked to its
 place; the record is the last file there. At every moment one whole set of every prefix can be found.
+
+After one epoch `best_model`, `epoch_N` and `latest` hold the same numbers. These are written once: a file is a hard
+link to the one that holds what it would.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from ..deploy.manifest_form import record as record_of
 from ..errors import CheckpointError, OutputExists, ReparamError
 from ..weights import pickles
 from .errors import ConfigError
+from .written_once import Files
 
 try:
     import fcntl
@@ -54,14 +58,21 @@ class SavedSet:
 
 
 def save_whole(
-    save: Callable[..., None], net: Any, optimizer: Any, states: dict[str, Any], folder: str, **options: Any
+    save: Callable[..., None],
+    net: Any,
+    optimizer: Any,
+    states: dict[str, Any],
+    folder: str,
+    files: Files | None = None,
+    **options: Any,
 ) -> Path | None:
     """Let PaddleClas' `save_model` write a set of files, and put it in place when all of it is on the disk.
 
-    `states` goes into `.pdstates`; `prefix` among the options names the set. Returns where it is, without suffix; None
-    in all processes but the first, which write none. Raises `ReparamError` where it cannot be written; what was saved
-    before is then as it was.
+    `states` goes into `.pdstates`; `prefix` among the options names the set. `files` are those of this training so far.
+    Returns where the set is, without suffix; None in all processes but the first, which write none. Raises
+    `ReparamError` where it cannot be written; what was saved before is then as it was.
     """
+    files = files or Files()
     if paddle.distributed.get_rank() != 0:
         return None
     target, prefix = Path(folder), options.get("prefix", "ppcls")
@@ -71,15 +82,17 @@ def save_whole(
         # What a killed run left, of any prefix. No process reads it any more: all have trained since they resumed.
         for left in target.glob(f".*{_STAGING}"):
             _finish(left, target)
-        save(net, optimizer, states, str(staging), **options)
-        files = sorted(path for path in staging.rglob("*") if path.is_file())
+        with files.linked():
+            save(net, optimizer, states, str(staging), **options)
+        paths = sorted(path for path in staging.rglob("*") if path.is_file())
         record = {
             "epoch": int(states.get("epoch", 0)),
             "step": int(states.get("global_step", 0)),
-            "files": {path.relative_to(staging).as_posix(): _digest(path) for path in files},
+            "files": {path.relative_to(staging).as_posix(): _digest(path) for path in paths},
         }
         _write_synced(staging / f"{prefix}{RECORD}", json.dumps(record, indent=1).encode())
         _finish(staging, target)
+        files.learn_places(staging, target)
     except BaseException as error:
         with contextlib.suppress(OSError):
             if not list(staging.glob(f"*{RECORD}")):
@@ -90,7 +103,7 @@ def save_whole(
             f"{target / prefix}: the checkpoint cannot be written ({error.strerror or error}); the one before it is "
             "unchanged"
         ) from error
-    [weights] = [path for path in files if path.name == f"{prefix}.pdparams"]
+    [weights] = [path for path in paths if path.name == f"{prefix}.pdparams"]
     return target / weights.relative_to(staging).with_suffix("")
 
 
@@ -129,6 +142,8 @@ def _link(source: Path, place: Path) -> None:
     except OSError:  # Some file systems have no links.
         shutil.copyfile(source, temporary)
     os.replace(temporary, place)
+    # Both may be names of one file, as in a set that was half in place; they are then left as they are.
+    temporary.unlink(missing_ok=True)
 
 
 def _digest(path: Path) -> str:
@@ -306,6 +321,7 @@ def whole_checkpoints(
     """
     save_load = module.save_load
     original, log = save_load.save_model, save_load.logger
+    files = Files()
 
     def save_model(net: Any, optimizer: Any, metric_info: dict[str, Any], folder: str, **options: Any) -> None:
         prefix = options.get("prefix", "ppcls")
@@ -313,7 +329,7 @@ def whole_checkpoints(
         # It would say where the set is staged.
         save_load.logger = logging.Logger("of no one")
         try:
-            place = save_whole(original, net, optimizer, states, folder, **options)
+            place = save_whole(original, net, optimizer, states, folder, files, **options)
         finally:
             save_load.logger = log
         if place is not None:
