@@ -36,7 +36,7 @@ def named_files(text: str) -> set[str]:
 
 def copy_project(folder: Path) -> None:
     """Put what a user has into a folder."""
-    for name in ("paddle_reparam", "tools", "ppcls_configs"):
+    for name in ("paddle_reparam", "tools", "docs/make", "ppcls_configs"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
 
 

@@ -3,16 +3,13 @@
 import copy
 import json
 import re
-import sys
 from pathlib import Path
 
+import compare_refocus
 import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import compare_refocus  # noqa: E402
 
 MEASURED = ROOT / "docs" / "measured" / "refocus_cifar10.json"
 PICTURE = ROOT / "docs" / "images" / "refocus_cifar10.png"

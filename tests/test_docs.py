@@ -1,12 +1,11 @@
 """Every command of every page of docs/ runs, in order, in a copy of the project; the pictures are what is drawn."""
 
-import importlib
 import re
 import shutil
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import draw_pictures as pictures
 import numpy as np
 import pytest
 from paddle import nn
@@ -105,7 +104,7 @@ def test_every_block_is_run(page):
     assert {language for language, _ in blocks_of(TEXTS[page])} == {"bash"}
     first, *others = commands_on(page)
     assert first == PREPARE
-    tools = [re.match(r"python tools/(\w+)\.py ", command)[1] for command in others]
+    tools = [re.match(r"python (?:tools|docs/make)/(\w+)\.py ", command)[1] for command in others]
     assert ({"train", "eval", "reparam", "analyze"} if page in PAPERS else {"train", "draw_monitor"}) <= set(tools)
 
 
@@ -144,16 +143,7 @@ def test_every_layer_is_in_the_readme_and_on_the_page_that_it_links():
         assert f"`{name}`" in TEXTS[page], f"{page}.md does not name {name}"
 
 
-@pytest.fixture(scope="module")
-def pictures():
-    sys.path.insert(0, str(ROOT / "tools"))
-    try:
-        return importlib.import_module("draw_pictures")
-    finally:
-        sys.path.remove(str(ROOT / "tools"))
-
-
-def test_every_paper_has_its_picture(pictures):
+def test_every_paper_has_its_picture():
     assert set(pictures.PICTURES) == set(PAPERS)
     drawn_elsewhere = {"benchmarks", "refocus_cifar10"}
     assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} - drawn_elsewhere == set(TEXTS)
@@ -162,15 +152,15 @@ def test_every_paper_has_its_picture(pictures):
 
 
 @pytest.mark.parametrize("page", PAPERS)
-def test_the_pictures_are_what_the_code_draws(pictures, page):
+def test_the_pictures_are_what_the_code_draws(page):
     with Image.open(ROOT / "docs" / "images" / f"{page}.png") as picture:
         drawn = picture.info[pictures.DIGEST]
         assert picture.width == 11 * pictures.DPI
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
-    assert drawn == pictures.PICTURES[page]().digest(), "run python tools/draw_pictures.py"
+    assert drawn == pictures.PICTURES[page]().digest(), "run python docs/make/draw_pictures.py"
 
 
-def test_drawing_one_picture_leaves_the_others(pictures, tmp_path, monkeypatch):
+def test_drawing_one_picture_leaves_the_others(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "FOLDER", tmp_path)
     assert pictures.main(["refconv"]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["refconv.png"]

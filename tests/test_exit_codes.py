@@ -12,7 +12,6 @@ import pytest
 from paddle_reparam.errors import MissingFile, ReparamError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
 CONFIG = str(ROOT / "ppcls_configs/digits/refconv/PPLCNet_x0_25.yaml")
 
 

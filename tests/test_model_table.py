@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
-from pathlib import Path
 
+import model_table
 import pytest
 
 from paddle_reparam.measure import catalogue
 from paddle_reparam.registry import Published, list_models
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import model_table  # noqa: E402
 
 TEXT = model_table.TABLE.read_text(encoding="utf-8") if model_table.TABLE.exists() else ""
 #: Building and counting the largest ones takes minutes; their rows are compared in all but the counted columns.
@@ -49,7 +43,7 @@ def test_every_network_is_in_the_table():
 def test_what_is_not_counted_is_up_to_date():
     for key, row in EXPECTED.items():
         written = ROWS[key]
-        assert written[:3] + written[9:] == row[:3] + row[9:], "run python tools/model_table.py"
+        assert written[:3] + written[9:] == row[:3] + row[9:], "run python docs/make/model_table.py"
 
 
 def is_small(name: str, published: Published) -> bool:
@@ -62,7 +56,7 @@ def is_small(name: str, published: Published) -> bool:
 )
 def test_what_is_counted_is_up_to_date(each):
     [(key, row)] = rows_of(model_table.table_of([catalogue.measure_network(*each)])).items()
-    assert ROWS[key][COUNTED] == row[COUNTED], "run python tools/model_table.py"
+    assert ROWS[key][COUNTED] == row[COUNTED], "run python docs/make/model_table.py"
 
 
 def test_links_lead_to_configs():

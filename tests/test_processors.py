@@ -2,17 +2,12 @@
 
 import argparse
 import os
-import sys
-from pathlib import Path
 
+import benchmark_step
 import pytest
 
 from paddle_reparam import ppcls
 from paddle_reparam.measure.processors import MKL_CODE, let_amd_multiply_fast
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
-
-import benchmark_step
 
 AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu sse2 avx avx2 bmi2\n"
 

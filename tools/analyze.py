@@ -16,14 +16,13 @@ from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from style import BLUE, GREY, ORANGE, image_axes, plain_axes, spread_over
-
 from paddle_reparam import analysis
 from paddle_reparam.errors import CheckpointError, OutputExists, exit_code
 from paddle_reparam.files import new_folder
 from paddle_reparam.ppcls import setup
 from paddle_reparam.ppcls.command import add_override, read_config
 from paddle_reparam.ppcls.errors import ConfigError
+from paddle_reparam.style import BLUE, GREY, ORANGE, image_axes, plain_axes, spread_over
 
 #: Layers whose arrays are drawn; the numbers of all of them are in the table.
 LAYERS = 6

@@ -34,6 +34,7 @@ from paddle_reparam.ppcls import setup
 from paddle_reparam.ppcls.errors import ConfigError
 from paddle_reparam.registry import get_layer
 from paddle_reparam.report import Report
+from paddle_reparam.style import BLUE, GREY, ORANGE, plain_axes
 from paddle_reparam.surgery.flops import ModelSize
 
 import paddle  # isort: skip - paddle_reparam quiets it
@@ -44,7 +45,6 @@ from benchmark_pages import (  # isort: skip
     draw_curves, name_of, page_of, read_measured, rows_of, save_picture,
 )  # fmt: skip
 from benchmark_step import add_step, positive, run_step  # isort: skip
-from style import BLUE, GREY, ORANGE, plain_axes  # isort: skip
 
 #: `table` times no more rounds of all networks in turns than fit into these, at batch 1 and at batch 8 each.
 SECONDS = 120.0

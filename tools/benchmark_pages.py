@@ -13,8 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from paddle_reparam.measure.profiling import limit_by_operations, limit_by_weights
-
-from style import BLUE, GREEN, GREY, ORANGE, plain_axes  # isort: skip
+from paddle_reparam.style import BLUE, GREEN, GREY, ORANGE, plain_axes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from style import BLUE, GREEN, GREY, ORANGE, plain_axes
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddle_reparam.errors import ReparamError, exit_code, one_sentence
 from paddle_reparam.files import atomic_write
+from paddle_reparam.style import BLUE, GREEN, GREY, ORANGE, plain_axes
 
 BASELINE = "baseline"
 #: The key of the digest in the PNG file's metadata.

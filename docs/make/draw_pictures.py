@@ -14,18 +14,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from style import BLUE, GREEN, GREY, ORANGE
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddle_reparam.arithmetic import kernels
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
 from paddle_reparam.layers.refconv import refocused
+from paddle_reparam.style import BLUE, GREEN, GREY, ORANGE
 
 import paddle  # isort: skip - paddle_reparam quiets it
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "images"
+FOLDER = Path(__file__).resolve().parents[1] / "images"
 DPI = 110
 #: The key of the digest in the PNG files' metadata.
 DIGEST = "Drawn"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddle_reparam.deploy.export import InferenceModel
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
 from paddle_reparam.measure import catalogue
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "ppcls_configs"
 TABLE = ROOT / "docs" / "models.md"
 #: Network -> what training its digits config gave; written by `--measure`.
@@ -29,12 +30,12 @@ INTRODUCTION = """\
 
 English | [简体中文](ch/models.md)
 
-Written by `python tools/model_table.py`; do not edit. Parameters and multiply-adds were counted here, for one image of
-the given size: "train" is the network as it is trained, "fused" what `reparameterize(fold_bn=True)` makes of it,
+Written by `python docs/make/model_table.py`; do not edit. Parameters and multiply-adds were counted here, for one image
+of the given size: "train" is the network as it is trained, "fused" what `reparameterize(fold_bn=True)` makes of it,
 "non-zero" what is left at the sparsity that the paper trains with (dense kernels do not get faster by zeros). Published
 accuracies are those of the source beside them, on ImageNet for images of 224 pixels and more and on CIFAR-10 for those
 of 32, and were not measured again. "Measured here" is the exported network on the 360 validation images of
-scikit-learn's digits, after one training with one seed (`python tools/model_table.py --measure`): it shows that the
+scikit-learn's digits, after one training with one seed (`python docs/make/model_table.py --measure`): it shows that the
 road works, and ranks nothing. Any backbone of PaddleClas with RefConv has the size of that backbone, and is not listed.
 
 """
@@ -64,6 +65,9 @@ def table_of(rows: list[catalogue.Row]) -> str:
 
 def measure() -> dict[str, dict[str, float | str]]:
     """Train, fuse and export every digits config with the commands of tools/; return network -> accuracy."""
+    # The configs name the images from the project's folder.
+    os.chdir(ROOT)
+    sys.path.insert(0, "tools")
     from quickstart import in_batches, last_epoch, read_images, run_command, shown
 
     def run(script: str, title: str, log: Path, *given: str) -> None:

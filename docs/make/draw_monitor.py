@@ -12,13 +12,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from style import BLUE, GREY, ORANGE, plain_axes
 from visualdl import LogReader
 
 from paddle_reparam.errors import ReparamError, exit_code, one_sentence
 from paddle_reparam.files import atomic_write
+from paddle_reparam.style import BLUE, GREY, ORANGE, plain_axes
 
 COLUMNS, COLORS = 3, 64
 
