@@ -132,6 +132,7 @@ def test_what_is_wrong_is_one_sentence(project, tmp_path, capsys):
     (tmp_path / "bad.jpg").write_bytes(b"no image")
     (tmp_path / "none.jpg").write_bytes(b"")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.png").mkdir()
     for release, images, message in [
         (tmp_path, folder / "images", "is no release"),
         (folder / "plain", tmp_path / "bad.jpg", "bad.jpg: it is no image"),
@@ -144,7 +145,12 @@ def test_what_is_wrong_is_one_sentence(project, tmp_path, capsys):
         assert error.startswith("error: ")
         assert message in error
         assert error.count("\n") == 1
-    for wrong in (["--top", "0"], ["--sheet", str(tmp_path / "nowhere" / "a.png")], ["--sheet", "a.txt"]):
+    for wrong in (
+        ["--top", "0"],
+        ["--sheet", str(tmp_path / "nowhere" / "a.png")],
+        ["--sheet", "a.txt"],
+        ["--sheet", str(tmp_path / "folder.png")],
+    ):
         with pytest.raises(SystemExit, match="2"):
             predict([str(folder / "plain"), str(folder / "images"), *wrong])
 
@@ -158,7 +164,7 @@ def test_what_cannot_be_read_is_counted_and_the_rest_is_labelled(project, tmp_pa
     out, error = capsys.readouterr()
     assert re.search(r"b.png .*label \d", out)
     assert "a.png" not in out
-    assert error.startswith("error: 1 images are labelled, 2 are not:\n")
+    assert error.startswith("error: 2 of 3 are not labelled:\n")
     for name, why in (("a.png", "it is no image"), ("c.png", "it is empty")):
         assert f"\n  {tmp_path / name}: {why}\n" in error
 
@@ -179,7 +185,7 @@ def test_several_places_and_every_kind_of_image(project, tmp_path, capsys):
     assert rows[0].startswith(str(flower))
     # Of which a Chinese character takes two.
     assert len({shown_width(row[: row.index("%")]) for row in rows}) == 1
-    assert f"error: {len(READ) + 2} images are labelled, {len(REFUSED) + 1} are not:" in error
+    assert f"error: {len(REFUSED) + 1} of {len(READ) + len(REFUSED) + 3} are not labelled:" in error
     for name, (_, why) in {**REFUSED, "empty": (b"", "holds no image")}.items():
         assert re.search(rf"\n  {re.escape(str(tmp_path / name))}:? .*{why}", error)
 

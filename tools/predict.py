@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--top is {given.top}; it is 1 or more")
     if given.threshold is not None and not 0 <= given.threshold <= 1:
         parser.error(f"--threshold is {given.threshold:g}; it is a probability, 0 to 1")
-    if given.sheet is not None and not (given.sheet.suffix == ".png" and given.sheet.parent.is_dir()):
+    if given.sheet is not None and (
+        given.sheet.suffix.lower() != ".png" or given.sheet.is_dir() or not given.sheet.parent.is_dir()
+    ):
         parser.error(f"--sheet is {given.sheet}; give a .png file in a folder that exists")
     with exit_code() as result:
         _predict(given)
@@ -75,7 +77,7 @@ def _predict(given: argparse.Namespace) -> None:
         raise failed[0]
     if failed:
         lines = "".join(f"\n  {printable(str(error))}" for error in failed)
-        raise ReparamError(f"{labelled} images are labelled, {len(failed)} are not:{lines}")
+        raise ReparamError(f"{len(failed)} of {labelled + len(failed)} are not labelled:{lines}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..errors import one_sentence, printable
+from ..files import atomic_write
 from ..report import shown_width
 from .predict import Prediction
 
@@ -50,8 +51,8 @@ def draw_sheet(path: Path, predictions: Sequence[Prediction]) -> str:
             0.5, -0.03, name, fontsize=8, fontfamily=fonts, parse_math=False, color="0.35",
             ha="center", va="top", transform=axes.transAxes,
         )  # fmt: skip
-    with one_sentence(f"{path}: it cannot be written"):
-        figure.savefig(path, dpi=100, format="png")
+    with one_sentence(f"{path}: it cannot be drawn"):
+        atomic_write(path, lambda temporary: figure.savefig(temporary, dpi=100, format="png"))
     return missing
 
 
