@@ -17,6 +17,7 @@ import pytest
 import yaml
 from paddle import nn
 from test_train_tools import IN_A_CHECKOUT, PLAIN, Place, config_of, train_as_a_process_of_its_own
+from visualdl import LogReader, LogWriter
 
 from paddle_reparam.errors import CheckpointError
 from paddle_reparam.ppcls import saving, setup
@@ -142,18 +143,21 @@ def test_a_sparse_slak_has_exactly_its_density_after_every_update(place, uninter
 
 @pytest.mark.parametrize(("kind", "count"), [("link", 1), ("link", 6), ("link", 7), ("save", 9)])
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_been(place, config, uninterrupted, kind, count):
-    kill_and_go_on(place, config, f"killed_{kind}_{count}", uninterrupted, kind, count)
+    kill_and_go_on(place, config, f"killed_{kind}_{count}", "uninterrupted", kind, count)
 
 
 @pytest.mark.parametrize(("kind", "count"), [("step", 6), ("save", 5)])
 def test_a_sparse_slak_goes_on_as_if_it_had_not_been_killed(place, slak, uninterrupted_slak, kind, count):
-    before = kill_and_go_on(place, slak, f"killed_slak_{kind}", uninterrupted_slak, kind, count)
+    before = kill_and_go_on(place, slak, f"killed_slak_{kind}", "uninterrupted_slak", kind, count)
     if kind == "step":
         assert before.epoch == 2
 
 
-def kill_and_go_on(place, config, run, uninterrupted, kind, count, *overrides):
-    """Return the newest whole set of a run that killed itself, after it has gone on to the end from there."""
+def kill_and_go_on(place, config, run, whole, kind, count, *overrides):
+    """Return the newest whole set of a run that killed itself, after it has gone on to the end from there.
+
+    Its weights and its curves are then those of the run `whole`, which nobody killed.
+    """
     script = place.root / "killed.py"
     script.write_text(KILLED)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -164,11 +168,22 @@ def kill_and_go_on(place, config, run, uninterrupted, kind, count, *overrides):
     arguments = place.arguments(config, run, *overrides, "Global.checkpoints=auto")
     assert train_as_a_process_of_its_own(arguments) == 0
     assert (before is None) == ("goes on from" not in place.log(run))
-    assert_same(checkpoints.load(f"{place.saved(run)}.pdparams"), uninterrupted)
+    assert_same(*(checkpoints.load(f"{place.saved(each)}.pdparams") for each in (run, whole)))
     assert not list((place.root / run).rglob("*.partial"))
     assert not list((place.root / run).rglob("*.new"))
     assert ".partial" not in place.log(run)
+    assert shown_curves(place.root / run) == shown_curves(place.root / whole)
     return before
+
+
+def shown_curves(folder):
+    """Return tag -> [(step, value)] of the scalars that VisualDL shows of a run: it picks one file of a folder."""
+    picked = LogReader()
+    picked.dir = [str(folder)]
+    [(folder, file)] = picked.logs().items()
+    reader = LogReader(file_path=os.path.join(folder, file))
+    curves = {tag: reader.get_data("scalar", tag) for tag in reader.get_tags()["scalar"]}
+    return {tag: [(each.id, each.value) for each in curve] for tag, curve in curves.items()}
 
 
 def test_mixed_precision_moves_the_masks_too(place, config):
@@ -195,7 +210,7 @@ def test_gathered_gradients_are_one_step(place, config):
     # The last step is known as such: it is no update.
     assert_same(masks_of(whole), masks_of(checkpoints.load(f"{place.saved('gathered', 'epoch_3')}.pdparams")))
     assert saving.read_states(f"{place.saved('gathered')}.pdstates")["global_step"] == 4 * EPOCHS
-    before = kill_and_go_on(place, config, "gathered_killed", whole, "step", 10, *overrides)
+    before = kill_and_go_on(place, config, "gathered_killed", "gathered", "step", 10, *overrides)
     assert (before.epoch, before.step) == (2, 8)
 
 
@@ -206,7 +221,7 @@ def test_a_moving_average_is_sparse_and_goes_on(place, config):
     assert_exactly_sparse(average)
     assert_same(masks_of(average), masks_of(trained))
     assert any((average[name] != value).any() for name, value in trained.items())
-    kill_and_go_on(place, config, "ema_killed", average, "step", 6, "EMA.decay=0.5")
+    kill_and_go_on(place, config, "ema_killed", "ema", "step", 6, "EMA.decay=0.5")
 
 
 def test_the_best_metric_and_the_step_survive(place, config, uninterrupted):
@@ -221,6 +236,41 @@ def test_the_best_metric_and_the_step_survive(place, config, uninterrupted):
     assert again["global_step"] == 2 * EPOCHS + 2
     assert again["best"]["metric"] >= states["best"]["metric"]
     assert again["epoch"] == EPOCHS + 1
+    # In a folder of its own it shows what was recorded in the first one, too.
+    shown = shown_curves(place.root / "again")
+    for tag, curve in shown_curves(place.root / "uninterrupted").items():
+        last = [EPOCHS + 1] if tag.startswith("eval_") else [2 * EPOCHS + 1, 2 * EPOCHS + 2]
+        assert shown[tag][: len(curve)] == curve
+        assert [step for step, _ in shown[tag][len(curve) :]] == last
+
+
+def test_a_log_goes_on_where_its_checkpoint_was_saved(tmp_path):
+    """What came later is dropped, a record that was cut short too; what is no log is a new one."""
+    setup()
+    from paddle_reparam.ppcls import curves
+
+    (tmp_path / "run" / "vdl").mkdir(parents=True)
+    first = LogWriter(str(tmp_path / "run" / "vdl"), file_name="vdlrecords.0000000001.log")
+    log = curves.Log(first)
+    log.add_scalar("train_loss", 2.0, 1)
+    log.add_evaluation("eval_acc", 0.5, 1)
+    log.add_scalar("eval_acc", 0.5, 1)
+    before = log.position()
+    log.add_scalar("train_loss", 1.0, 2)
+    log.close()
+    odd = [None, 3, {}, {"file": "../vdl/vdlrecords.0000000001.log", "bytes": 9}, {**before, "bytes": -1},
+           {**before, "bytes": "9"}, {**before, "file": "vdlrecords.0000000002.log"}]  # fmt: skip
+    place = (str(tmp_path / "run" / "Net" / "latest"), str(tmp_path / "new"))
+    for size, kept in ((before["bytes"], 2), (before["bytes"] - 1, 1)):
+        resumed = curves.Log(LogWriter(str(tmp_path / "new" / "vdl"), file_name=f"vdlrecords.{size:010}.log"))
+        assert not any(resumed.go_on(each, *place) for each in odd)
+        assert resumed.go_on({**before, "bytes": size}, *place)
+        resumed.add_scalar("train_loss", 4.0, 2)
+        resumed.close()
+        assert shown_curves(tmp_path / "new") == {
+            "train_loss": [(1, 2.0), (2, 4.0)], **({"eval_acc": [(1, 0.5)]} if kept == 2 else {}),
+        }  # fmt: skip
+        shutil.rmtree(tmp_path / "new")
 
 
 def test_without_the_section_a_sparse_network_becomes_a_dense_one(place, slak, uninterrupted_slak):

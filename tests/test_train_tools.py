@@ -166,10 +166,17 @@ def test_visualdl_reads_the_log(place, baseline):
 
     (file,) = place.root.joinpath("baseline").rglob("vdlrecords.*.log")
     reader = LogReader(file_path=str(file))
-    assert {"train_loss", "train_top1", "eval_acc"} <= set(reader.get_tags()["scalar"])
-    losses = [record.value for record in reader.get_data("scalar", "train_loss")]
-    assert len(losses) == 2
-    assert np.isfinite(losses).all()
+    curves = {
+        tag: {each.id: each.value for each in reader.get_data("scalar", tag)} for tag in reader.get_tags()["scalar"]
+    }
+    assert list(curves["train_loss"]) == list(curves["train_top1"]) == [1, 2]
+    assert np.isfinite(list(curves["train_loss"].values())).all()
+    # What is logged of the evaluation, over five images in batches of four and one.
+    printed = next(line for line in place.log("baseline").splitlines() if "[Eval][Epoch 1][Avg]" in line)
+    evaluated = {name: float(value) for name, value in re.findall(r"(\w+): ([\d.]+)", printed.split("[Avg]")[1])}
+    assert set(evaluated) == {"CELoss", "loss", "top1"}
+    for tag, name in (("eval_CELoss", "CELoss"), ("eval_loss", "loss"), ("eval_acc", "top1")):
+        assert curves[tag] == {1: pytest.approx(evaluated[name], rel=1e-4)}
 
 
 def test_stage_two_trains_the_refocusing_and_keeps_the_base(place, baseline, trained):

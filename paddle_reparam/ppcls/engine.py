@@ -15,7 +15,7 @@ from ppcls.engine import engine as engine_module
 from ppcls.utils import logger
 
 from ..images import IMAGE_SUFFIXES, images_below
-from . import disk_space, monitoring, resuming, saving, sparse
+from . import curves, disk_space, monitoring, resuming, saving, sparse
 from .errors import ConfigError
 from .guards import (
     Loader,
@@ -56,6 +56,8 @@ class Engine(PaddleClasEngine):
         self.best: dict[str, Any] | None = None
         #: "best_model" and "latest" -> where that set is, without suffix.
         self.saved: dict[str, Path] = {}
+        #: The step at which the monitor wrote last.
+        self.monitored: int | None = None
         with contextlib.ExitStack() as held:
             if mode == "train":
                 # Before PaddleClas opens its logs there.
@@ -76,6 +78,8 @@ class Engine(PaddleClasEngine):
                     check_samples(loader, config["Arch"].get("class_num"), split, _channels(config))
                     setattr(self, name, Loader(loader, split))
             self._output_folder = held.pop_all()
+        if self.vdl_writer is not None:
+            self.vdl_writer = curves.Log(self.vdl_writer)
         if mode == "train":
             self.goes_on_by_itself = goes_on_by_itself
             self._plain_train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
@@ -100,17 +104,21 @@ class Engine(PaddleClasEngine):
         if "latest" in self.saved:
             logger.info(f"latest weights: {self.saved['latest']}.pdparams")
 
-    def eval(self, *args: Any, **kwargs: Any) -> Any:
+    def eval(self, epoch_id: int = 0) -> Any:
         """Evaluate, and return what is better the larger it is.
 
         An image that could not be read is an error, as no other one says anything of it.
         """
-        with explained("the evaluation stopped"):
-            result = super().eval(*args, **kwargs)
+        with explained("the evaluation stopped"), curves.evaluation(self, epoch_id) as measured:
+            result = super().eval(epoch_id)
+            if "HammingDistance" in self.config["Metric"]["Eval"][0]:
+                # PaddleClas would keep as the best weights those whose distance is largest. What is left of 1 is the
+                # accuracy.
+                result = 1 - result
+            measured["acc"] = result
         loaders = [getattr(self, name, None) for split, name in _LOADERS.items() if split.startswith("Eval")]
         failures.raise_any(sum(len(loader.dataset) for loader in loaders if loader is not None))
-        # PaddleClas would keep as the best weights those whose distance is largest. What is left of 1 is the accuracy.
-        return 1 - result if "HammingDistance" in self.config["Metric"]["Eval"][0] else result
+        return result
 
     def infer(self) -> Any:
         """Label the images that can be read; raises `ReparamError` afterwards where some cannot."""
@@ -178,8 +186,9 @@ class Engine(PaddleClasEngine):
             check_loss(losses, epoch, engine.global_step)
             # PaddleClas counts a step before its forward pass: the weights are those of the step before.
             done = engine.global_step - 1
-            if monitor and done % engine.monitor_settings["interval"] == 0:
+            if monitor and done % engine.monitor_settings["interval"] == 0 and done != engine.monitored:
                 monitor.write(done)
+                engine.monitored = done
             monitoring.advance(engine, epoch)
             return losses
 
@@ -191,6 +200,7 @@ class Engine(PaddleClasEngine):
             engine.train_loss_func = original
         if monitor and epoch == engine.config["Global"]["epochs"]:
             monitor.write(engine.global_step, pictures=True)
+            engine.monitored = engine.global_step
 
     def _states(self, prefix: str, metric_info: dict[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the weights and the optimizer's state.
@@ -200,7 +210,8 @@ class Engine(PaddleClasEngine):
         check_states([self.model.state_dict(), *(o.state_dict() for o in self.optimizer)], self.global_step)
         if prefix == "best_model":
             self.best = {key: float(metric_info[key]) for key in ("metric", "epoch")}
-        return {**metric_info, "best": self.best, "global_step": self.global_step}
+        log = {} if self.vdl_writer is None else {"visualdl": self.vdl_writer.position(), "monitored": self.monitored}
+        return {**metric_info, "best": self.best, "global_step": self.global_step, **log}
 
     def _resume(self, states: dict[str, Any]) -> dict[str, Any]:
         """Take over what a checkpoint kept; return the metric and the epoch that PaddleClas goes on from."""
@@ -214,6 +225,9 @@ class Engine(PaddleClasEngine):
         self.best = states.get("best")
         self.saved.update(saving.sets_of(self.config["Global"]["checkpoints"]))
         self.global_step = int(states.get("global_step", 0))
+        place = (self.config["Global"]["checkpoints"], self.config["Global"]["output_dir"])
+        if self.vdl_writer is not None and self.vdl_writer.go_on(states.get("visualdl"), *place):
+            self.monitored = states.get("monitored")
         best = self.best["metric"] if self.best else states.get("metric", -1.0)
         return {"metric": best, "epoch": int(states["epoch"])}
 
