@@ -322,7 +322,8 @@ def test_the_scripts_say_what_is_predicted_here(page):
     classifier = ImageClassifier(folder / "output" / "digits" / "served")
     assert len(printed) == (1 if WHY_NO_ONNX else 2)
     for path in images[:5]:
-        (best, _), *_ = classifier.predict(path).labels
+        [found] = classifier.predict([path])
+        best, _ = found.labels[0]
         for text in printed:
             assert re.search(rf"^{path.name}:\tclass id\(s\): \[{best},", text, re.M)
 
@@ -337,7 +338,8 @@ def test_the_programs_say_what_is_predicted_here(page, package, capsys, monkeypa
     folder, _ = page
     monkeypatch.chdir(folder)
     image = Path("dataset/digits/val/3/0045.png")
-    (best, probability), *_ = ImageClassifier("output/digits/served").predict(image).labels
+    [found] = ImageClassifier("output/digits/served").predict([image])
+    best, probability = found.labels[0]
     if package == "paddlex":
         printed = in_python(PADDLEX, program)
         printed = re.search(rf"^{image} (.*)$", printed, re.M)[1]

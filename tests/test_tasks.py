@@ -571,6 +571,6 @@ def test_every_block_of_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
             run_here(cut_short(command))
             if "prepare_data" in command:
                 keep_few(tmp_path)
-    assert re.search(r"dataset/digits/val/3/\d+.png +\d +[\d.]+%", capsys.readouterr().out)
+    assert re.search(r"dataset/digits/val/3/\d+.png +[\d.]+% +\d", capsys.readouterr().out)
     assert read_manifest("output/tasks/features")["output"]["keys"] == ["features"]
     assert read_manifest("output/tasks/student")["plain_weights"]["arch"]["name"] == "PPLCNet_x0_25"
