@@ -103,13 +103,27 @@ def test_models_that_cannot_be_watched_are_refused():
 def test_a_strip_of_images_with_captions():
     images = np.zeros([2, 3, 4, 4], "float32")
     images[1] = 1.0
-    strip = monitor.captioned(images, ["a", "b"])
-    assert strip.dtype == np.uint8
-    assert strip[:64, :64].max() == 0
-    cell = strip.shape[1] // 2
-    assert strip[:64, cell : cell + 64].min() == 255
-    # What is written stands below each image.
-    assert max(strip[64:, :cell].min(), strip[64:, cell:].min()) < 64
+    strips = [monitor.captioned(images, captions) for captions in (["a", "b"], ["is é\nsays b", "山" * 40])]
+    for strip in strips:
+        assert strip.dtype == np.uint8
+        assert strip[:64, :64].max() == 0
+        cell = strip.shape[1] // 2
+        assert strip[:64, cell : cell + 64].min() == 255
+        # What is written stands below each image, and ends there.
+        assert max(strip[64:, :cell].min(), strip[64:, cell:].min()) < 64
+        assert strip[64:, [cell - 1, -1]].min() == strip[-1].min() == 255
+    assert strips[0].shape[1] < strips[1].shape[1] < 2 * 400
+
+
+def test_captions_have_names():
+    """Of classes, and of several labels; what has no name is called by its number."""
+    images, names = np.zeros([2, 4, 8, 8], "float32"), ["cat", None, "a\x1b[31mb"]
+    scores = paddle.to_tensor([2.0, 1.0, 0.0, -1.0])
+    watch = monitor.Monitor(small_refconv(), Log(), images, np.array([2, 1]), names=names)
+    assert watch._caption(scores, np.int64(2)) == "is a\\x1b[31mb\nsays cat (0.64)"
+    assert watch._caption(scores - 9 * paddle.eye(4)[0], np.int64(3)) == "is 3\nsays 1 (0.67)"
+    assert watch._caption(scores, np.array([0, 1, 1, 0])) == "is 1, a\\x1b[31mb\nsays cat, 1, a\\x1b[31mb"
+    assert watch._caption(scores - 9, np.zeros(4)) == "is none\nsays none"
 
 
 def small_refconv():
@@ -270,16 +284,20 @@ def test_the_bar_of_a_resumed_run_goes_on(monkeypatch):
     assert max(float(rate) for rate in re.findall(r"([\d.]+)step/s", printed)) <= 1.0
 
 
-def test_a_training_is_the_same_bit_for_bit_and_its_steps_go_on(place):
+def test_a_training_is_the_same_bit_for_bit_and_its_steps_go_on(place, monkeypatch):
     config = place.config(ZERO, Sparsity=SPARSITY)
-    watched = "Monitor.interval=1"
+    (place.root / "names.txt").write_text("0 dark\n1 bright\n")
+    watched = ["Monitor.interval=1", f"Infer.PostProcess.class_id_map_file={place.root / 'names.txt'}"]
+    shown = []
+    monkeypatch.setattr(monitor, "captioned", lambda pixels, texts: shown.append(texts) or np.zeros([8, 8, 3], "uint8"))
     assert train_as_a_process_of_its_own(place.arguments(config, "plain", "Global.epochs=2")) == 0
-    assert train_as_a_process_of_its_own(place.arguments(config, "watched", "Global.epochs=2", watched)) == 0
+    assert train_as_a_process_of_its_own(place.arguments(config, "watched", "Global.epochs=2", *watched)) == 0
+    assert [re.split(r"[ (]", text)[1] for text in shown[0]] == [f"{['dark', 'bright'][i % 2]}\nsays" for i in range(5)]
     plain, seen = (checkpoints.load(f"{place.saved(run)}.pdparams") for run in ("plain", "watched"))
     assert plain.keys() == seen.keys()
     for name, value in plain.items():
         np.testing.assert_array_equal(value, seen[name], err_msg=name)
-    again = place.arguments(config, "watched", "Global.epochs=3", "Global.checkpoints=auto", watched)
+    again = place.arguments(config, "watched", "Global.epochs=3", "Global.checkpoints=auto", *watched)
     assert train_as_a_process_of_its_own(again) == 0
     tags = log_of(place, "watched")
     for kind in ("refconv_relative_change/", "mask_density/", "mask_age/"):

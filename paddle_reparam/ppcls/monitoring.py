@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..errors import ReparamError
 from ..training.monitor import MaskHistory, Monitor, undisturbed
 from . import sections
 from .errors import ConfigError
+from .transforms import read_labels
 
 #: What the section may hold, and what holds where it does not say: steps between two writes, images to look at.
 DEFAULTS: dict[str, Any] = {"interval": 100, "images": 32}
@@ -48,9 +50,16 @@ def start(engine: Any, settings: Mapping[str, Any]) -> Monitor | None:
         pixels, labels = zip(*(loader.dataset[int(i)][:2] for i in chosen))
     training = getattr(engine, "sparse_training", None)
     images = np.stack([np.asarray(each) for each in pixels]).astype("float32")
-    labels = np.asarray(labels).reshape(count, -1)[:, 0]
+    labels = np.asarray(labels)
+    if engine.config["Global"].get("use_multilabel"):
+        # Some datasets put the share of each label in training behind them.
+        labels = labels.reshape(count, -1, labels.shape[-1])[:, 0]
+    else:
+        labels = labels.reshape(count, -1)[:, 0]
+    names = read_labels(engine.config, Path(logger.__file__).parents[2])
+    masks = MaskHistory(training) if training else None
     try:
-        monitor = Monitor(model, engine.vdl_writer, images, labels, MaskHistory(training) if training else None)
+        monitor = Monitor(model, engine.vdl_writer, images, labels, masks, names)
     except ReparamError as error:
         raise ConfigError(str(error)) from None
     monitor.write_settings(hyperparameters(engine.config), ["train_loss", "eval_acc"])

@@ -18,7 +18,8 @@ from .. import analysis
 from ..analysis import dcd, refconv, repmlp, slak, spconv
 from ..arithmetic.geometry import BATCH_NORMS
 from ..arithmetic.tensors import to_float64
-from ..errors import ReparamError
+from ..errors import ReparamError, printable
+from ..fonts import pillow_font, shortened
 from ..layers.base import ReparamLayer
 from ..surgery.masks import masked_places
 from ..surgery.tracing import undisturbed_draws
@@ -26,6 +27,8 @@ from .sparsity import SIXTEEN_BITS, SparseTraining
 
 #: Histograms and pictures cost more than numbers: they are written once in so many times.
 PICTURES_EVERY = 10
+#: Columns of a caption's lines, a Chinese character taking two.
+_COLUMNS = 32
 #: Images whose predictions are shown, and the side that small ones are enlarged to, in pixels.
 SHOWN, SIDE = 8, 64
 
@@ -83,16 +86,20 @@ def captioned(pixels: np.ndarray, captions: list[str]) -> np.ndarray:
     """Return images `[N, C, H, W]` side by side, `[H', W', 3]` uint8, each with its caption below."""
     from PIL import Image, ImageDraw
 
+    font, missing = pillow_font("".join(captions).replace("\n", ""))
+    captions = ["\n".join(shortened(line, missing, _COLUMNS) for line in each.split("\n")) for each in captions]
     low, high = float(pixels.min()), float(pixels.max())
     scaled = (255 * (pixels - low) / max(high - low, 1e-30)).astype(np.uint8).transpose(0, 2, 3, 1)
     pictures = [enlarged(each if each.shape[2] == 3 else each[:, :, :1].repeat(3, axis=2), SIDE) for each in scaled]
     height, width = pictures[0].shape[:2]
-    cell = max(width, 84) + 4
-    strip = Image.new("RGB", (cell * len(pictures), height + 30), "white")
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [measure.multiline_textbbox((0, 0), caption, font=font) for caption in captions]
+    cell = max(width, *(round(box[2]) for box in boxes)) + 8
+    strip = Image.new("RGB", (cell * len(pictures), height + max(round(box[3]) for box in boxes) + 6), "white")
     draw = ImageDraw.Draw(strip)
     for i, (picture, caption) in enumerate(zip(pictures, captions)):
         strip.paste(Image.fromarray(picture), (i * cell, 0))
-        draw.text((i * cell + 2, height + 2), caption, fill="black")
+        draw.text((i * cell + 2, height + 2), caption, fill="black", font=font)
     return np.asarray(strip)
 
 
@@ -148,7 +155,10 @@ class MaskHistory:
 
 
 class Monitor:
-    """Writes what the layers of a model do, over fixed images `[N, C, H, W]` with labels `[N]`.
+    """Writes what the layers of a model do, over fixed images `[N, C, H, W]`.
+
+    Their labels are classes `[N]`, or 0 or 1 for each of several labels `[N, labels]`; `names` are those of the classes
+    or labels, None for one that has none and is called by its number.
 
     Raises `ReparamError` where there is nothing to show: no layer of this library in train form, and no masks; and for
     weights of 16 bits.
@@ -161,8 +171,10 @@ class Monitor:
         images: np.ndarray,
         labels: np.ndarray,
         masks: MaskHistory | None = None,
+        names: Sequence[str | None] | None = None,
     ) -> None:
         self.model, self.writer, self.images, self.labels, self.masks = model, writer, images, labels, masks
+        self.names = names or ()
         layers = [(path, each) for path, each in model.named_sublayers() if isinstance(each, ReparamLayer)]
         self.layers = {path: layer for path, layer in layers if not layer.is_repped}
         if not self.layers and not masked_places(model):
@@ -228,8 +240,20 @@ class Monitor:
         output = self.model(paddle.to_tensor(self.images[:SHOWN]))
         output = output.get("logits", output.get("output")) if isinstance(output, dict) else output
         output = output[0] if isinstance(output, (list, tuple)) else output
-        shares = F.softmax(output.astype("float32"), axis=-1).numpy()
-        captions = [
-            f"is {label}\nsays {share.argmax()} ({share.max():.2f})" for share, label in zip(shares, self.labels)
-        ]
+        captions = [self._caption(*of_one) for of_one in zip(output.astype("float32"), self.labels)]
         self.writer.add_image("predictions", captioned(self.images[:SHOWN], captions), step)
+
+    def _caption(self, scores: paddle.Tensor, label: np.ndarray) -> str:
+        """Return what an image is and what the scores `[classes]` say of it."""
+        if np.ndim(label):
+            said = F.sigmoid(scores).numpy() >= 0.5
+            return "\n".join(
+                f"{verb} {', '.join(map(self._name, np.flatnonzero(which))) or 'none'}"
+                for verb, which in (("is", label > 0), ("says", said))
+            )
+        shares = F.softmax(scores).numpy()
+        return f"is {self._name(int(label))}\nsays {self._name(shares.argmax())} ({shares.max():.2f})"
+
+    def _name(self, number: int) -> str:
+        name = self.names[number] if 0 <= number < len(self.names) else None
+        return str(number) if name is None else printable(name)
