@@ -14,6 +14,7 @@ from PIL import Image
 
 from paddle_reparam import analysis, replace
 from paddle_reparam.analysis import dcd, refconv, repmlp, slak, spconv
+from paddle_reparam.analysis.figures import FIGURES
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.layers.dcd import DCDConv2D, DCDLinear
 from paddle_reparam.layers.dcd_matrix import DCDDepthwiseConv2D, DCDMatrixConv2D
@@ -394,7 +395,7 @@ def given(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in range(12):
         Image.fromarray(np.full((8, 8), 20 * number, "uint8")).save(f"{number}.png")
-    Path("val.txt").write_text("".join(f"{number}.png {number % 10}\n" for number in range(12)))
+    Path("val.txt").write_text("".join(f"{number}.png\t{number % 10}\n" for number in range(12)))
     setup()
     from paddle_reparam.ppcls.command import read_config
     from paddle_reparam.ppcls.reparam import build_train_form
@@ -459,8 +460,56 @@ def test_a_network_without_the_layers_is_refused(command, given, capsys):
 
 
 @pytest.mark.parametrize("paper", sorted(analysis.PAPERS))
-def test_every_paper_has_a_figure(command, paper):
-    assert paper in command.FIGURES
+def test_every_paper_has_a_figure(paper):
+    assert paper in FIGURES
+
+
+def every_row(paths):
+    """Return rows of every paper, as a network with layers of these paths would give them; paper -> rows, twice."""
+    matrix, number = noise(9, 9) ** 2 / 1e7, dict(base_divergence=0.2, refocused_divergence=0.3, relative_change=0.1)
+    none, gate = np.zeros((0, 0)), np.linspace(0.1, 0.9, 4)
+    of_paths = {
+        "dcd": lambda path: dcd.DCDRow(path, 9, 1.0, 0.1, 1e-7, 1e-8, matrix, matrix, matrix),
+        "refconv": lambda path: refconv.RefConvRow(
+            path, "3x3", **number, connectivity=matrix, divergence_of_base=matrix, divergence_of_refocused=matrix
+        ),
+        "refconv, dense": lambda path: refconv.RefConvRow(
+            path, "3x3", **number, connectivity=none, divergence_of_base=matrix, divergence_of_refocused=matrix
+        ),
+        "repmlp": lambda path: repmlp.RepMLPRow(path, "9x9", 1, 0.4, 0.6, 0.1, 0.2, matrix, matrix),
+        "slak": lambda path: slak.LargeKernelRow(path, "9x3 + 3x9", 4, 0.5, None, 3, 5, matrix, np.linspace(0.1, 1, 5)),
+        "spconv": lambda path: spconv.SPConvRow(path, 2, 2, 0.5, 0.1, 0.1, gate, gate / 9),
+    }  # fmt: skip
+    return [(key.split(",")[0], [row(path) for path in paths]) for key, row in of_paths.items()]
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_titles_do_not_meet_and_maps_have_axes_and_scales(number):
+    """With the names of MobileNetV2's layers, and longer ones."""
+    paths = [f"conv{i}._block{i}-1._bottleneck_conv._conv" for i in range(1, 18)]
+    paths[0], paths[-1] = "conv", "backbone.stages.0.blocks.bottleneck_conv.depthwise." * 3 + "conv"
+    paper, rows = every_row(paths)[number]
+    figure = FIGURES[paper](rows)
+    figure.draw_without_rendering()
+    maps = [axes for axes in figure.axes if axes.images]
+    assert len(maps) == (0 if paper == "spconv" else 12 if number in (2, 3) else 6)
+    bars = [axes.images[0].colorbar for axes in maps]
+    for axes in [each for each in figure.axes if each.axison and each.get_title(loc="left")]:
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+    for axes, bar in zip(maps, bars):
+        assert "layer " in axes.get_title(loc="left")
+        assert bar.ax.get_ylabel()
+        assert not bar.ax.yaxis.get_offset_text().get_text()
+        assert bar.ax.get_window_extent().height == pytest.approx(axes.get_window_extent().height)
+    titles = [text for axes in figure.axes for text in [axes._left_title] if text.get_text()] + [figure._suptitle]
+    # A bar belongs to its map, and stands on the right of it.
+    boxes = [each.get_window_extent() for each in [*titles, *figure.axes, *(bar.ax for bar in bars)]]
+    for i, one in enumerate(boxes):
+        assert figure.bbox.x0 <= one.x0
+        assert one.x1 <= figure.bbox.x1
+        for other in boxes[i + 1 :]:
+            assert not one.overlaps(other)
 
 
 def test_every_figure_can_be_drawn(command, tmp_path):
