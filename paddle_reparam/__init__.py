@@ -4,6 +4,7 @@ replace(model, "RefConv2D")        put a layer in the place of a model's convolu
 reparameterize(model)              fuse them out again
 verify(model, fused, input_spec)   prove that both are the same function
 release(model, weights, folder)    all of it, exported for Paddle Inference and checked
+InferenceModel(folder)             run what was released
 """
 
 import warnings
@@ -20,6 +21,7 @@ from . import layers as layers
 from . import models as models
 from .deploy.release import release
 from .deploy.released import check_release
+from .deploy.runtimes.paddle_inference import InferenceModel
 from .errors import ReparamError
 from .registry import create_model, list_layers, list_models
 from .surgery.rewrite import reparameterize, replace
@@ -28,6 +30,7 @@ from .weights.checkpoints import load, load_into, save
 from .weights.published import convert_state
 
 __all__ = [
+    "InferenceModel",
     "ReparamError",
     "check_release",
     "convert_state",

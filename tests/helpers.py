@@ -7,7 +7,8 @@ import paddle
 from paddle import nn
 
 from paddle_reparam.arithmetic.geometry import BATCH_NORMS
-from paddle_reparam.deploy.onnx_export import PACKAGES, need
+from paddle_reparam.deploy.onnx_export import PACKAGES
+from paddle_reparam.deploy.runtimes.onnx_runtime import need
 from paddle_reparam.errors import ReparamError
 
 

@@ -20,7 +20,8 @@ from network_contract import (
 )
 
 from paddle_reparam.deploy.export import ExportOptions, export_inference
-from paddle_reparam.deploy.onnx_export import OnnxModel, export_onnx
+from paddle_reparam.deploy.onnx_export import export_onnx
+from paddle_reparam.deploy.runtimes.onnx_runtime import OnnxModel
 from paddle_reparam.errors import ReparamError, UnknownName
 from paddle_reparam.measure import catalogue
 from paddle_reparam.registry import create_model, get_model, list_models

@@ -3,6 +3,7 @@
 import gc
 import os
 import pickle
+import re
 import tempfile
 import types
 import weakref
@@ -14,20 +15,15 @@ import pytest
 from helpers import as_array, missing_for_onnx, randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam import check_release, release, save
-from paddle_reparam.deploy import export
-from paddle_reparam.deploy.export import (
-    FORMATS,
-    WEIGHTS_SUFFIX,
-    ExportOptions,
-    InferenceModel,
-    LoadedProgram,
-    OutputSpec,
-    check_export,
-    export_inference,
-    program_file,
-)
+from paddle_reparam import InferenceModel, check_release, release, save
+from paddle_reparam.deploy import export, runtimes
+from paddle_reparam.deploy.checks import check_export
+from paddle_reparam.deploy.export import ExportOptions, export_inference
 from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
+from paddle_reparam.deploy.onnx_export import export_onnx
+from paddle_reparam.deploy.outputs import OutputSpec
+from paddle_reparam.deploy.programs import FORMATS, WEIGHTS_SUFFIX, program_file
+from paddle_reparam.deploy.runtimes.executor import LoadedProgram
 from paddle_reparam.errors import NothingProven, ReparamError
 from paddle_reparam.surgery.flops import measure
 from paddle_reparam.surgery.rewrite import reparameterize, replace
@@ -131,21 +127,71 @@ def test_exporting_leaves_the_model_as_it_was(tmp_path):
     assert all((tensor.numpy() == weights[name]).all() for name, tensor in net.state_dict().items())
 
 
-def test_what_was_exported_is_loaded_one_way_after_the_other(tmp_path):
-    """Each holds the weights: together they would be the peak of a release."""
-    net, alive, together = small_net(), weakref.WeakSet(), []
-    net.eval()
+class SecondRuntime:
+    """A runtime as somebody might add one."""
 
-    def load():
-        together.append(len(alive))
-        model = InferenceModel(tmp_path)
-        alive.add(model)
+    name, title = "second", "the second one"
+    precisions, proves = ("float32",), True
+
+    def __init__(self):
+        self.alive, self.together = weakref.WeakSet(), []
+
+    def version(self):
+        return "second 1.0"
+
+    def require(self):
+        pass
+
+    def file(self, folder):
+        return program_file(folder)
+
+    def load(self, folder, threads=1, keep_shapes=True):
+        self.together.append(len(self.alive))
+        model = InferenceModel(folder)
+        self.alive.add(model)
         return model
 
+
+def test_a_runtime_is_known_to_checks_by_its_place_in_the_list(tmp_path, monkeypatch):
+    """Those loaded hold the weights: together they would be the peak of a release, so each goes before the next."""
+    net, runtime = small_net(), SecondRuntime()
+    net.eval()
     export_inference(net, tmp_path, SPEC)
-    reports = check_export(tmp_path, net, SPEC, more={"again": load, "once more": load})
-    assert len(reports) == 10
-    assert together == [0, 0]
+    monkeypatch.setattr(runtimes, "RUNTIMES", (*runtimes.RUNTIMES, runtime, runtime))
+    reports = check_export(tmp_path, net, SPEC)
+    assert len(reports) == 8
+    assert {"the second one, batch 1", "the second one, batch 3"} <= set(reports)
+    assert runtime.together == [0, 0]
+
+
+@pytest.mark.parametrize("runtime", runtimes.RUNTIMES, ids=lambda runtime: runtime.name)
+def test_every_runtime_keeps_the_protocol(runtime, tmp_path):
+    net = small_net()
+    net.eval()
+    export_inference(net, tmp_path, SPEC)
+    missing = (
+        missing_for_onnx()
+        if runtime.name == "onnxruntime"
+        else runtime.name == "gpu" and not paddle.device.cuda.device_count()
+    )
+    if missing:
+        with pytest.raises(ReparamError, match="Paddle finds no GPU here|ONNX needs the package"):
+            runtime.require()
+        return
+    runtime.require()
+    assert re.fullmatch(r"[a-z]+ \d+[\w.]+", runtime.version())
+    assert runtimes.get_runtime(runtime.name) is runtime
+    assert "float32" in runtime.precisions
+    if runtime.name == "onnxruntime":
+        assert runtime.file(tmp_path) is None
+        export_onnx(tmp_path)
+    assert runtime.file(tmp_path).is_file()
+    model = runtime.load(tmp_path, threads=2, keep_shapes=False)
+    x = np.random.default_rng(0).standard_normal([2, *SPEC[0][1:]]).astype("float32")
+    [output] = model.run(x)
+    assert relative_error(net(paddle.to_tensor(x)), output) < 1e-5
+    with pytest.raises(ReparamError, match="it takes 1 inputs"):
+        model.run(x, x)
 
 
 def test_outputs_are_picked_as_paddleclas_does(tmp_path):
@@ -193,7 +239,7 @@ def test_nothing_is_unpickled_and_no_thread_stays(tmp_path, monkeypatch, file_fo
 def test_a_program_that_does_more_than_compute_is_not_run(tmp_path, monkeypatch, file_format):
     export_inference(small_net(), tmp_path, SPEC, options=ExportOptions(file_format))
     # A harmless operator stands for those that act.
-    monkeypatch.setattr("paddle_reparam.deploy.export.ACTING_OPERATORS", {"relu"})
+    monkeypatch.setattr("paddle_reparam.deploy.programs.ACTING_OPERATORS", {"relu"})
     for load in (LoadedProgram, InferenceModel):
         with pytest.raises(ReparamError, match="it holds the operator relu, which does not only compute"):
             load(tmp_path)

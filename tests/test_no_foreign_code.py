@@ -12,7 +12,7 @@ from PIL import Image
 from test_released import changed, seal
 
 from paddle_reparam import ppcls, replace
-from paddle_reparam.deploy.export import OutputSpec
+from paddle_reparam.deploy.outputs import OutputSpec
 from paddle_reparam.deploy.predict import ImageClassifier, format_predictions
 from paddle_reparam.deploy.release import release
 from paddle_reparam.deploy.released import read_manifest

@@ -7,7 +7,8 @@ import pytest
 from network_contract import randomise_and_settle
 from paddle import nn
 
-from paddle_reparam.deploy.export import ExportOptions, check_export, export_inference
+from paddle_reparam.deploy.checks import check_export
+from paddle_reparam.deploy.export import ExportOptions, export_inference
 from paddle_reparam.deploy.old_programs import old_programs
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.registry import create_model

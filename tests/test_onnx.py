@@ -13,9 +13,12 @@ from test_released import PIXELS, Net, released
 
 from paddle_reparam import check_release, create_model
 from paddle_reparam.deploy import onnx_export
-from paddle_reparam.deploy.export import FORMATS, ExportOptions, export_inference, program_file
-from paddle_reparam.deploy.onnx_export import ONNX_FILE, PACKAGES, OnnxModel, export_onnx
+from paddle_reparam.deploy.export import ExportOptions, export_inference
+from paddle_reparam.deploy.onnx_export import PACKAGES, export_onnx
+from paddle_reparam.deploy.programs import FORMATS, program_file
 from paddle_reparam.deploy.released import read_manifest
+from paddle_reparam.deploy.runtimes import onnx_runtime
+from paddle_reparam.deploy.runtimes.onnx_runtime import ONNX_FILE, OnnxModel
 from paddle_reparam.errors import ReparamError
 
 needs_onnx = pytest.mark.skipif(bool(missing_for_onnx()), reason=missing_for_onnx() or "all there")
@@ -31,7 +34,7 @@ def test_a_release_with_onnx_is_compared_and_checked(tmp_path):
     (actual,) = OnnxModel(tmp_path / "out" / ONNX_FILE).run(x.numpy())
     assert relative_error(actual, paddle.nn.functional.softmax(net(x))) < 1e-5
     assert check_release(tmp_path / "out", Net()).errors["onnxruntime"] < 1e-5
-    onnx = onnx_export.need("onnx")
+    onnx = onnx_runtime.need("onnx")
     assert onnx.load(str(tmp_path / "out" / ONNX_FILE)).opset_import[0].version >= 11
     versions = read_manifest(tmp_path / "out")["versions"]
     assert {name: versions[name] for name in PACKAGES} == {name: metadata.version(name) for name in PACKAGES}
@@ -50,7 +53,7 @@ def test_pixels_hold_in_onnx_too_and_what_does_not_convert_is_one_sentence(tmp_p
 
 @needs_onnx
 def test_a_conversion_that_is_wrong_leaves_nothing(tmp_path, monkeypatch):
-    onnx = onnx_export.need("onnx")
+    onnx = onnx_runtime.need("onnx")
     save = onnx.save
 
     def spoiled(model, path):
@@ -118,7 +121,7 @@ def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch):
 @needs_onnx
 def test_nothing_is_installed_on_the_way(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYGRAPHY_AUTOINSTALL_DEPS", "1")
-    paddle2onnx = onnx_export.need("paddle2onnx")
+    paddle2onnx = onnx_runtime.need("paddle2onnx")
     export, given = paddle2onnx.export, {}
     monkeypatch.setattr(paddle2onnx, "export", lambda *a, **k: given.update(k) or export(*a, **k))
     model = Net()

@@ -7,7 +7,8 @@ import paddle
 import pytest
 from paddle import nn
 
-from paddle_reparam.deploy.export import export_inference, program_file
+from paddle_reparam.deploy.export import export_inference
+from paddle_reparam.deploy.programs import program_file
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.measure import profiling
 from paddle_reparam.measure.benchmark import Contender, profile_all

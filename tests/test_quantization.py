@@ -11,10 +11,12 @@ from paddle import nn
 from sklearn.datasets import load_digits
 from test_onnx import needs_onnx
 
-from paddle_reparam.deploy.export import ExportOptions, Normalization, export_inference
-from paddle_reparam.deploy.onnx_export import ONNX_FILE, OnnxModel, export_onnx
+from paddle_reparam.deploy.export import ExportOptions, export_inference
+from paddle_reparam.deploy.onnx_export import export_onnx
+from paddle_reparam.deploy.outputs import Normalization
 from paddle_reparam.deploy.quantization import Int8Report, export_int8, kernel_range, quantization_report, quantize_onnx
 from paddle_reparam.deploy.released import write_manifest
+from paddle_reparam.deploy.runtimes.onnx_runtime import ONNX_FILE, OnnxModel
 from paddle_reparam.errors import ReparamError, UsageError
 from paddle_reparam.files import digest
 from paddle_reparam.ppcls.errors import ConfigError

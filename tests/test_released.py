@@ -13,9 +13,11 @@ import pytest
 from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam import check_release, release, replace
-from paddle_reparam.deploy.export import ExportOptions, InferenceModel, Normalization, OutputSpec, program_file
+from paddle_reparam import InferenceModel, check_release, release, replace
+from paddle_reparam.deploy.export import ExportOptions
+from paddle_reparam.deploy.outputs import Normalization, OutputSpec
 from paddle_reparam.deploy.predict import ImageClassifier, preprocess
+from paddle_reparam.deploy.programs import program_file
 from paddle_reparam.deploy.quantization import KernelRange, QuantizationReport
 from paddle_reparam.deploy.released import (
     MANIFEST,

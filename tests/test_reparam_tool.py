@@ -19,8 +19,12 @@ from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 
 from paddle_reparam import files, ppcls
-from paddle_reparam.deploy.export import WEIGHTS_SUFFIX, InferenceModel, OutputSpec, program_file
-from paddle_reparam.errors import ReparamError, UsageError
+from paddle_reparam.deploy import steps
+from paddle_reparam.deploy.outputs import OutputSpec
+from paddle_reparam.deploy.programs import WEIGHTS_SUFFIX, program_file
+from paddle_reparam.deploy.released import MANIFEST, PLAIN_WEIGHTS
+from paddle_reparam.deploy.runtimes.paddle_inference import InferenceModel
+from paddle_reparam.errors import OutputExists, ReparamError, UsageError
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.surgery.rewrite import replace
 from paddle_reparam.surgery.verify import settle_batch_norms
@@ -77,9 +81,9 @@ def digests(folder):
 
 def is_whole(folder):
     """Tell whether every file of a release is the one that its manifest describes, and no other is there."""
-    files = json.loads((folder / release.MANIFEST).read_text())["files"]
+    files = json.loads((folder / MANIFEST).read_text())["files"]
     found = digests(folder)
-    found.pop(release.MANIFEST)
+    found.pop(MANIFEST)
     return found == {name: entry["sha256"] for name, entry in files.items()}
 
 
@@ -95,7 +99,7 @@ def test_a_release_is_whole_checked_and_described(trained, tmp_path):
     report = run(trained, tmp_path / "out", output=OutputSpec("softmax"), facts={"source": {"config": {"name": "a"}}})
     assert is_whole(tmp_path / "out")
     assert left_beside(tmp_path / "out") == []
-    manifest = json.loads((tmp_path / "out" / release.MANIFEST).read_text())
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert len(manifest["checks"]) == 8
     assert all(check["passed"] and check["relative_error"] < 1e-5 for check in manifest["checks"].values())
     assert manifest["source"]["weights"]["sha256"] == hashlib.sha256(trained[1].read_bytes()).hexdigest()
@@ -117,7 +121,7 @@ def test_a_release_is_whole_checked_and_described(trained, tmp_path):
 
     stock = Plain()
     stock.eval()
-    checkpoints.load_into(stock, tmp_path / "out" / release.PLAIN_WEIGHTS)
+    checkpoints.load_into(stock, tmp_path / "out" / PLAIN_WEIGHTS)
     assert relative_error(stock(x), net(x)) < 1e-5
 
 
@@ -128,7 +132,7 @@ def test_a_fused_form_that_is_no_stock_network_has_no_plain_weights(tmp_path):
     assert type(build().body) is SPConv2D
     checkpoints.save(build().state_dict(), tmp_path / "w.pdparams")
     report = run((build, tmp_path / "w.pdparams"), tmp_path / "out")
-    assert not (tmp_path / "out" / release.PLAIN_WEIGHTS).exists()
+    assert not (tmp_path / "out" / PLAIN_WEIGHTS).exists()
     assert "body.difference.weight" in report.manifest["plain_weights"]["why_none"]
     assert report.fusing.left_over == {"inference forms": 1}
     assert is_whole(tmp_path / "out")
@@ -188,49 +192,49 @@ def spoil(folder):
 def test_a_fault_at_any_step_leaves_nothing(trained, tmp_path, monkeypatch, fault):
     message = "is not the same function"
     if fault == "export":
-        export = release.export_inference
+        export = steps.export_inference
 
         def spoiled_export(model, folder, *rest):
             export(model, folder, *rest)
             spoil(folder)
 
-        monkeypatch.setattr(release, "export_inference", spoiled_export)
+        monkeypatch.setattr(steps, "export_inference", spoiled_export)
         message = "Executor, batch 1 is not"
     elif fault == "plain":
-        plain_weights = release._plain_weights
+        plain_weights = steps.plain_weights
 
         def spoiled_weights(*args):
             state, why = plain_weights(*args)
             return {**state, "head.bias": state["head.bias"] + 1}, why
 
-        monkeypatch.setattr(release, "_plain_weights", spoiled_weights)
+        monkeypatch.setattr(steps, "plain_weights", spoiled_weights)
         message = "stock network, plain weights is not"
     elif fault == "fused":
-        fuse = release.reparameterize
+        fuse = steps.reparameterize
 
         def spoiled_fuse(*args, **kwargs):
             fused, report = fuse(*args, **kwargs)
             fused.body.weight.set_value(fused.body.weight * 1.01)
             return fused, report
 
-        monkeypatch.setattr(release, "reparameterize", spoiled_fuse)
+        monkeypatch.setattr(steps, "reparameterize", spoiled_fuse)
         message = "fused network is not the same function.*'body_bn'"
     elif fault == "late":
-        check = release.check_export
+        check = steps.check_export
 
         def check_then_spoil(folder, *rest, **kwargs):
             reports = check(folder, *rest, **kwargs)
             spoil(folder)
             return reports
 
-        monkeypatch.setattr(release, "check_export", check_then_spoil)
+        monkeypatch.setattr(steps, "check_export", check_then_spoil)
         message = "a file changed after it was written"
     else:
 
         def no_space(*_):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(release, "export_inference", no_space)
+        monkeypatch.setattr(steps, "export_inference", no_space)
         message = "could not export for Paddle Inference: .*No space left on device"
     with pytest.raises(ReparamError, match=message):
         run(trained, tmp_path / "out")
@@ -258,7 +262,7 @@ def test_a_folder_that_is_there_is_kept_unless_forced(trained, tmp_path):
     run(trained, out)
     old = digests(out)
     with pytest.raises(
-        release.OutputExists, match="is kept; name another folder, or replace it with force=True .in a command, --force"
+        OutputExists, match="is kept; name another folder, or replace it with force=True .in a command, --force"
     ):
         run(trained, out)
     assert digests(out) == old
@@ -278,7 +282,7 @@ def test_force_replaces_releases_only(trained, tmp_path, kind):
         (out / "thesis.txt").write_text("three years")
     else:
         out.write_text("three years")
-    with pytest.raises(release.OutputExists, match=r"holds no manifest.json"):
+    with pytest.raises(OutputExists, match=r"holds no manifest.json"):
         run(trained, out, force=True)
     assert (out / "thesis.txt" if kind == "folder" else out).read_text() == "three years"
 
@@ -287,7 +291,7 @@ def test_a_failed_replacement_leaves_the_old_release(trained, tmp_path, monkeypa
     out = tmp_path / "out"
     run(trained, out)
     old = digests(out)
-    monkeypatch.setattr(release, "check_export", lambda *_, **__: (_ for _ in ()).throw(ReparamError("broken")))
+    monkeypatch.setattr(steps, "check_export", lambda *_, **__: (_ for _ in ()).throw(ReparamError("broken")))
     with pytest.raises(ReparamError, match="broken"):
         run(trained, out, force=True)
     assert digests(out) == old
@@ -469,7 +473,7 @@ def test_the_command(project, capsys):
         "# later, or where it is used: is it whole, and right?", f"python {tools / 'reparam.py'} --check released",
     ]  # fmt: skip
     assert is_whole(project / "released")
-    manifest = json.loads((project / "released" / release.MANIFEST).read_text())
+    manifest = json.loads((project / "released" / MANIFEST).read_text())
     assert manifest["output"] == {"activation": "softmax", "keys": [], "left_out": []}
     assert manifest["source"]["config"]["name"] == "config.yaml"
     assert manifest["source"]["weights"]["name"] == "trained.pdparams"
@@ -480,7 +484,7 @@ def test_the_command(project, capsys):
 
     stock = ppcls.setup().arch.MobileNetV1_x0_25(class_num=10)
     stock.eval()
-    checkpoints.load_into(stock, project / "released" / release.PLAIN_WEIGHTS)
+    checkpoints.load_into(stock, project / "released" / PLAIN_WEIGHTS)
     x = paddle.randn([2, 3, 32, 32])
     (probabilities,) = InferenceModel(project / "released").run(x.numpy())
     assert relative_error(probabilities, nn.functional.softmax(stock(x))) < 1e-4

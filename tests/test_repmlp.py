@@ -13,7 +13,8 @@ import pytest
 from helpers import as_array, relative_error
 from paddle import nn
 
-from paddle_reparam.deploy.export import InferenceModel, export_inference
+from paddle_reparam import InferenceModel
+from paddle_reparam.deploy.export import export_inference
 from paddle_reparam.errors import ReparamError, UnsupportedConv
 from paddle_reparam.layers.repmlp import RepMLP, RepMLPFitted, RepMLPFused
 from paddle_reparam.surgery.rewrite import reparameterize, replace

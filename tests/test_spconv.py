@@ -8,8 +8,10 @@ import pytest
 from helpers import as_array, randomise_batch_norms, relative_error
 from paddle import nn
 
+from paddle_reparam import InferenceModel
 from paddle_reparam.arithmetic.geometry import ConvGeometry
-from paddle_reparam.deploy.export import InferenceModel, LoadedProgram, export_inference
+from paddle_reparam.deploy.export import export_inference
+from paddle_reparam.deploy.runtimes.executor import LoadedProgram
 from paddle_reparam.errors import UnsupportedConv
 from paddle_reparam.layers.spconv import SPConv2D, SPConv2DFused
 

@@ -11,9 +11,12 @@ from paddle import nn
 from paddle.nn.utils import spectral_norm, weight_norm
 
 from paddle_reparam import list_layers, release, save
-from paddle_reparam.deploy.export import FORMATS, ExportOptions, LoadedProgram, export_inference
+from paddle_reparam.deploy.export import ExportOptions, export_inference
 from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
-from paddle_reparam.deploy.onnx_export import OnnxModel, export_onnx
+from paddle_reparam.deploy.onnx_export import export_onnx
+from paddle_reparam.deploy.programs import FORMATS
+from paddle_reparam.deploy.runtimes.executor import LoadedProgram
+from paddle_reparam.deploy.runtimes.onnx_runtime import OnnxModel
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.registry import get_layer
 from paddle_reparam.weights import checkpoints

@@ -19,11 +19,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from paddle_reparam.deploy.runtimes import RUNTIMES, get_runtime
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam import list_layers, list_models
 from paddle_reparam.arithmetic.geometry import ConvGeometry
-from paddle_reparam.deploy.export import program_file
+from paddle_reparam.deploy.programs import program_file
 from paddle_reparam.deploy.released import MANIFEST, check_files, read_manifest
 from paddle_reparam.errors import ReparamError, UsageError, exit_code
 from paddle_reparam.files import atomic_write
@@ -82,8 +84,9 @@ def parser_of() -> argparse.ArgumentParser:
         )
     infer.add_argument("--batch", type=positive, nargs="+", default=[1])
     infer.add_argument(
-        "--runtime", nargs="+", choices=sorted(benchmark.RUNTIMES), default=["onednn"],
-        help="onednn and plain are Paddle Inference on the CPU, with oneDNN and without; gpu has not been tried yet",
+        "--runtime", nargs="+", choices=[runtime.name for runtime in RUNTIMES], default=["onednn"],
+        help="; ".join(f"{each.name}: {each.title}, {' and '.join(each.precisions)}" for each in RUNTIMES)
+        + "; gpu has not been tried yet",
     )  # fmt: skip
     profile.add_argument("--batch", type=positive, default=1)
     sweep = commands.add_parser("sweep", help="networks as their work grows")
@@ -127,7 +130,7 @@ def check(given: argparse.Namespace) -> None:
             raise ConfigError(f"--{option} {file}: its folder cannot be made: {error.strerror}") from error
     for runtime in getattr(given, "runtime", []):
         with as_wrong_usage(f"--runtime {runtime}"):
-            benchmark.check_runtime(runtime)
+            get_runtime(runtime).require()
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam.deploy.export import THRESHOLD
+from paddle_reparam.deploy.outputs import THRESHOLD
 from paddle_reparam.deploy.predict import ImageClassifier, Prediction, find_images, format_predictions
 from paddle_reparam.deploy.sheet import ON_A_SHEET, draw_sheet
 from paddle_reparam.errors import ReparamError, exit_code, printable

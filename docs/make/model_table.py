@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from paddle_reparam.deploy.export import InferenceModel
+from paddle_reparam import InferenceModel
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
 from paddle_reparam.measure import catalogue

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -16,23 +14,13 @@ import paddle
 
 from ..errors import ReparamError, one_sentence
 from ..files import Folder
-from .export import FILE_NAME, WEIGHTS_SUFFIX, in_order, program_file
+from .programs import WEIGHTS_SUFFIX, program_file
+from .runtimes.onnx_runtime import ONNX_FILE, OnnxModel, need
 
-ONNX_FILE = f"{FILE_NAME}.onnx"
 #: What writes, checks and runs it.
 PACKAGES = ("paddle2onnx", "onnx", "onnxruntime")
 #: The opset that is written: LayerNorm is one operator from 17 on.
 OPSET = 17
-
-
-def need(package: str) -> ModuleType:
-    """Import a package of the extra `onnx`; raises `ReparamError` where it is missing or does not fit this Paddle."""
-    try:
-        return importlib.import_module(package)
-    except (ImportError, ValueError) as error:  # paddle2onnx raises the latter on Paddle 2
-        raise ReparamError(
-            f"ONNX needs the package {package} ({error}); pip install 'paddle-reparam[onnx]', on Paddle 3"
-        ) from error
 
 
 def onnx_versions() -> dict[str, str]:
@@ -118,34 +106,6 @@ def _mend_group_norms(graph: Any, program: Path) -> None:
     for node, epsilon in zip(nodes, epsilons):
         del node.attribute[:]
         node.attribute.append(need("onnx").helper.make_attribute("epsilon", float(epsilon)))
-
-
-class OnnxModel:
-    """An ONNX file on the CPU, run by onnxruntime; called and run as an `InferenceModel` is."""
-
-    def __init__(self, path: Folder, threads: int = 1) -> None:
-        """Load a file; raises `ReparamError` where onnxruntime is missing or cannot load it."""
-        onnxruntime = need("onnxruntime")
-        self.name = str(path)
-        with one_sentence(f"{path}: onnxruntime cannot load it"):
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            options.log_severity_level = 3
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self.output_shapes = [node.shape for node in self._session.get_outputs()]
-        self.inputs = in_order([node.name for node in self._session.get_inputs()])
-        #: What the file says of itself, name -> text.
-        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
-
-    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
-        """Return the outputs for the inputs, in the order in which the network takes them."""
-        if len(self.inputs) != len(inputs):
-            raise ReparamError(f"{self.name}: it takes {len(self.inputs)} inputs ({self.inputs}), not {len(inputs)}")
-        with one_sentence(f"{self.name}: onnxruntime cannot run it"):
-            return self._session.run(None, dict(zip(self.inputs, inputs)))
-
-    def __call__(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
-        return [paddle.to_tensor(array) for array in self.run(*(x.numpy() for x in inputs))]
 
 
 def _convert(program: str, path: str) -> None:

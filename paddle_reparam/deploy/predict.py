@@ -14,9 +14,10 @@ from ..errors import MissingFile, ReparamError, UsageError, one_sentence, printa
 from ..files import Folder
 from ..images import IMAGE_SUFFIXES, images_below, read_rgb
 from ..report import format_row, shown_width
-from .export import THRESHOLD, InferenceModel
-from .onnx_export import OnnxModel
+from .outputs import THRESHOLD
 from .released import check_files, manifest_of_onnx, read_manifest
+from .runtimes.onnx_runtime import OnnxModel
+from .runtimes.paddle_inference import InferenceModel
 
 #: The steps of PaddleClas that are known here, in the order in which a config may have them.
 STEPS = ("DecodeImage", "ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage", "ToGray")

@@ -14,8 +14,8 @@ from ..arithmetic.tensors import to_float64
 from ..errors import ReparamError, UsageError, one_sentence
 from ..files import Folder, atomic_write
 from ..report import Report, format_table
-from .export import THRESHOLD
-from .onnx_export import OnnxModel, need
+from .outputs import THRESHOLD
+from .runtimes.onnx_runtime import OnnxModel, need
 
 #: A channel whose largest weight is so many times the median channel's stands out.
 OUTLIER = 10.0

@@ -22,18 +22,10 @@ from ..report import Report, format_table
 from ..surgery.tracing import unchanged
 from ..surgery.verify import compare_outputs
 from ..weights import checkpoints
-from .export import (
-    InferenceModel,
-    LoadedProgram,
-    Normalization,
-    OfPixels,
-    OutputSpec,
-    comparable,
-    program_file,
-    reference_outputs,
-)
 from .manifest_form import MANIFEST_FORM, Misfit
-from .onnx_export import ONNX_FILE, OnnxModel, need
+from .outputs import Normalization, OfPixels, OutputSpec, comparable, reference_outputs
+from .runtimes import proving
+from .runtimes.onnx_runtime import OnnxModel
 
 MANIFEST = "manifest.json"
 PLAIN_WEIGHTS = "plain.pdparams"
@@ -253,17 +245,13 @@ def check_release(folder: Folder, stock: nn.Layer | None = None) -> CheckReport:
                 f"with a relative error of {error:.1e} (tolerance {report.tolerance:.0e})"
             )
 
-    program = program_file(folder).name
-    compare("Executor", program, LoadedProgram(folder).run(*x))
-    for way, onednn in (("Predictor, oneDNN", True), ("Predictor, no oneDNN", False)):
-        compare(way, program, InferenceModel(folder, onednn=onednn).run(*x))
-    if ONNX_FILE in files:
+    for runtime in proving(folder):
         try:
-            need("onnxruntime")
+            runtime.require()
         except ReparamError as missing:
-            report.not_run[ONNX_FILE] = str(missing)
+            report.not_run[runtime.title] = str(missing)
         else:
-            compare("onnxruntime", ONNX_FILE, OnnxModel(folder / ONNX_FILE).run(*x))
+            compare(runtime.title, runtime.file(folder).name, runtime.load(folder).run(*x))
     if PLAIN_WEIGHTS in files:
         if stock is None:
             report.not_run[PLAIN_WEIGHTS] = "the stock network was not given"

@@ -1,10 +1,12 @@
 """The layers, one paper a file; importing this package registers them."""
 
-from . import dcd as dcd
-from . import dcd_matrix as dcd_matrix
-from . import refconv as refconv
-from . import replknet as replknet
-from . import repmlp as repmlp
-from . import repmlpnet as repmlpnet
-from . import slak as slak
-from . import spconv as spconv
+from .dcd import DCDConv2D as DCDConv2D
+from .dcd import DCDLinear as DCDLinear
+from .dcd_matrix import DCDDepthwiseConv2D as DCDDepthwiseConv2D
+from .dcd_matrix import DCDMatrixConv2D as DCDMatrixConv2D
+from .refconv import RefConv2D as RefConv2D
+from .replknet import ReparamLargeKernelConv2D as ReparamLargeKernelConv2D
+from .repmlp import RepMLP as RepMLP
+from .repmlpnet import RepMLPBlock as RepMLPBlock
+from .slak import DecomposedLargeKernelConv2D as DecomposedLargeKernelConv2D
+from .spconv import SPConv2D as SPConv2D

@@ -12,8 +12,11 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ..deploy.export import WEIGHTS_SUFFIX, ExportOptions, InferenceModel, export_inference, program_file, require_gpu
-from ..deploy.onnx_export import ONNX_FILE, OnnxModel, export_onnx, onnx_versions
+from ..deploy.export import ExportOptions, export_inference
+from ..deploy.onnx_export import export_onnx
+from ..deploy.programs import WEIGHTS_SUFFIX, program_file
+from ..deploy.runtimes import get_runtime
+from ..deploy.runtimes.paddle_inference import InferenceModel
 from ..errors import ReparamError, one_sentence
 from ..files import Folder
 from ..report import Report, format_table
@@ -25,29 +28,12 @@ from .memory import own_peak
 from .profiling import ProfileReport, profile
 from .timing import Timing, alternate, in_new_process, machine_facts, memory_rate
 
-#: name -> what loads an exported folder for so many threads.
-RUNTIMES: dict[str, Callable[[Folder, int], Any]] = {
-    "onednn": lambda folder, threads: InferenceModel(folder, onednn=True, threads=threads),
-    "plain": lambda folder, threads: InferenceModel(folder, onednn=False, threads=threads),
-    "gpu": lambda folder, threads: InferenceModel(folder, threads=threads, gpu=True),
-    "onnxruntime": lambda folder, threads: OnnxModel(Path(folder) / ONNX_FILE, threads),
-}
-
-
 #: In which forms a network is exported: `dynamic size` is fused for images of every size, `fused` for those of one.
 FORMS = ("train form", "fused", "dynamic size")
 
 
 class WrongImages(ReparamError):
     """Images of a shape that a network does not take."""
-
-
-def check_runtime(name: str) -> None:
-    """Raise `ReparamError` where this machine cannot run a network in a runtime of `RUNTIMES`."""
-    if name == "gpu":
-        require_gpu()
-    if name == "onnxruntime":
-        onnx_versions()
 
 
 @dataclass
@@ -202,7 +188,7 @@ def run(
         ],
     )
     for runtime in runtimes:
-        models = [RUNTIMES[runtime](each.folder, threads) for each in contenders]
+        models = [get_runtime(runtime).load(each.folder, threads) for each in contenders]
         for batch in batch_sizes:
             progress(f"{runtime}, batch {batch}: {len(models)} networks in turns")
             inputs = [each.images(batch) for each in contenders]

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..deploy.export import WEIGHTS_SUFFIX, InferenceModel, program_file
+from ..deploy.programs import WEIGHTS_SUFFIX, program_file
+from ..deploy.runtimes.paddle_inference import InferenceModel
 from ..errors import ReparamError
 from ..files import Folder
 from ..report import Report, format_table

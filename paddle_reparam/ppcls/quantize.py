@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..deploy.export import Normalization
-from ..deploy.onnx_export import ONNX_FILE, OnnxModel
+from ..deploy.outputs import Normalization
 from ..deploy.quantization import KernelRange, QuantizationReport, export_int8
 from ..deploy.released import MANIFEST, check_files, read_manifest, sealed
+from ..deploy.runtimes.onnx_runtime import ONNX_FILE, OnnxModel
 from ..errors import exit_code
 from . import setup
 from .command import add_override, image_of, next_steps, read_config

@@ -16,7 +16,9 @@ from typing import Any
 import paddle
 from paddle import nn
 
-from ..deploy.export import FORMATS, ExportOptions, OutputSpec
+from ..deploy.export import ExportOptions
+from ..deploy.outputs import OutputSpec
+from ..deploy.programs import FORMATS
 from ..deploy.release import ReleaseReport, release
 from ..deploy.released import MANIFEST, check_release, read_manifest
 from ..errors import ReparamError, exit_code, one_sentence

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ..deploy.export import THRESHOLD, OutputSpec
+from ..deploy.outputs import THRESHOLD, OutputSpec
 
 #: What PaddleClas' scripts want to be told: one image at a time, on the CPU.
 _OF_PADDLECLAS = {

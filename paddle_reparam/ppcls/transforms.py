@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..deploy.export import Normalization
+from ..deploy.outputs import Normalization
 from ..deploy.predict import STEPS, to_gray
 from ..images import why_misread
 from .errors import ConfigError

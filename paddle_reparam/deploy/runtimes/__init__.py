@@ -1,0 +1,29 @@
+"""The runtimes that run what was exported: one file each, all under the protocol of `base.Runtime`.
+
+A new one is a file with its `RUNTIMES`, and a line here: then checks, the benchmark and prediction know it.
+"""
+
+from __future__ import annotations
+
+from ...files import Folder
+from ...registry import Registry
+from . import executor, onnx_runtime, paddle_inference
+from .base import LoadedNetwork as LoadedNetwork
+from .base import Runtime
+
+#: In the order in which a release is compared in them.
+RUNTIMES: tuple[Runtime, ...] = (*executor.RUNTIMES, *paddle_inference.RUNTIMES, *onnx_runtime.RUNTIMES)
+
+_by_name = Registry("runtime")
+for _runtime in RUNTIMES:
+    _by_name.add(_runtime.name, _runtime)
+
+
+def get_runtime(name: str) -> Runtime:
+    """Return a runtime by its name; raises `UnknownName` with the nearest ones."""
+    return _by_name.get(name)
+
+
+def proving(folder: Folder) -> list[Runtime]:
+    """Return the runtimes that a release in a folder is compared in: those with a file there."""
+    return [runtime for runtime in RUNTIMES if runtime.proves and runtime.file(folder) is not None]

@@ -1,0 +1,67 @@
+"""What every runtime keeps to, so that checks, the benchmark and prediction know none of them by name."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import paddle
+
+from ...errors import ReparamError, one_sentence
+from ...files import Folder
+
+
+class LoadedNetwork(ABC):
+    """A network that a runtime has loaded. Call it with Tensors, as a layer; `run` takes and returns arrays."""
+
+    #: What runs it, for errors.
+    runtime: str
+
+    def __init__(self, name: str, inputs: Sequence[str]) -> None:
+        """Keep what was loaded, by `name`, and the names of its inputs in the order in which `run` takes them."""
+        self.name, self.inputs = name, list(inputs)
+
+    def run(self, *inputs: np.ndarray) -> list[np.ndarray]:
+        """Return the outputs for the inputs, in the order of `inputs`, their names."""
+        if len(self.inputs) != len(inputs):
+            raise ReparamError(f"{self.name}: it takes {len(self.inputs)} inputs ({self.inputs}), not {len(inputs)}")
+        with one_sentence(f"{self.name}: {self.runtime} cannot run it"):
+            return self.outputs_of(dict(zip(self.inputs, inputs)))
+
+    @abstractmethod
+    def outputs_of(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Return the outputs for arrays by the names of the inputs."""
+
+    def __call__(self, *inputs: paddle.Tensor) -> list[paddle.Tensor]:
+        return [paddle.to_tensor(array) for array in self.run(*(x.numpy() for x in inputs))]
+
+
+class Runtime(Protocol):
+    """A way to run what an export's folder holds."""
+
+    #: What commands call it.
+    name: str
+    #: What reports and manifests call it.
+    title: str
+    #: In which precisions it computes.
+    precisions: tuple[str, ...]
+    #: Whether what is released is compared in it.
+    proves: bool
+
+    def version(self) -> str:
+        """Return the package that runs it, with its version; raises as `require` does."""
+
+    def require(self) -> None:
+        """Raise `ReparamError` with what this machine lacks to run it."""
+
+    def file(self, folder: Folder) -> Path | None:
+        """Return the file of a folder that it loads; None where there is none."""
+
+    def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> LoadedNetwork:
+        """Load a folder; without `keep_shapes`, keep as little as can be between inputs of different shapes.
+
+        Raises `ReparamError` where it cannot be loaded.
+        """

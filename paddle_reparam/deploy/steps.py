@@ -1,0 +1,329 @@
+"""The steps of a release, each a function of what is at work; a check is a row that compares with the train form."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from .. import __version__
+from ..arithmetic.geometry import BATCH_NORMS
+from ..errors import NothingProven, ReparamError
+from ..files import Folder, digest
+from ..surgery.flops import ModelSize, measure
+from ..surgery.places import RewriteReport
+from ..surgery.rewrite import reparameterize
+from ..surgery.tracing import InputSpec, input_shapes, sample_inputs, unchanged, walk
+from ..surgery.verify import VerifyReport, verify
+from ..weights import checkpoints
+from .checks import check_export
+from .export import ExportOptions, export_inference, input_names
+from .onnx_export import export_onnx, onnx_versions
+from .outputs import OutputSpec, left_out
+from .quantization import quantization_report
+from .released import PLAIN_WEIGHTS, PROBE, probe_hash, probe_inputs, probe_output, write_manifest, write_probe
+
+
+@dataclass
+class Work:
+    """What a release was asked for, and, from `source` on, what its steps have made of it so far."""
+
+    model: nn.Layer
+    weights: Folder
+    input_spec: InputSpec
+    output: OutputSpec
+    options: ExportOptions
+    load: Callable[[nn.Layer, Folder], Any]
+    stock: nn.Layer | None
+    #: Why there is no plain weight file; None where there is one.
+    why_no_plain: str | None
+    texts: Mapping[str, str]
+    facts: Mapping[str, Any]
+    tolerance: float
+    source: dict[str, Any] = field(default_factory=dict)
+    #: What the network puts out and the export does not.
+    left_out: list[str] = field(default_factory=list)
+    fused: nn.Layer | None = None
+    fusing: RewriteReport = field(default_factory=RewriteReport)
+    sizes: dict[str, ModelSize] = field(default_factory=dict)
+    plain: dict[str, paddle.Tensor] | None = None
+    manifest: dict[str, Any] = field(default_factory=dict)
+    #: The folder that is being filled.
+    folder: Path = Path()
+    #: File of the folder -> its size and hash.
+    written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    checks: dict[str, VerifyReport] = field(default_factory=dict)
+
+    @property
+    def second(self) -> InputSpec | None:
+        """Larger images of another shape, as large as every network's strides divide; None for one size only."""
+        if not self.options.dynamic_size:
+            return None
+        larger = {
+            name: [*shape[:2], *(size + 32 * more for more, size in enumerate(shape[2:], 1))]
+            for name, shape in input_shapes(self.input_spec).items()
+        }
+        return larger if isinstance(self.input_spec, Mapping) else list(larger.values())
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is done, the function that does it, and whether there is anything to do."""
+
+    name: str
+    do: Callable[[Work], None]
+    when: Callable[[Work], bool] = lambda work: True
+
+
+def check(
+    name: str, compare: Callable[[Work], Mapping[str, VerifyReport]], when: Callable[[Work], bool] = lambda work: True
+) -> Step:
+    """Return the step that fails where one of the reports of a comparison says so, and keeps them otherwise."""
+
+    def do(work: Work) -> None:
+        for what, report in compare(work).items():
+            report.raise_if_failed(what)
+            work.checks[what] = report
+
+    return Step(name, do, when)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Making
+
+
+def load_weights(work: Work) -> None:
+    """Load the weight file, which must be the same before and after."""
+    before = digest(Path(work.weights))
+    work.load(work.model, work.weights)
+    work.source = digest(Path(work.weights))
+    if before != work.source:
+        raise ReparamError(f"{work.weights}: it changed while it was read; wait until it is written and run again")
+    work.model.eval()
+
+
+def run_network(work: Work) -> None:
+    """Find out which of the network's outputs are exported."""
+    with paddle.no_grad(), unchanged(work.model):
+        outputs = work.model(*sample_inputs(work.input_spec, 1, seed=0, like=work.model))
+        work.left_out = left_out(outputs, work.output)
+
+
+def fused_form(work: Work) -> tuple[nn.Layer, RewriteReport]:
+    """Return the network as it is exported."""
+    fixed_size = not work.options.dynamic_size
+    return reparameterize(work.model, fold_bn=True, input_spec=work.input_spec, fixed_size=fixed_size)
+
+
+def fuse(work: Work) -> None:
+    """Fuse the network."""
+    work.fused, work.fusing = fused_form(work)
+
+
+def count(work: Work) -> None:
+    """Count both forms."""
+    work.sizes = {form: measure(network, work.input_spec) for form, network in both_forms(work).items()}
+
+
+def both_forms(work: Work) -> dict[str, nn.Layer]:
+    """Return form -> network, by the names in a manifest."""
+    return {"train_form": work.model, "fused": work.fused}
+
+
+def fuse_plain(work: Work) -> None:
+    """Keep the fused network's state with its BNs where it is one of the stock network's, or say why it is not."""
+    work.plain, work.why_no_plain = plain_weights(work.model, work.stock)
+
+
+def plain_weights(model: nn.Layer, stock: nn.Layer) -> tuple[dict[str, paddle.Tensor] | None, str | None]:
+    """Return the fused network's state with its BNs kept where it is one of `stock`; else None and the reason."""
+    fused, _ = reparameterize(model, fold_bn=False)
+    state = fused.state_dict()
+    ours = {name: list(tensor.shape) for name, tensor in state.items()}
+    theirs = {name: list(tensor.shape) for name, tensor in stock.state_dict().items()}
+    different = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
+    if different:
+        name = different[0]
+        return None, (
+            f"{len(different)} entries of the fused network are not those of the stock one, the first is {name} "
+            f"(fused {ours.get(name, 'has none')}, stock {theirs.get(name, 'has none')})"
+        )
+    return state, None
+
+
+def describe(work: Work) -> None:
+    """Say in the manifest what the network is and what was done to it."""
+    options, norms = work.options, {id(layer): layer for _, layer in walk(work.model) if isinstance(layer, BATCH_NORMS)}
+    work.manifest = {
+        "tool": {"name": "paddle-reparam", "version": __version__},
+        "versions": {
+            "python": platform.python_version(), "paddle": paddle.__version__, "numpy": np.__version__,
+            **(onnx_versions() if options.onnx else {}),
+        },
+        "source": {"weights": {"name": str(work.weights), **work.source}},
+        "input": {
+            "shape": list(input_shapes(work.input_spec).values()),
+            "names": input_names(work.input_spec) if isinstance(work.input_spec, Mapping) else None,
+            "dtype": options.input_dtype(work.model),
+            "size": "dynamic" if options.dynamic_size else "fixed",
+            "normalization": None if options.normalization is None else asdict(options.normalization),
+        },
+        "output": {
+            "activation": work.output.activation, "keys": list(work.output.keys), "left_out": work.left_out,
+        },
+        "batch_norm_epsilons": dict(Counter(repr(float(norm._epsilon)) for norm in norms.values())),
+        "size": {form: asdict(size) for form, size in work.sizes.items()},
+        "fusing": work.fusing.to_dict(),
+        "quantization": quantization_report(work.fused).to_dict(),
+        "plain_weights": {"file": PLAIN_WEIGHTS if work.plain else None, "why_none": work.why_no_plain},
+    }  # fmt: skip
+    _merge(work.manifest, work.facts)
+
+
+def _merge(manifest: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    for key, value in facts.items():
+        if isinstance(value, Mapping):
+            _merge(manifest.setdefault(key, {}), value)
+        else:
+            manifest[key] = value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def export(work: Work) -> None:
+    """Write the fused network; its layers are then let go, since what was exported is about to be here as well."""
+    export_inference(work.fused, work.folder, work.input_spec, work.output, work.options)
+    work.fused = None
+
+
+def convert(work: Work) -> None:
+    """Write the ONNX file."""
+    export_onnx(work.folder)
+
+
+def write_files(work: Work) -> None:
+    """Write the plain weight file and the texts, and keep the hashes of all that is there."""
+    if work.plain is not None:
+        checkpoints.save(work.plain, work.folder / PLAIN_WEIGHTS)
+    for name, text in work.texts.items():
+        (work.folder / name).write_text(text, encoding="utf-8")
+    work.written = {path.name: digest(path) for path in sorted(work.folder.iterdir())}
+
+
+def seal(work: Work) -> None:
+    """Write the probe with what the train form gives for it, and the manifest; no file has changed since it was
+    written.
+    """
+    manifest, normalization = work.manifest, work.options.normalization
+    scale = 1.0 if normalization else work.checks[LAST].input_scale
+    probe = probe_inputs(manifest["input"], scale)
+    write_probe(work.folder, probe_output(work.model, probe, manifest["input"]["names"], work.output, normalization))
+    work.written[PROBE] = digest(work.folder / PROBE)
+    manifest["probe"] = {
+        "scale": scale,
+        "input_sha256": probe_hash(probe),
+        "tolerance": max(report.tolerance for report in work.checks.values()),
+    }
+    manifest["files"] = work.written
+    manifest["checks"] = {name: report.to_dict() for name, report in work.checks.items()}
+    write_manifest(work.folder, manifest)
+    if {name: digest(work.folder / name) for name in work.written} != work.written:
+        raise ReparamError("a file changed after it was written; the disk may be failing, run again")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing
+
+
+def compare_fused(work: Work) -> dict[str, VerifyReport]:
+    """Compare the fused network with the train form, layer by layer."""
+    return {"fused network": verify(work.model, work.fused, work.input_spec, tolerance=work.tolerance)}
+
+
+def compare_fused_larger(work: Work) -> dict[str, VerifyReport]:
+    """Compare the fused network with the train form on larger images."""
+    size = size_of(work.second)
+    try:
+        return {f"fused network, {size}": verify(work.model, work.fused, work.second, tolerance=work.tolerance)}
+    except ReparamError as error:
+        raise error.at(f"could not compare at a second size, {size}") from error
+
+
+def compare_stock(work: Work) -> dict[str, VerifyReport]:
+    """Compare the stock network, which loads the plain weight file, with the train form."""
+    checkpoints.load_into(work.stock, work.folder / PLAIN_WEIGHTS)
+    report = verify(work.model, work.stock, work.input_spec, tolerance=work.tolerance)
+    return {"stock network, plain weights": report}
+
+
+def compare_export(work: Work) -> dict[str, VerifyReport]:
+    """Compare what was exported with the train form, in every runtime.
+
+    The probabilities of an untrained network are often the same for every input. Then a second export, which puts the
+    logits out, is compared as well: it differs from the first in nothing else, and is thrown away.
+    """
+    how = {"tolerance": work.tolerance, "normalization": work.options.normalization}
+    try:
+        return check_export(work.folder, work.model, work.input_spec, work.output, **how)
+    except NothingProven:
+        if work.output.activation is None:
+            raise
+    logits = OutputSpec("identity", work.output.keys)
+    with tempfile.TemporaryDirectory() as second:
+        export_inference(fused_form(work)[0], second, work.input_spec, logits, work.options)
+        if work.options.onnx:
+            export_onnx(second)
+        reports = check_export(second, work.model, work.input_spec, logits, **how)
+    reports = {f"{name}, logits": report for name, report in reports.items()}
+    loose = check_export(work.folder, work.model, work.input_spec, work.output, must_depend=False, **how)
+    return {**reports, **loose}
+
+
+def compare_export_larger(work: Work) -> dict[str, VerifyReport]:
+    """Compare what was exported with the train form on larger images, in every runtime."""
+    how = {"tolerance": work.tolerance, "normalization": work.options.normalization, "must_depend": False}
+    reports = check_export(work.folder, work.model, work.second, work.output, (2,), **how)
+    return {f"{name}, {size_of(work.second)}": report for name, report in reports.items()}
+
+
+def size_of(input_spec: InputSpec) -> str:
+    """Return the sizes of images, for reports."""
+    return ", ".join("x".join(map(str, shape[2:])) for shape in input_shapes(input_spec).values() if shape[2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In order
+
+#: Of the checks of an export, the one whose inputs' scale the probe gets.
+LAST = "Predictor, no oneDNN, batch 3"
+
+STEPS = (
+    Step("load the weights", load_weights),
+    Step("run the network", run_network),
+    Step("fuse", fuse),
+    check("compare with the train form, layer by layer", compare_fused),
+    check("compare with the train form on larger images", compare_fused_larger, lambda work: work.second is not None),
+    Step("count parameters and multiply-adds", count),
+    Step("fuse without folding BNs, for the plain weight file", fuse_plain, lambda work: work.stock is not None),
+    Step("describe it", describe),
+)
+
+STEPS_IN_A_FOLDER = (
+    Step("export for Paddle Inference", export),
+    Step("convert to ONNX", convert, lambda work: work.options.onnx),
+    Step("write the other files", write_files),
+    check("compare with the stock network, plain weights", compare_stock, lambda work: work.plain is not None),
+    check("compare with what was exported, in every runtime", compare_export),
+    check("compare with it on larger images", compare_export_larger, lambda work: work.second is not None),
+    Step("write the probe and the manifest", seal),
+)
