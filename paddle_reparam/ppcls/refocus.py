@@ -19,7 +19,8 @@ import paddle
 import yaml
 from paddle import nn
 
-from ..deploy.release import PLAIN_WEIGHTS, release
+from ..deploy.release import release
+from ..deploy.released import PLAIN_WEIGHTS
 from ..errors import CheckpointError, OutputExists, ReparamError, exit_code, one_sentence
 from ..files import atomic_write, digest
 from ..registry import Registry
