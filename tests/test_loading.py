@@ -180,7 +180,9 @@ def test_addresses_are_downloaded_and_read_here(files, monkeypatch):
         raise RuntimeError("Downloading failed with code 404!")
 
     monkeypatch.setattr(download, "get_path_from_url", fail)
-    with pytest.raises(ValueError, match="_pretrained.pdparams cannot be downloaded: .*code 404"):
+    with pytest.raises(
+        ValueError, match="_pretrained.pdparams cannot be downloaded, and is not in .*weights: .*code 404"
+    ):
         build({**STOCK, "class_num": 2, "pretrained": True})
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam.errors import exit_code
-from paddle_reparam.training.datasets import CHECKED_AT_ONCE, list_folder, write_digits
+from paddle_reparam.training.datasets import Checked, list_folder, write_digits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return result[0]
 
 
-def _show_progress(starts: Sequence[int]) -> Sequence[int]:
+def _show_progress(checked: Checked, count: int) -> Checked:
     from tqdm import tqdm
 
-    return tqdm(starts, desc="decode every image", unit=" images", unit_scale=CHECKED_AT_ONCE)
+    return tqdm(checked, "decode every image", count, unit=" images")
 
 
 if __name__ == "__main__":

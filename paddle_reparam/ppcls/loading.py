@@ -193,7 +193,7 @@ def _is_address(path: Any) -> bool:
 def weight_file(path: str) -> str:
     """Return the local file of what a config names: an address, a file, or one without its suffix."""
     if _is_address(path):
-        with one_sentence(f"{path} cannot be downloaded"):
+        with one_sentence(f"{path} cannot be downloaded, and is not in {download.WEIGHTS_HOME}"):
             # What was packed would be unpacked wherever it says.
             path = download.get_path_from_url(path, download.WEIGHTS_HOME, decompress=False)
     if not isinstance(path, (str, os.PathLike)):

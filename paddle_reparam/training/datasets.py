@@ -8,10 +8,11 @@ from __future__ import annotations
 import collections
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Callable, Optional
 
 import numpy as np
 
@@ -25,7 +26,10 @@ DELIMITER = "\t"
 #: Names of the folders for training and for validation, in small or large letters; of several the first counts.
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
-CHECKED_AT_ONCE = 256
+_CHECKED_AT_ONCE = 256
+
+#: Pairs of an image and why it cannot be read, if so.
+Checked = Iterable[tuple[Path, Optional[str]]]
 
 
 @dataclass
@@ -97,7 +101,7 @@ def list_folder(
     root: str | os.PathLike[str],
     force: bool = False,
     check_images: bool = True,
-    progress: Callable[[Sequence[int]], Iterable[int]] = lambda starts: starts,
+    progress: Callable[[Checked, int], Checked] = lambda checked, count: checked,
     val_share: float = 0.2,
 ) -> DatasetReport:
     """Write PaddleClas' list files into `root`, which holds a folder for each class.
@@ -107,7 +111,7 @@ def list_folder(
     two: always the same ones, and mostly the same when images were added.
 
     Classes are numbered in the order of their names. With `check_images` every image is decoded: PaddleClas puts a
-    random other image in the place of one that it cannot read. `progress` wraps the steps of `CHECKED_AT_ONCE` images.
+    random other image in the place of one that it cannot read. `progress` shows how far that is, of so many images.
     Raises `OutputExists` where list files stand there already, unless `force`, and `ReparamError` for folders that are
     missing, empty or without images, classes that differ, and all the images that cannot be read or listed. Nothing is
     then written.
@@ -228,18 +232,20 @@ def _refuse_unlistable(root: Path, paths: list[str]) -> None:
         )
 
 
-def _check_images(paths: list[Path], progress: Callable[[Sequence[int]], Iterable[int]]) -> None:
+def _check_images(paths: list[Path], progress: Callable[[Checked, int], Checked]) -> None:
     import cv2
 
-    broken: list[str] = []
+    def checked() -> Iterator[tuple[Path, str | None]]:
+        # OpenCV decodes without Python's lock, so threads help.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(paths), _CHECKED_AT_ONCE):
+                some = paths[start : start + _CHECKED_AT_ONCE]
+                yield from zip(some, pool.map(why_unreadable, some))
+
     # OpenCV would print what each of them is named with below.
     level = cv2.setLogLevel(0)
     try:
-        # OpenCV decodes without Python's lock, so threads help.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for start in progress(range(0, len(paths), CHECKED_AT_ONCE)):
-                some = paths[start : start + CHECKED_AT_ONCE]
-                broken += [f"{path}: {why}" for path, why in zip(some, pool.map(why_unreadable, some)) if why]
+        broken = [f"{path}: {why}" for path, why in progress(checked(), len(paths)) if why]
     finally:
         cv2.setLogLevel(level)
     if broken:
