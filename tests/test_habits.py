@@ -121,7 +121,9 @@ def test_modules_moved_as_the_changelog_says():
             module, _, function = name.partition(".")
             place = PACKAGE.joinpath(*new.strip(".").split("."))
             if function:
-                assert re.search(rf"^def {function}\(", place.with_suffix(".py").read_text("utf-8"), flags=re.M), name
+                assert re.search(
+                    rf"^(def|class) {function}\b", place.with_suffix(".py").read_text("utf-8"), flags=re.M
+                ), name
             else:
                 assert (place / f"{module}.py").is_file() or (place / module / "__init__.py").is_file(), name
                 assert not new or not (PACKAGE / f"{module}.py").exists(), f"{name} is where it was"
