@@ -495,6 +495,14 @@ def test_files_are_linked_by_what_they_hold(tmp_path, monkeypatch):
     assert_same(checkpoints.load(tmp_path / "sixth.pdparams"), checkpoints.load(tmp_path / "fifth.pdparams"))
 
 
+def test_a_set_that_is_half_in_place_is_put_there_again(tmp_path):
+    staged, place = tmp_path / "staged", tmp_path / "latest.pdparams"
+    staged.write_bytes(b"numbers")
+    for _ in range(2):
+        saving._link(staged, place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest.pdparams", "staged"]
+
+
 def test_the_sizes_of_checkpoints_are_said_before_the_first_step(place, uninterrupted, uninterrupted_slak):
     for run, kept in (("uninterrupted", 2), ("uninterrupted_slak", 4)):
         line, step = (place.log(run).index(text) for text in ("a checkpoint takes ", "[Train][Epoch 1/4][Iter: 0/2]"))
