@@ -8,7 +8,9 @@ picture than the one that was taken is refused here.
 
 from __future__ import annotations
 
+import collections
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +35,23 @@ def images_below(folder: str | os.PathLike[str]) -> list[Path]:
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
+
+
+def others_below(folders: Iterable[str | os.PathLike[str]]) -> dict[str, int]:
+    """Return ending of a name -> how many files with it below the folders are no images; hidden ones do not count."""
+    endings = collections.Counter(
+        path.suffix.lower() or path.name
+        for folder in folders
+        for path in Path(folder).rglob("*")
+        if path.suffix.lower() not in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    )
+    return dict(sorted(endings.items()))
+
+
+def left_out_sentence(others: Mapping[str, int]) -> str:
+    """Return what `others_below` found as a sentence."""
+    kinds = ", ".join(f"{count} {ending}" for ending, count in others.items())
+    return f"left out, as no images that are read here: {kinds}"
 
 
 def read_rgb(path: str | os.PathLike[str]) -> np.ndarray:

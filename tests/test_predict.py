@@ -171,6 +171,8 @@ def test_several_places_and_every_kind_of_image(project, tmp_path, capsys):
     folder, _ = project
     for name, (data, _) in {**READ, **REFUSED}.items():
         (tmp_path / name).write_bytes(data)
+    for name in ("a.heic", "b.HEIC", "notes.txt"):
+        (tmp_path / name).write_bytes(b"what is not read")
     (tmp_path / "empty").mkdir()
     china, flower = (folder / "images" / name for name in ("china.png", "flower.png"))
     places = [flower, tmp_path, china, tmp_path / "empty", folder / "images"]
@@ -183,6 +185,7 @@ def test_several_places_and_every_kind_of_image(project, tmp_path, capsys):
     assert rows[0].startswith(str(flower))
     # Of which a Chinese character takes two.
     assert len({shown_width(row[: row.index("%")]) for row in rows}) == 1
+    assert error.startswith("left out, as no images that are read here: 2 .heic, 1 .txt\n")
     assert f"error: {len(REFUSED) + 1} of {len(READ) + len(REFUSED) + 3} are not labelled:" in error
     for name, (_, why) in {**REFUSED, "empty": (b"", "holds no image")}.items():
         assert re.search(rf"\n  {re.escape(str(tmp_path / name))}:? .*{why}", error)
@@ -235,6 +238,8 @@ def font_of(characters, file):
 @pytest.mark.parametrize("installed", ["", "猫", "猫的照片"])
 def test_a_sheet_has_names_and_labels_in_every_script(project, tmp_path, monkeypatch, capsys, installed):
     folder, _ = project
+    photos = tmp_path / "photos"
+    photos.mkdir()
     usual = [entry for entry in font_manager.fontManager.ttflist if entry.name == "DejaVu Sans"]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", usual)
     monkeypatch.setattr(
@@ -249,11 +254,11 @@ def test_a_sheet_has_names_and_labels_in_every_script(project, tmp_path, monkeyp
         "paddle_reparam.deploy.predict.ImageClassifier._label", lambda self, number: "猫 costs $2 or $3"
     )
     name = f"a name that is longer than a picture is wide, {'x' * 60} $1.png"
-    for path in (tmp_path / name, tmp_path / "猫的照片.png"):
+    for path in (photos / name, photos / "猫的照片.png"):
         path.write_bytes((folder / "images" / "china.png").read_bytes())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        arguments = [str(folder / "plain"), str(tmp_path), "--sheet", str(tmp_path / "sheet.png")]
+        arguments = [str(folder / "plain"), str(photos), "--sheet", str(tmp_path / "sheet.png")]
         assert tool("predict").main(arguments) == 0
     out, error = capsys.readouterr()
     assert out.endswith(f"written: {tmp_path / 'sheet.png'}, 2 images\n")

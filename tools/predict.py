@@ -13,6 +13,7 @@ from paddle_reparam.deploy.outputs import THRESHOLD
 from paddle_reparam.deploy.predict import ImageClassifier, Prediction, find_images, format_predictions
 from paddle_reparam.deploy.sheet import ON_A_SHEET, draw_sheet
 from paddle_reparam.errors import ReparamError, exit_code, printable
+from paddle_reparam.images import left_out_sentence, others_below
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,6 +74,9 @@ def _predict(given: argparse.Namespace) -> None:
                 "has, such as Noto Sans CJK",
                 file=sys.stderr,
             )
+    others = others_below(place for place in given.images if Path(place).is_dir())
+    if others:
+        print(printable(left_out_sentence(others)), file=sys.stderr)
     if failed and not labelled and len(failed) == 1:
         raise failed[0]
     if failed:

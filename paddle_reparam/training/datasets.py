@@ -18,7 +18,7 @@ import numpy as np
 
 from ..errors import BY_FORCE, OutputExists, ReparamError, UsageError, printable
 from ..files import atomic_write, new_folder
-from ..images import IMAGE_SUFFIXES, images_below, why_unreadable
+from ..images import IMAGE_SUFFIXES, images_below, left_out_sentence, others_below, why_unreadable
 from ..report import Report
 
 TRAIN_LIST, VAL_LIST, LABEL_NAMES = "train_list.txt", "val_list.txt", "label_names.txt"
@@ -59,8 +59,7 @@ class DatasetReport(Report):
         if lacking:
             lines.append(f"without an image for validation, as they have one only: {', '.join(lacking)}")
         if self.left_out:
-            kinds = ", ".join(f"{count} {ending}" for ending, count in self.left_out.items())
-            lines.append(f"left out, as no images that are read here: {kinds}")
+            lines.append(left_out_sentence(self.left_out))
         return "\n".join(map(printable, lines))
 
 
@@ -133,8 +132,8 @@ def list_folder(
     if check_images:
         _check_images(sorted(root / path for path, _ in (*train, *val)), progress)
     _write_whole(root, _lists(classes, train, val))
-    left_out = _left_out([root / part / name for part in given or (".",) for name in classes])
-    return _report(root, classes, train, val, left_out)
+    others = others_below([root / part / name for part in given or (".",) for name in classes])
+    return _report(root, classes, train, val, others)
 
 
 def _report(
@@ -251,17 +250,6 @@ def _check_images(paths: list[Path], progress: Callable[[Checked, int], Checked]
     if broken:
         named = "\n".join(broken)
         raise ReparamError(f"{len(broken)} of {len(paths)} images cannot be read; replace or remove:\n{named}")
-
-
-def _left_out(folders: list[Path]) -> dict[str, int]:
-    """Return ending of a name -> how many files with it below the folders are no images; hidden ones do not count."""
-    endings = collections.Counter(
-        path.suffix.lower() or path.name
-        for folder in folders
-        for path in folder.rglob("*")
-        if path.suffix.lower() not in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-    )
-    return dict(sorted(endings.items()))
 
 
 def _lists(classes: list[str], train: list[tuple[str, int]], val: list[tuple[str, int]]) -> dict[str, str]:
