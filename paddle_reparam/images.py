@@ -114,8 +114,11 @@ def _orientation(data: bytes) -> int:
 
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
-        return image.getexif().get(_ORIENTATION, 1)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # What is no EXIF, of an image that OpenCV decodes, says nothing.
+        return 1
 
 
 def _why_not_decoded(data: bytes) -> str:

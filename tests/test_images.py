@@ -53,6 +53,13 @@ def test_a_black_image_of_16_bits_is_one(tmp_path):
     assert not images.read_rgb(tmp_path / "black.png").any()
 
 
+def test_exif_that_is_none_turns_nothing(tmp_path):
+    # One entry, the orientation, which is a text.
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x04abc\0\0\0\0\0"
+    (tmp_path / "odd.webp").write_bytes(encoded(PICTURE, "WEBP", lossless=True, exif=exif))
+    np.testing.assert_array_equal(images.read_rgb(tmp_path / "odd.webp"), PICTURE)
+
+
 def test_what_a_newer_opencv_decodes_is_read(tmp_path, monkeypatch):
     """OpenCV 4.11 knows no GIF."""
     path = tmp_path / "gif.jpg"

@@ -117,8 +117,8 @@ def run(output: Path, epochs: int | None = None) -> None:
     following = [
         ["make visualdl", "both trainings, curve by curve"],
         [f"less {shown(exported / 'manifest.json')}", "what was exported and how it was checked"],
-        [f"{shown(Path(sys.executable))} tools/prepare_data.py folder --root DIR",
-         "your own images, in DIR/train/<class> and DIR/val/<class>"],
+        [f"{shown(Path(sys.executable))} tools/prepare_data.py folder --root dataset/own_photos",
+         "own photos, in dataset/own_photos/<class>: the first of README's five commands"],
     ]  # fmt: skip
     width = max(len(command) for command, _ in following)
     print("\n".join(f"  {command:{width}}  # {why}" for command, why in following))
