@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ def require_space(engine: Any, epoch: int) -> None:
         return
     size = checkpoint_size(engine, epoch)
     folder = engine.output_dir
+    os.makedirs(folder, exist_ok=True)
     disk = shutil.disk_usage(folder)
     if disk.total and disk.free < size.one:
         raise ReparamError(
