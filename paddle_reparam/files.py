@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -14,6 +15,11 @@ from pathlib import Path
 from typing import Any, Union
 
 from .errors import ReparamError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 Folder = Union[str, "os.PathLike[str]"]
 
@@ -70,12 +76,15 @@ def new_folder(target: Path, folder: Folder, replace: bool) -> Iterator[Path]:
 
     It lies beside the target, as `.NAME-*.partial`, and is flushed to the disk before it is put in place. An older
     folder is exchanged with the new one in a single step where the system can do that (Linux). Elsewhere it is moved
-    aside first: for the moment between two renames no folder has the name, and the old one is whole beside it. If the
-    process is killed, a `.partial` folder may be left; it can be deleted.
+    aside first: for the moment between two renames no folder has the name, and the old one is whole beside it. What a
+    killed process left beside the target is removed by the next one.
     """
     temporary = target.with_name(f".{target.name[:40]}-{secrets.token_hex(4)}.partial")
+    held = None
     try:
         temporary.mkdir(parents=True)
+        held = _hold(temporary)
+        _remove_what_killed_ones_left(target)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
             _flush(path)
@@ -90,6 +99,33 @@ def new_folder(target: Path, folder: Folder, replace: bool) -> Iterator[Path]:
         raise _as_it_will_be(error, temporary, folder) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def _hold(folder: Path) -> int | None:
+    """Return a descriptor that keeps other processes from holding a folder until it is closed, or this process ends.
+
+    None where another one holds it, or where it cannot be told.
+    """
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_what_killed_ones_left(target: Path) -> None:
+    for left in target.parent.glob(f".{glob.escape(target.name[:40])}-{'[0-9a-f]' * 8}.partial"):
+        with contextlib.suppress(OSError):
+            held = _hold(left)
+            if held is not None:
+                shutil.rmtree(left, ignore_errors=True)
+                os.close(held)
 
 
 def _as_it_will_be(error: ReparamError, temporary: Path, place: Folder) -> ReparamError:

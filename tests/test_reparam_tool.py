@@ -350,6 +350,12 @@ def test_a_killed_process_leaves_a_whole_folder(tmp_path, patch, expected):
         (out / name).write_text("old")
     killed_while_replacing(out, patch)
     assert {p.name: p.read_text() for p in out.iterdir()} == {"a": expected, "b": expected}
+    # What it left is gone after the next one, and what another one is writing is not.
+    with files.new_folder(out, out, replace=True) as other, files.new_folder(out, out, replace=True) as new:
+        (new / "a").write_text("newer")
+        assert other.is_dir()
+        assert sorted(tmp_path.iterdir()) == sorted([out, other, new])
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_without_an_exchange_the_old_folder_is_moved_aside(tmp_path, monkeypatch):
