@@ -98,3 +98,12 @@ def test_commands_import_this_library_before_paddle():
             for name in ([each.module or ""] if isinstance(each, ast.ImportFrom) else [a.name for a in each.names])
         ]
         assert [name for name in modules if name in ("paddle", "paddle_reparam")][:1] != ["paddle"], path.name
+
+
+def test_every_room_is_on_the_page_and_no_module_is_long():
+    package = Path(paddle_reparam.__file__).parent
+    page = (package.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = [path.name for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()]
+    assert [name for name in rooms if name != "__init__.py" and f"`{name}" not in page] == []
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in package.rglob("*.py")}
+    assert {path: count for path, count in lines.items() if count > 450} == {}

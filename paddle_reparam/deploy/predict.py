@@ -16,8 +16,7 @@ from ..images import IMAGE_SUFFIXES, images_below, read_rgb
 from ..report import format_row, shown_width
 from .outputs import THRESHOLD
 from .released import check_files, manifest_of_onnx, read_manifest
-from .runtimes.onnx_runtime import OnnxModel
-from .runtimes.paddle_inference import InferenceModel
+from .runtimes import load_network
 
 #: The steps of PaddleClas that are known here, in the order in which a config may have them.
 STEPS = ("DecodeImage", "ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage", "ToGray")
@@ -160,7 +159,7 @@ class ImageClassifier:
         """Raises `ReparamError` for what is no release, is damaged, or cannot label images."""
         in_one_file = Path(release).is_file()
         if in_one_file:
-            network = OnnxModel(release)
+            network = load_network(release)
             manifest = manifest_of_onnx(network)
         else:
             manifest = read_manifest(release)
@@ -178,7 +177,7 @@ class ImageClassifier:
         #: Whether each label has a probability of its own.
         self.several_labels = activation == "sigmoid"
         # Photographs have many sizes: without `keep_shapes`, as a folder of them would fill the memory.
-        self._network = network if in_one_file else InferenceModel(release, keep_shapes=False)
+        self._network = network if in_one_file else load_network(release, keep_shapes=False)
 
     def predict(
         self,

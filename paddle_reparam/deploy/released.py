@@ -24,8 +24,7 @@ from ..surgery.verify import compare_outputs
 from ..weights import checkpoints
 from .manifest_form import MANIFEST_FORM, Misfit
 from .outputs import Normalization, OfPixels, OutputSpec, comparable, reference_outputs
-from .runtimes import proving
-from .runtimes.onnx_runtime import OnnxModel
+from .runtimes import LoadedNetwork, proving
 
 MANIFEST = "manifest.json"
 PLAIN_WEIGHTS = "plain.pdparams"
@@ -84,7 +83,7 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
     return _unsealed(text, f"{path} is not as it was written", "release again")
 
 
-def manifest_of_onnx(model: OnnxModel) -> dict[str, Any]:
+def manifest_of_onnx(model: LoadedNetwork) -> dict[str, Any]:
     """Return the manifest of the release that an ONNX file was made of, which the file holds.
 
     Raises `ReparamError` for one without, and for a manifest that was changed.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,8 @@ class LoadedNetwork(ABC):
 
     #: What runs it, for errors.
     runtime: str
+    #: What its file says of itself beside the network, name -> text.
+    metadata: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, name: str, inputs: Sequence[str]) -> None:
         """Keep what was loaded, by `name`, and the names of its inputs in the order in which `run` takes them."""
@@ -58,10 +61,10 @@ class Runtime(Protocol):
         """Raise `ReparamError` with what this machine lacks to run it."""
 
     def file(self, folder: Folder) -> Path | None:
-        """Return the file of a folder that it loads; None where there is none."""
+        """Return the file of a folder that it loads, or the file itself; None where there is none."""
 
     def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> LoadedNetwork:
-        """Load a folder; without `keep_shapes`, keep as little as can be between inputs of different shapes.
+        """Load a folder, or a single file; without `keep_shapes`, keep little between inputs of different shapes.
 
         Raises `ReparamError` where it cannot be loaded.
         """

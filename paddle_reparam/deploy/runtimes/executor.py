@@ -81,9 +81,9 @@ class Executor:
     def require(self) -> None:
         """Ask for nothing: wherever Paddle is, it runs."""
 
-    def file(self, folder: Folder) -> Path:
-        """Return the program of an export; raises `ReparamError` where there is none."""
-        return program_file(folder)
+    def file(self, folder: Folder) -> Path | None:
+        """Return the program of an export, None for a single file; raises `ReparamError` where there is none."""
+        return None if Path(folder).is_file() else program_file(folder)
 
     def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> LoadedProgram:
         """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded.

@@ -41,7 +41,7 @@ class OnnxModel(LoadedNetwork):
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self.output_shapes = [node.shape for node in self._session.get_outputs()]
         #: What the file says of itself, name -> text.
-        self.metadata: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+        self.metadata = self._session.get_modelmeta().custom_metadata_map
         super().__init__(str(path), in_order([node.name for node in self._session.get_inputs()]))
 
     def outputs_of(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -65,13 +65,13 @@ class OnnxRuntime:
         need("onnxruntime")
 
     def file(self, folder: Folder) -> Path | None:
-        """Return the ONNX file of a folder; None where there is none."""
-        path = Path(folder) / ONNX_FILE
+        """Return the ONNX file of a folder, or a file itself; None where there is none."""
+        path = Path(folder) / ONNX_FILE if Path(folder).is_dir() else Path(folder)
         return path if path.is_file() else None
 
     def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> OnnxModel:
-        """Load the ONNX file of a folder; raises `ReparamError` where it cannot be loaded."""
-        return OnnxModel(Path(folder) / ONNX_FILE, threads)
+        """Load the ONNX file of a folder, or a file; raises `ReparamError` where it cannot be loaded."""
+        return OnnxModel(self.file(folder) or Path(folder) / ONNX_FILE, threads)
 
 
 RUNTIMES = (OnnxRuntime(),)

@@ -94,17 +94,19 @@ class PaddleInference:
         if self.gpu:
             require_gpu()
 
-    def file(self, folder: Folder) -> Path:
-        """Return the program of an export; raises `ReparamError` where there is none."""
-        return program_file(folder)
+    def file(self, folder: Folder) -> Path | None:
+        """Return the program of an export, None for a single file; raises `ReparamError` where there is none."""
+        return None if Path(folder).is_file() else program_file(folder)
 
     def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> InferenceModel:
         """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded."""
         return InferenceModel(folder, self.onednn, threads, self.gpu, keep_shapes)
 
 
+WITH_ONEDNN = PaddleInference("onednn", "Predictor, oneDNN", onednn=True)
+
 RUNTIMES = (
-    PaddleInference("onednn", "Predictor, oneDNN", onednn=True),
+    WITH_ONEDNN,
     PaddleInference("plain", "Predictor, no oneDNN"),
     PaddleInference("gpu", "Predictor, GPU", gpu=True, proves=False),
 )
