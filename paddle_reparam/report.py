@@ -42,6 +42,11 @@ def format_table(header: list[str], rows: list[list[Any]]) -> str:
     return "\n".join(format_row(row, widths, right) for row in [header, ["-" * width for width in widths], *rows])
 
 
+def format_markdown(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """Return rows as a table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *rows])
+
+
 class Report:
     """Base of the report dataclasses: JSON from their fields, text from `__str__`."""
 

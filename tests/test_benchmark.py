@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
+import benchmark as tool
+import benchmark_pages as page
 import numpy as np
 import paddle
 import pytest
@@ -21,12 +22,11 @@ from paddle_reparam.deploy.programs import program_file
 from paddle_reparam.deploy.runtimes import get_runtime
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.measure import benchmark
+from paddle_reparam.measure.charts import draw_curves
+from paddle_reparam.measure.sweeps import name_of, points_of
+from paddle_reparam.ppcls.contenders import contenders_of, images_of
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-
-import benchmark as tool  # noqa: E402
-import benchmark_pages as page  # noqa: E402
 
 SMALL = ["--size", "32", "--rounds", "5", "--threads", "1"]
 
@@ -85,7 +85,7 @@ def test_a_sweep_has_a_time_for_each_value(tmp_path, of, values):
     assert written["settings"]["values"] == [int(value) for value in values]
     if of == "size":
         assert written["contenders"][1]["macs"] > 3 * written["contenders"][0]["macs"]
-    points = page.points_of(written)["MobileNetV1_x0_25"]
+    points = points_of(written)["MobileNetV1_x0_25"]
     assert [point["median"] for point in points] == [each["median"] / each["batch"] for each in written["results"]]
     assert chart.is_file()
 
@@ -108,7 +108,7 @@ def test_a_dense_and_a_decomposed_kernel_grow_side_by_side(tmp_path):
     assert [each["macs"] for each in written["contenders"]] == [
         49 * pixels, 31 * 31 * pixels, 2 * 7 * 5 * pixels, 2 * 31 * 5 * pixels,
     ]  # fmt: skip
-    assert {target: len(points) for target, points in page.points_of(written).items()} == dict.fromkeys(layers, 2)
+    assert {target: len(points) for target, points in points_of(written).items()} == dict.fromkeys(layers, 2)
     assert all(each["peak_mib"] is None for each in written["contenders"])
 
 
@@ -146,7 +146,7 @@ def test_a_release_of_pixels_is_timed_with_its_sizes(tmp_path):
     [written] = json.loads(output.read_text())["contenders"]
     assert written["shape"] == [3, 16, 16]
     assert written["parameters"] == 3 * 8 * 9 + 8 + 8 * 4 + 4
-    [contender] = tool.contenders_of(str(tmp_path / "shipped"), tmp_path, (3, 16, 16))
+    [contender] = contenders_of(str(tmp_path / "shipped"), tmp_path, (3, 16, 16))
     images = contender.images(2)
     assert (images.shape, images.dtype) == ((2, 3, 16, 16), np.uint8)
     assert images.min() < 16 < 240 < images.max()
@@ -174,9 +174,9 @@ def test_times_on_images_of_two_sizes_are_not_compared(tmp_path, capsys, monkeyp
         ]:
             assert tool.main([command, *targets]) == 2
             assert message in capsys.readouterr().err
-    assert tool.images_of(["MobileNetV1_x0_25", places[16]], None) == (3, 16, 16)
-    assert tool.images_of(["MobileNetV1_x0_25"], None) == (3, 224, 224)
-    assert tool.images_of(["MobileNetV1_x0_25", places[16]], 16) == (3, 16, 16)
+    assert images_of(["MobileNetV1_x0_25", places[16]], None) == (3, 16, 16)
+    assert images_of(["MobileNetV1_x0_25"], None) == (3, 224, 224)
+    assert images_of(["MobileNetV1_x0_25", places[16]], 16) == (3, 16, 16)
 
 
 def test_a_profile_is_printed_and_written(tmp_path, capsys):
@@ -327,7 +327,7 @@ def test_a_missed_target_without_a_profile_makes_no_page():
 
 def sweep(of: str) -> dict:
     """Return what `sweep` would have written of two networks at two values."""
-    names = [(page.name_of(target, of, value), value if of == "batch" else 1, 4.0 * value * factor)
+    names = [(name_of(target, of, value), value if of == "batch" else 1, 4.0 * value * factor)
              for target, factor in (("a", 1), ("b", 3)) for value in (2, 4)]  # fmt: skip
     return {
         "machine": {"processor": "P"},
@@ -344,22 +344,22 @@ def test_a_sweep_is_shown_by_image():
     assert "| 4 | 16.00 (15.00 to 17.00) | 48.00 (47.00 to 49.00) | 3.000 |" in text
     assert "| 4 | 4.00 (3.75 to 4.25) | 12.00 (11.75 to 12.25) | 3.000 |" in text
     assert "`python tools/benchmark.py sweep ResNet50 ResNet50_SPConv --of size" in text
-    figure = page.draw_curves([sweep("size"), sweep("batch")])
+    figure = draw_curves([sweep("size"), sweep("batch")])
     drawn = [[line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes]
     assert drawn == [[[8.0, 16.0], [24.0, 48.0]], [[4.0, 4.0], [12.0, 12.0]]]
 
 
 def test_the_page_and_its_picture_are_what_was_measured():
     networks, sweeps = page.read_measured()
-    assert page.PAGE.read_text(encoding="utf-8") == page.page_of(networks, sweeps), "run tools/benchmark.py table"
+    assert page.PAGE.read_text(encoding="utf-8") == page.page_of(networks, sweeps), "run docs/make/benchmark_pages.py"
     with Image.open(page.PICTURE) as picture:
-        assert picture.info[page.DIGEST] == page.digest_of(sweeps), "run tools/benchmark.py table --pages"
+        assert picture.info[page.DIGEST] == page.digest_of(sweeps), "run docs/make/benchmark_pages.py"
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
 @pytest.mark.parametrize("stem", page.SWEEPS)
 def test_a_sweep_is_of_the_command_that_the_page_names(stem):
-    given = vars(tool.parser_of().parse_args(["sweep", *page.SWEEPS[stem].split()]))
+    given = vars(tool.parser_of().parse_args(page.command_of(stem).split()[2:]))
     settings = page.read_measured()[1][stem]["settings"]
     assert {key: settings[key] for key in ("of", "values", "size", "channels")} == {
         key: given[key] for key in ("of", "values", "size", "channels")
@@ -367,36 +367,26 @@ def test_a_sweep_is_of_the_command_that_the_page_names(stem):
     assert settings["targets"] == given["target"]
 
 
-@pytest.fixture
-def other_project(tmp_path, monkeypatch):
-    """Everything that `table` reads and writes, in a folder of its own."""
-    monkeypatch.setattr(page, "MEASURED", tmp_path)
-    for module in (tool, page):
-        for name in ("ROOT", "MEASURED"):
-            monkeypatch.setattr(module, name, tmp_path)
-        monkeypatch.setattr(module, "PAGE", tmp_path / "benchmarks.md")
-        monkeypatch.setattr(module, "PICTURE", tmp_path / "benchmarks.png")
-    return tmp_path
-
-
-def test_one_command_measures_and_writes_everything(other_project, monkeypatch, capsys):
+def test_one_command_measures_and_writes_everything(tmp_path, monkeypatch, capsys):
     small = "ResNet20_SPConv"
-    for module in (tool, page):
-        monkeypatch.setattr(module, "FOR_EVERY_SIZE", [small])
-        monkeypatch.setattr(module, "TARGETS", [(small, "MobileNetV1_x0_25", 0.001)])
-        monkeypatch.setattr(module, "SWEEPS", {"sweep_size": "MobileNetV1_x0_25 --of size --values 32 64"})
-    arguments = ["table", "--rounds", "5", "--threads", "1"]
-    assert tool.main(arguments) == 1
+    for name, value in {
+        "ROOT": tmp_path, "MEASURED": tmp_path, "PAGE": tmp_path / "benchmarks.md",
+        "PICTURE": tmp_path / "benchmarks.png", "FOR_EVERY_SIZE": [small], "THREADS": 1, "ROUNDS": 5,
+        "TARGETS": [(small, "MobileNetV1_x0_25", 0.001)],
+        "SWEEPS": {"sweep_size": {"targets": ["MobileNetV1_x0_25"], "of": "size", "values": [32, 64]}},
+    }.items():  # fmt: skip
+        monkeypatch.setattr(page, name, value)
+    assert page.main(["--measure"]) == 1
     assert f"missed: {small}" in capsys.readouterr().out
-    text = (other_project / "benchmarks.md").read_text(encoding="utf-8")
+    text = page.PAGE.read_text(encoding="utf-8")
     assert f"| {small} | calls | ms | calls, MobileNetV1_x0_25 |" in text
     assert "| side of the images | MobileNetV1_x0_25 |" in text
     assert re.search(rf"\| {small} \| [0-9.]+ \| [0-9.]+ \|", text.partition("## One size, or every size")[2])
-    picture = (other_project / "benchmarks.png").read_bytes()
-    for name in ("benchmarks.md", "benchmarks.png"):
-        (other_project / name).unlink()
-    measured = {path: path.read_bytes() for path in other_project.glob("*.json")}
-    assert tool.main(["table", "--pages"]) == 1
-    assert (other_project / "benchmarks.md").read_text(encoding="utf-8") == text
-    assert (other_project / "benchmarks.png").read_bytes() == picture
-    assert measured == {path: path.read_bytes() for path in other_project.glob("*.json")}
+    picture = page.PICTURE.read_bytes()
+    page.PAGE.unlink()
+    page.PICTURE.unlink()
+    measured = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    assert page.main([]) == 1
+    assert page.PAGE.read_text(encoding="utf-8") == text
+    assert page.PICTURE.read_bytes() == picture
+    assert measured == {path: path.read_bytes() for path in tmp_path.glob("*.json")}

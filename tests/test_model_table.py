@@ -22,7 +22,7 @@ def cells(line: str) -> list[str]:
 
 def rows_of(text: str) -> dict[tuple[str, ...], list[str]]:
     """Return (network, options, input, published top-1, source) -> the cells of its row."""
-    lines = [cells(line) for line in text.splitlines() if line.startswith("| ")][1:]
+    lines = [cells(line) for line in text.splitlines() if line.startswith("| ")][2:]
     return {(*line[:3], *line[9:11]): line for line in lines}
 
 

@@ -1,12 +1,11 @@
 """What Paddle is told about the processor."""
 
-import argparse
 import os
 
-import benchmark_step
 import pytest
 
 from paddle_reparam import ppcls
+from paddle_reparam.measure import steps
 from paddle_reparam.measure.processors import MKL_CODE, let_amd_multiply_fast
 
 AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu sse2 avx avx2 bmi2\n"
@@ -44,13 +43,11 @@ def test_whoever_trains_is_let_multiply_fast(monkeypatch):
     calls = []
     monkeypatch.setattr(ppcls, "let_amd_multiply_fast", lambda: calls.append("setup"))
     ppcls.setup()
-    monkeypatch.setattr(benchmark_step, "let_amd_multiply_fast", lambda: calls.append("step"))
-    monkeypatch.setattr(benchmark_step, "in_new_process", stop)
-    parser = argparse.ArgumentParser()
-    benchmark_step.add_step(parser.add_subparsers(dest="command", required=True))
+    monkeypatch.setattr(steps, "let_amd_multiply_fast", lambda: calls.append("step"))
+    monkeypatch.setattr(steps, "in_new_process", stop)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     with pytest.raises(ZeroDivisionError):
-        benchmark_step.run_step(parser.parse_args(["step", "--model", "SLaK_micro"]))
+        steps.measure_steps(steps.StepSettings("SLaK_micro"))
     assert calls == ["setup", "step"]
 
 

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from paddle_reparam.errors import ReparamError, exit_code, one_sentence
 from paddle_reparam.files import atomic_write
+from paddle_reparam.report import format_markdown
 from paddle_reparam.style import BLUE, GREEN, GREY, ORANGE, plain_axes
 
 BASELINE = "baseline"
@@ -104,8 +105,7 @@ def table_of(runs: list[dict[str, Any]]) -> str:
         if both:
             rows.append(_row(f"{first} - {second}", both, seeds, "{:+.2f}"))
     header = ["top-1, %", *(f"seed {seed}" for seed in seeds), "mean", "standard deviation"]
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return format_markdown(header, rows)
 
 
 def _row(name: str, values: dict[Any, float], seeds: list[Any], form: str) -> list[str]:

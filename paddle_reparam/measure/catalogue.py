@@ -15,6 +15,7 @@ from paddle import nn
 
 from ..errors import ReparamError
 from ..registry import Published, create_model, get_model, list_models
+from ..report import format_markdown
 from ..surgery.flops import measure
 from ..surgery.places import RewriteReport
 from ..surgery.rewrite import reparameterize
@@ -101,21 +102,20 @@ def to_markdown(rows: list[Row], configs: Mapping[str, list[str]], measured: Map
         "network", "options", "input", "parameters, M: train", "fused", "non-zero", "multiply-adds, M: train", "fused",
         "fusing gives", "published top-1, %", "source", "measured here", "config",
     ]  # fmt: skip
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    lines = []
     for row in rows:
         published = row.published
         options = ", ".join(f"{key}={value}" for key, value in published.options.items())
         same = row.nonzero_parameters == row.parameters
-        cells = [
+        lines.append([
             row.name, f"`{options}`" if options else "", str(published.input_size), _millions(row.parameters, 3),
             _millions(row.fused_parameters, 3), "" if same else _millions(row.nonzero_parameters, 3),
             _millions(row.macs, 1), _millions(row.fused_macs, 1), row.fusing,
             "" if published.top1 is None else f"{published.top1:.2f}", published.source,
             "" if options else _measured(measured.get(row.name)),
             " ".join(f"[{path.split('/')[0]}](../ppcls_configs/{path})" for path in configs.get(row.name, [])),
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        ])  # fmt: skip
+    return format_markdown(header, lines) + "\n"
 
 
 def _measured(result: Mapping[str, Any] | None) -> str:

@@ -1,21 +1,34 @@
-"""docs/benchmarks.md and its picture, made of files in docs/measured/ that `tools/benchmark.py table` measures."""
+"""Write docs/benchmarks.md and its picture from docs/measured/; --measure times all that is on it first.
+
+The exit code is 1 where a network takes longer than it was asked to.
+"""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from paddle_reparam.errors import exit_code
+from paddle_reparam.files import atomic_write
+from paddle_reparam.measure import benchmark
+from paddle_reparam.measure.charts import draw_curves
 from paddle_reparam.measure.profiling import limit_by_operations, limit_by_weights
-from paddle_reparam.style import BLUE, GREEN, GREY, ORANGE, plain_axes
+from paddle_reparam.measure.sweeps import GROWS, points_of
+from paddle_reparam.ppcls import contenders, setup
+from paddle_reparam.report import format_markdown
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "images" / "benchmarks.png"
 MEASURED = ROOT / "docs" / "measured"
@@ -37,25 +50,29 @@ TARGETS = [
 ]
 #: Of these the form for images of every size is timed as well.
 FOR_EVERY_SIZE = ["SLaK_tiny", "ResNet50_SPConv"]
-#: What may grow -> what it is called on an axis.
-GROWS = {"kernel_size": "kernel size", "size": "side of the images", "batch": "batch"}
-#: File in docs/measured -> the arguments of `sweep` that measure it.
-SWEEPS = {
-    "sweep_kernel_size": "ReparamLargeKernelConv2D DecomposedLargeKernelConv2D --of kernel_size "
-    "--values 7 13 21 31 41 51 61 --size 56 --channels 124",
-    "sweep_size": "ResNet50 ResNet50_SPConv --of size --values 128 192 224 256 320",
-    "sweep_batch": "ResNet50 ResNet50_SPConv --of batch --values 1 2 4 8 16",
-}
+#: With what is measured: threads of Paddle's kernels, and rounds in turns.
+THREADS, ROUNDS = 2, 30
+#: No more rounds of all networks in turns than fit into so many seconds, at batch 1 and at batch 8 each.
+SECONDS = 120.0
+#: File in docs/measured -> the sweep in it.
+SWEEPS: dict[str, dict[str, Any]] = {
+    "sweep_kernel_size": {
+        "targets": ["ReparamLargeKernelConv2D", "DecomposedLargeKernelConv2D"],
+        "of": "kernel_size", "values": [7, 13, 21, 31, 41, 51, 61], "size": 56, "channels": 124,
+    },
+    "sweep_size": {"targets": ["ResNet50", "ResNet50_SPConv"], "of": "size", "values": [128, 192, 224, 256, 320]},
+    "sweep_batch": {"targets": ["ResNet50", "ResNet50_SPConv"], "of": "batch", "values": [1, 2, 4, 8, 16]},
+}  # fmt: skip
 INTRODUCTION = """\
 # Benchmarks
 
 English | [简体中文](ch/benchmarks.md)
 
-Written by `python tools/benchmark.py table`; do not edit. Every network was fused, exported for images of 224 pixels,
-compared with its train form, and run by Paddle Inference with oneDNN; all of them in turns in one process, each beside
-its plain network, whose BNs were folded and which was exported in the same way. A ratio is the median of the network
-over the median of the plain one. "By operations" is the ratio of their multiply-adds: what the network would take if
-its operations ran as fast as the plain network's. Weights are random: speed does not depend on them.
+Written by `python docs/make/benchmark_pages.py`; do not edit. Every network was fused, exported for images of 224
+pixels, compared with its train form, and run by Paddle Inference with oneDNN; all of them in turns in one process, each
+beside its plain network, whose BNs were folded and which was exported in the same way. A ratio is the median of the
+network over the median of the plain one. "By operations" is the ratio of their multiply-adds: what the network would
+take if its operations ran as fast as the plain network's. Weights are random: speed does not depend on them.
 
 """
 LIMITS = """\
@@ -92,6 +109,59 @@ maps of SLaK_tiny's first stage: of the layers for large kernels, `ReparamLargeK
 """
 #: Kinds of primitives that take less of the run than this are not shown on their own.
 _SMALLEST_SHARE = 0.01
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 1 where a network fails, or misses its target."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measure", action="store_true", help="time all networks and sweeps first")
+    given = parser.parse_args(arguments)
+    with exit_code() as result:
+        if given.measure:
+            measure()
+        measured, sweeps = read_measured()
+        atomic_write(PICTURE, lambda path: save_picture(sweeps, path))
+        atomic_write(PAGE, lambda path: path.write_text(page_of(measured, sweeps), encoding="utf-8"))
+        missed = [f"missed: {row.network}" for row in rows_of(measured) if row.missed]
+        print(f"written: {PAGE.relative_to(ROOT)}", *missed, sep="\n")
+        result[0] = int(bool(missed))
+    return result[0]
+
+
+def measure() -> None:
+    """Measure the networks and the sweeps, and write a file for each."""
+    setup().utils.logger.init_logger(log_level="WARNING")
+    _write(NETWORKS, measure_networks())
+    for stem, sweep in SWEEPS.items():
+        _write(f"{stem}.json", contenders.sweep(**sweep, threads=THREADS, rounds=ROUNDS).to_dict())
+
+
+def measure_networks() -> dict[str, Any]:
+    """Time the networks of `TARGETS` and profile those that miss theirs; return what was measured."""
+    names = list(dict.fromkeys([*(plain for _, plain, _ in TARGETS), *(target for target, _, _ in TARGETS)]))
+    with tempfile.TemporaryDirectory() as folder:
+        exported = []
+        for name in tqdm(names, unit=" networks"):
+            forms = ("fused", "dynamic size") if name in FOR_EVERY_SIZE else ("fused",)
+            target = str(ROOT / name) if "/" in name else name
+            exported += contenders.contenders_of(target, Path(folder), (3, 224, 224), forms)
+        report = benchmark.run(exported, (1, 8), ["onednn"], THREADS, ROUNDS, seconds=SECONDS)
+        measured = report.to_dict()
+        missed = [row for row in rows_of(measured) if row.missed]
+        of_them = {name for row in missed for name in (row.plain, row.network)}
+        to_profile = [each for each in exported if each.form == "fused" and each.name in of_them]
+        profiles = benchmark.profile_all(to_profile, 1, THREADS, ROUNDS).to_dict()
+    print(report)
+    return {**measured, "memory_rate": profiles["memory_rate"], "profiles": profiles["profiles"]}
+
+
+def _write(name: str, measured: Mapping[str, Any]) -> None:
+    text = json.dumps(measured, indent=2, sort_keys=True) + "\n"
+    atomic_write(MEASURED / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
 
 
 @dataclass
@@ -143,7 +213,7 @@ def read_measured() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 def page_of(measured: Mapping[str, Any], sweeps: Mapping[str, Mapping[str, Any]]) -> str:
     """Return docs/benchmarks.md for what was measured."""
     rows = rows_of(measured)
-    table = markdown_table(
+    table = format_markdown(
         ["network", "plain network", "ratio", "asked for", "ratio, batch 8", "by operations", "ms (quartiles)"],
         [[row.network, row.plain, f"{row.ratio:.3f}", f"{row.most:.2f}", f"{row.ratio_of_eight:.3f}",
           f"{row.by_operations:.2f}", row.milliseconds] for row in rows],
@@ -163,19 +233,13 @@ def page_of(measured: Mapping[str, Any], sweeps: Mapping[str, Mapping[str, Any]]
     parts += [EVERY_SIZE.strip(), _generated("every size", every_size)] if every_size else []
     parts.append(GROWTH.strip())
     for stem, sweep in sweeps.items():
-        command = f"`python tools/benchmark.py sweep {SWEEPS[stem]}`"
-        parts.append(_generated(stem, command, _sweep_table(sweep), _conditions(sweep)))
+        parts.append(_generated(stem, f"`{command_of(stem)}`", _sweep_table(sweep), _conditions(sweep)))
     return "\n\n".join(parts) + "\n"
 
 
 def _generated(name: str, *parts: str) -> str:
     """Return parts of a page between the lines that say that they are the same in every language."""
     return "\n".join([f"<!-- {name} -->", "\n\n".join(parts), "<!-- end -->"])
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table for a page."""
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in [header, ["---"] * len(header), *rows])
 
 
 def _for_every_size(measured: Mapping[str, Any]) -> str:
@@ -189,7 +253,7 @@ def _for_every_size(measured: Mapping[str, Any]) -> str:
             if (name, "dynamic size", batch) in times
         ]
         rows += [[name, *ratios]] if ratios else []
-    return markdown_table(["network", "ratio", "ratio, batch 8"], rows) if rows else ""
+    return format_markdown(["network", "ratio", "ratio, batch 8"], rows) if rows else ""
 
 
 def _limits(measured: Mapping[str, Any], missed: Sequence[Row]) -> str:
@@ -199,7 +263,7 @@ def _limits(measured: Mapping[str, Any], missed: Sequence[Row]) -> str:
     weights = {each["name"]: each["weights_bytes"] for each in measured["profiles"]}
     calls = {each["name"]: sum(share["calls"] for share in each["shares"]) for each in measured["profiles"]}
     rest = {each["name"]: _rest(each) for each in measured["profiles"]}
-    table = markdown_table(
+    table = format_markdown(
         ["network", "ms", "asked for, ms", "by operations, ms", "weights, MiB", "reading them, ms", "primitives",
          "around them, ms"],
         [[row.network, f"{times[row.network]:.1f}", f"{row.most * times[row.plain]:.1f}",
@@ -234,7 +298,7 @@ def _profile(network: Mapping[str, Any], plain: Mapping[str, Any]) -> str:
     ]
     columns = [_column(each, list(dict.fromkeys(shown))) for each in (network, plain)]
     header = [network["name"], "calls", "ms", f"calls, {plain['name']}", f"ms, {plain['name']}"]
-    return markdown_table(header, [[kind, *columns[0][kind], *columns[1][kind]] for kind in columns[0]])
+    return format_markdown(header, [[kind, *columns[0][kind], *columns[1][kind]] for kind in columns[0]])
 
 
 def _column(profile: Mapping[str, Any], shown: Sequence[str]) -> dict[str, tuple[Any, str]]:
@@ -255,38 +319,13 @@ def _column(profile: Mapping[str, Any], shown: Sequence[str]) -> dict[str, tuple
 # As work grows
 
 
-def name_of(target: str, of: str, value: int | None) -> str:
-    """Return what a sweep calls a target where `of` has a value; where the batch grows, it is the same network."""
-    return target if of == "batch" else f"{target}, {of} {value}"
-
-
-def points_of(sweep: Mapping[str, Any]) -> dict[str, list[dict[str, float]]]:
-    """Return target -> median, low and high for each value of a sweep, in milliseconds an image."""
-    settings = sweep["settings"]
-    times = {(each["name"], each["batch"]): each for each in sweep["results"]}
-    points = {}
-    for target in settings["targets"]:
-        points[target] = []
-        for value in settings["values"]:
-            batch = value if settings["of"] == "batch" else 1
-            each = times[name_of(target, settings["of"], value), batch]
-            points[target].append({key: each[key] / batch for key in ("median", "low", "high")})
-    return points
-
-
-def draw_curves(sweeps: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw a panel for each sweep, with a curve for each target and its quartiles."""
-    figure = Figure(figsize=(max(6, 4.2 * len(sweeps)), 3.6), facecolor="white", layout="constrained")
-    for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps):
-        settings = sweep["settings"]
-        for color, (target, points) in zip(cycle((BLUE, ORANGE, GREEN, GREY)), points_of(sweep).items()):
-            low, median, high = ([point[key] for point in points] for key in ("low", "median", "high"))
-            axes.plot(settings["values"], median, "o-", color=color, lw=1.5, ms=4, label=target)
-            axes.fill_between(settings["values"], low, high, color=color, alpha=0.2)
-        plain_axes(axes, "milliseconds an image", x=GROWS[settings["of"]])
-        axes.set_ylim(0, None)
-        axes.legend(frameon=False, fontsize=8)
-    return figure
+def command_of(stem: str) -> str:
+    """Return the command that measures a sweep."""
+    words = ["python tools/benchmark.py sweep"]
+    for key, value in SWEEPS[stem].items():
+        words += [] if key == "targets" else [f"--{key}"]
+        words += map(str, value if isinstance(value, list) else [value])
+    return " ".join(words)
 
 
 def digest_of(sweeps: Mapping[str, Any]) -> str:
@@ -308,7 +347,7 @@ def _sweep_table(sweep: Mapping[str, Any]) -> str:
         times = [f"{at[i]['median']:.2f} ({at[i]['low']:.2f} to {at[i]['high']:.2f})" for at in points.values()]
         ratios = [f"{points[other][i]['median'] / points[first][i]['median']:.3f}" for other in others]
         rows.append([value, *times, *ratios])
-    return markdown_table([GROWS[settings["of"]], *points, *(f"ratio, {other}" for other in others)], rows)
+    return format_markdown([GROWS[settings["of"]], *points, *(f"ratio, {other}" for other in others)], rows)
 
 
 def _conditions(measured: Mapping[str, Any]) -> str:
@@ -316,3 +355,7 @@ def _conditions(measured: Mapping[str, Any]) -> str:
     machine, settings = measured["machine"], measured["settings"]
     facts = [f"{settings['threads']} threads", f"at most {settings['rounds']} rounds"]
     return "; ".join([*facts, *(f"{key}: {value}" for key, value in machine.items())]) + "."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""Write the tables of training steps on the pages of docs/, from what `tools/benchmark.py step` measured.
+
+A page shows `measured/NAME.json` between the lines `<!-- measured/NAME.json -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from paddle_reparam.errors import exit_code
+from paddle_reparam.files import atomic_write
+from paddle_reparam.measure.steps import KernelReport, StepReport
+from paddle_reparam.report import format_markdown
+
+DOCS = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- measured/{}.json -->", "<!-- end -->"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    argparse.ArgumentParser(description=__doc__).parse_args(arguments)
+    with exit_code() as result:
+        print("\n".join(write_pages(DOCS)))
+    return result[0]
+
+
+def write_pages(folder: Path) -> list[str]:
+    """Write every table of a folder's pages anew; return the pages that have any."""
+    found = []
+    for page in sorted(folder.glob("*.md")):
+        old = new = page.read_text(encoding="utf-8")
+        for file in sorted((folder / "measured").glob("step_*.json")):
+            before, begin, rest = new.partition(BEGIN.format(file.stem))
+            if begin:
+                new = f"{before}{begin}\n{to_markdown(file)}\n{END}{rest.partition(END)[2]}"
+                found.append(page.name)
+        if new != old:
+            atomic_write(page, lambda path, new=new: path.write_text(new, encoding="utf-8"))
+    return sorted(set(found))
+
+
+def to_markdown(file: Path) -> str:
+    """Return what a file holds as a table for a page, with the command that wrote it."""
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    report = (KernelReport if "kernels" in measured else StepReport)(**measured)
+    table = format_markdown(report.columns(), report.rows())
+    return f"`{report.command}`\n\n{table}\n\n{report.conditions()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
