@@ -85,11 +85,21 @@ def test_every_module_is_installed():
     assert {".".join(folder) for folder in folders} == installed
 
 
+SCRIPTS = [path for folder in ("tools", "docs/make") for path in (ROOT.parent / folder).glob("*.py")]
+
+
+def test_commands_run_where_the_library_is_not_installed():
+    """They look for it where they are before they import it."""
+    assert len(SCRIPTS) > 10
+    for path in SCRIPTS:
+        before, place, _ = path.read_text(encoding="utf-8").partition("\nsys.path.insert(0, str(")
+        assert place, path.name
+        assert not re.search(r"^(from|import) paddle_reparam", before, re.M), path.name
+
+
 def test_commands_import_this_library_before_paddle():
     """It quiets a warning that Paddle shows when it is imported."""
-    scripts = [path for folder in ("tools", "docs/make") for path in (ROOT.parent / folder).glob("*.py")]
-    assert len(scripts) > 10
-    for path in scripts:
+    for path in SCRIPTS:
         statements = ast.parse(path.read_text(encoding="utf-8")).body
         modules = [
             name.split(".")[0]

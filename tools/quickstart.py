@@ -24,11 +24,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from tqdm import tqdm
 
-from paddle_reparam import InferenceModel
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
+from paddle_reparam import InferenceModel
 from paddle_reparam.deploy.export import export_inference
 from paddle_reparam.deploy.outputs import OutputSpec
 from paddle_reparam.errors import ReparamError
