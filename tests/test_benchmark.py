@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import benchmark as tool
@@ -22,7 +23,7 @@ from paddle_reparam.deploy.programs import program_file
 from paddle_reparam.deploy.runtimes import get_runtime
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.measure import benchmark
-from paddle_reparam.measure.charts import draw_curves
+from paddle_reparam.measure.charts import draw_bars, draw_curves
 from paddle_reparam.measure.sweeps import name_of, points_of
 from paddle_reparam.ppcls.contenders import contenders_of, images_of
 
@@ -347,6 +348,23 @@ def test_a_sweep_is_shown_by_image():
     figure = draw_curves([sweep("size"), sweep("batch")])
     drawn = [[line.get_ydata().tolist() for line in axes.lines] for axes in figure.axes]
     assert drawn == [[[8.0, 16.0], [24.0, 48.0]], [[4.0, 4.0], [12.0, 12.0]]]
+
+
+def test_charts_have_names_of_folders_in_every_script(monkeypatch, tmp_path):
+    monkeypatch.setattr("paddle_reparam.fonts._installed", lambda: iter([]))
+    name, drawn = "猫/$a_{b}$", r"\u732b/$a_{b}$"
+    bars = benchmark.InferenceReport({}, {}, results=[benchmark.Result(name, "fused", "onnxruntime", 1, 2, 1, 3, 1)])
+    run = sweep("batch")
+    run["settings"]["targets"] = [name, "b"]
+    run["results"] = [{**each, "name": each["name"].replace("a", name, 1)} for each in run["results"]]
+    figures = [draw_bars(bars), draw_curves([run])]
+    texts = [figures[0].axes[0].get_yticklabels()[0], figures[1].axes[0].get_legend().get_texts()[0]]
+    assert [text.get_text().split(", ")[0] for text in texts] == [drawn, drawn]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for figure in figures:
+            figure.savefig(tmp_path / "chart.png")
+    assert not any(text.get_parse_math() for text in texts)
 
 
 def test_the_page_and_its_picture_are_what_was_measured():

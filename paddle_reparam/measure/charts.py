@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import printable
+from ..fonts import fonts_for, shortened
 from ..style import BLUE, GREEN, GREY, ORANGE, plain_axes
 from .benchmark import InferenceReport
 from .sweeps import GROWS, points_of
@@ -15,17 +17,21 @@ from .sweeps import GROWS, points_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: Columns of a network's name.
+_LONGEST = 60
+
 
 def draw_bars(report: InferenceReport) -> Figure:
     """Draw a bar for each network, form, runtime and batch, with the quartiles."""
     figure = _figure(9, 1.4 + 0.32 * len(report.results))
     axes = figure.subplots()
-    labels = [f"{r.name}, {r.form}, {r.runtime}, batch {r.batch}" for r in report.results]
+    names, text = _names([result.name for result in report.results])
+    labels = [f"{name}, {r.form}, {r.runtime}, batch {r.batch}" for name, r in zip(names, report.results)]
     medians = np.array([r.median for r in report.results])
     spread = np.array([[r.median - r.low, r.high - r.median] for r in report.results]).T
     colors = [ORANGE if r.form == "train form" else BLUE for r in report.results]
     axes.barh(np.arange(len(labels)), medians, xerr=spread, color=colors, ecolor=GREY, capsize=2)
-    axes.set_yticks(np.arange(len(labels)), labels, fontsize=8)
+    axes.set_yticks(np.arange(len(labels)), labels, fontsize=8, **text)
     axes.invert_yaxis()
     plain_axes(axes, "median of a batch, and its quartiles", x="milliseconds")
     return figure
@@ -35,15 +41,24 @@ def draw_curves(sweeps: Sequence[Mapping[str, Any]]) -> Figure:
     """Draw a panel for each sweep, with a curve for each target and its quartiles."""
     figure = _figure(max(6, 4.2 * len(sweeps)), 3.6)
     for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps):
-        settings = sweep["settings"]
-        for color, (target, points) in zip(cycle((BLUE, ORANGE, GREEN, GREY)), points_of(sweep).items()):
+        settings, curves = sweep["settings"], points_of(sweep)
+        names, text = _names(list(curves))
+        for color, name, points in zip(cycle((BLUE, ORANGE, GREEN, GREY)), names, curves.values()):
             low, median, high = ([point[key] for point in points] for key in ("low", "median", "high"))
-            axes.plot(settings["values"], median, "o-", color=color, lw=1.5, ms=4, label=target)
+            axes.plot(settings["values"], median, "o-", color=color, lw=1.5, ms=4, label=name)
             axes.fill_between(settings["values"], low, high, color=color, alpha=0.2)
         plain_axes(axes, "milliseconds an image", x=GROWS[settings["of"]])
         axes.set_ylim(0, None)
-        axes.legend(frameon=False, fontsize=8)
+        for entry in axes.legend(frameon=False, fontsize=8).get_texts():
+            entry.set(**text)
     return figure
+
+
+def _names(places: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return the names of networks as they can be drawn, which folders may have in any script, and how to draw them."""
+    names = [printable(place) for place in places]
+    fonts, missing = fonts_for("".join(names))
+    return [shortened(name, missing, _LONGEST) for name in names], {"fontfamily": fonts, "parse_math": False}
 
 
 def _figure(width: float, height: float) -> Figure:
