@@ -39,9 +39,10 @@ class Registry:
             raise UnknownName(f"there is no {self.kind} named {name!r}; {hint}")
         return self._entries[name]
 
-    def names(self, pattern: str = "*") -> list[str]:
-        """Return the sorted names that match a shell pattern, upper and lower case alike."""
-        return sorted(n for n in self._entries if fnmatch.fnmatchcase(n.lower(), pattern.lower()))
+    def names(self, pattern: str | Sequence[str] = "*") -> list[str]:
+        """Return the sorted names that match a shell pattern, or one of several, upper and lower case alike."""
+        patterns = [pattern] if isinstance(pattern, str) else pattern
+        return sorted(n for n in self._entries if any(fnmatch.fnmatchcase(n.lower(), p.lower()) for p in patterns))
 
 
 def _known(names: list[str]) -> str:
@@ -115,8 +116,8 @@ def register_model(
     return builder
 
 
-def list_layers(pattern: str = "*") -> list[str]:
-    """Return the names of the registered layers that match a shell pattern."""
+def list_layers(pattern: str | Sequence[str] = "*") -> list[str]:
+    """Return the names of the registered layers that match a shell pattern, or one of several."""
     return _layers.names(pattern)
 
 
@@ -125,8 +126,8 @@ def get_layer(name: str) -> LayerEntry:
     return _layers.get(name)
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Return the names of the registered models that match a shell pattern, e.g. `"*spconv*"`."""
+def list_models(pattern: str | Sequence[str] = "*") -> list[str]:
+    """Return the names of the registered models that match a shell pattern, e.g. `"*spconv*"`, or one of several."""
     return _models.names(pattern)
 
 

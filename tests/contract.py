@@ -161,9 +161,11 @@ def outputs(layer: nn.Layer, inputs: list[paddle.Tensor]) -> list[paddle.Tensor]
 
 
 def check_supports_some(cls: type[ReparamLayer], at_least: int = 3) -> None:
-    """A layer that refuses everything keeps every other promise."""
-    supported = [case for case in CASES if build(cls, case) is not None]
+    """A layer that refuses everything keeps every other promise. What it prints says what it stands in for."""
+    supported = [layer for case in CASES if (layer := build(cls, case)) is not None]
     assert len(supported) >= at_least, f"{cls.__name__} supports only {len(supported)} of {len(CASES)} convolutions"
+    assert all(repr(layer).startswith(f"{cls.__name__}({layer.extra_repr()}\n") for layer in supported)
+    assert all(layer.extra_repr() for layer in supported)
 
 
 def check_fused_is_the_same_function(cls: type[ReparamLayer], case: Case) -> None:

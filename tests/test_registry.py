@@ -92,6 +92,7 @@ def test_patterns_are_those_of_a_shell_without_regard_to_case():
     assert names.names("*spconv*") == ["ResNet50_SPConv", "VGG16_SPConv"]
     assert names.names("SLAK_[ts]*") == ["SLaK_small", "SLaK_tiny"]
     assert names.names("slak_tin?") == ["SLaK_tiny"]
+    assert names.names(["spconv", "slak_*", "*_tiny"]) == ["SLaK_small", "SLaK_tiny"]
     assert names.names("spconv") == []
 
 

@@ -198,7 +198,7 @@ class DCDConv2D(_ReleasedDCD):
         return DCDConv2DFused(*parts)
 
     def extra_repr(self) -> str:
-        return f"{self.sizes}"
+        return f"{ConvGeometry.of(self.conv)}, {self.sizes}"
 
 
 class DCDLinearFused(DCDConv2DFused):

@@ -151,7 +151,7 @@ class DCDMatrixConv2D(_MatrixDCD):
         return DCDConv2DFused(geometry, static, q, p, self._fused_branch(geometry.dtype), self.blocks)
 
     def extra_repr(self) -> str:
-        return f"{self.sizes}, blocks={self.blocks}"
+        return f"{ConvGeometry.of(self.conv)}, {self.sizes}, blocks={self.blocks}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,7 +295,7 @@ class DCDDepthwiseConv2D(_MatrixDCD):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.sizes}"
+        return f"{ConvGeometry.of(self.conv)}, {self.sizes}"
 
 
 def kernels_of_images(

@@ -117,6 +117,9 @@ class ReparamLargeKernelConv2D(ReparamLayer):
             # What the BN divides by is sqrt(1 + epsilon), with epsilon as float32.
             assign(bn.weight, np.full(bn.weight.shape, math.sqrt(1.0 + float(np.float32(bn._epsilon)))))
 
+    def extra_repr(self) -> str:
+        return f"{ConvGeometry.of(self.lkb_origin.conv)}"
+
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         out = self.lkb_origin(x)
         return out + self.small_conv(x) if "small_conv" in self._sub_layers else out

@@ -260,6 +260,10 @@ class RepMLP(ReparamLayer):
         layer.to(dtype=geometry.dtype)
         return layer
 
+    def extra_repr(self) -> str:
+        sizes = "{}x{}, partitions of {}x{}".format(*self.size, *self.partition)
+        return f"{self.in_channels}->{self.out_channels}, maps of {sizes}, convolutions {list(self.reparam_conv_k)}"
+
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         _check_size(x, self.size)
         x = pad_to_partitions(x, *self.partition)

@@ -207,6 +207,9 @@ class RepMLPBlock(ReparamLayer):
         layer.to(dtype=geometry.dtype)
         return layer
 
+    def extra_repr(self) -> str:
+        return "partitions of {}x{}, {} sets".format(*self.partition, self.num_sharesets)
+
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         sets, (h, w) = self.num_sharesets, self.partition
         rows = _rows_by_set(x, sets, self.partition)

@@ -141,6 +141,10 @@ class DecomposedLargeKernelConv2D(ReparamLayer):
         layer.to(dtype=geometry.dtype)
         return layer
 
+    def extra_repr(self) -> str:
+        tall = self.LoRA1.conv
+        return f"{ConvGeometry.of(tall).in_channels} channels, {max(tall._kernel_size)}x{max(tall._kernel_size)}"
+
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         if "small_conv" not in self._sub_layers:
             return self.LoRA1(x) + self.LoRA2(x)

@@ -150,6 +150,11 @@ class SPConv2D(ReparamLayer):
         layer.to(dtype=geometry.dtype)
         return layer
 
+    def extra_repr(self) -> str:
+        representative, uncertain = self.channels
+        channels = f"{representative + uncertain}->{self.conv1x1._out_channels}"
+        return f"{channels}, representative={representative}, stride={self.stride}"
+
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         representative, uncertain = paddle.split(x, self.channels, axis=1)
         u3 = self.bn1(self.gwc(representative) + self.pwc(_pooled(representative, self.stride)))
