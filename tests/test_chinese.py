@@ -86,7 +86,7 @@ def test_links_stay_in_the_language(english, chinese):
 
 @of_each_page
 def test_nothing_is_left_in_english(english, chinese):
-    """Headings of one name aside, as of a layer."""
+    """Headings that are a name aside."""
     paragraphs = [part for part in re.split(r"\n\s*\n", prose_of(chinese)) if part.strip()]
     assert [part for part in paragraphs if not CHINESE.search(part) and not re.match(r"#+ [\w ,-]+$", part)] == []
 

@@ -26,11 +26,7 @@ _COMMENT = re.compile(r"\s*(?<!\S)# .*")
 def pages() -> dict[Path, Path]:
     """Return English page -> Chinese page: README.md beside README_ch.md, docs/x.md above docs/ch/x.md."""
     roots = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")]
-    of_docs = {
-        page: page.parent / "ch" / page.name
-        for page in sorted((ROOT / "docs").glob("*.md"))
-        if page.stem != "architecture"
-    }
+    of_docs = {page: page.parent / "ch" / page.name for page in sorted((ROOT / "docs").glob("*.md"))}
     return {**{page: page.with_name(f"{page.stem}_ch.md") for page in roots}, **of_docs}
 
 
