@@ -1,8 +1,10 @@
-"""What every command in tools/ makes of wrong input: one sentence on stderr, and the exit code of README's table."""
+"""What every command in tools/ and docs/make/ makes of wrong input: one sentence on stderr, and the exit code of
+README's table; and what it says of itself."""
 
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,76 +51,98 @@ CONFIGS = [
 WEIGHTS = [("missing", 2), ("missing.pdparams", 2), ("folder", 2), ("empty", 1), ("garbage.pdparams", 1)]
 
 
-@pytest.mark.parametrize(
-    ("script", "line", "code"),
-    [
-        *[(script, line, code) for script in ("train", "eval", "infer", "export_model") for line, code in CONFIGS],
-        *[(script, f"{line} --weights x --output out", code)
-          for script in ("reparam", "analyze") for line, code in CONFIGS],
-        *[("refocus", f"{line} --output out", code) for line, code in CONFIGS],
-        *[("quantize", f"{line} --release folder --output out.onnx", code) for line, code in CONFIGS[:1]],
-        *[(script, f"-c {CONFIG} --weights {file} --output out", code)
-          for script in ("reparam", "refocus") for file, code in WEIGHTS],
-        ("eval", f"-c {CONFIG} -o Global.pretrained_model=missing", 2),
-        ("train", f"-c {CONFIG} -o Global.output_dir=taken/x", 2),
-        ("train", f"-c {CONFIG} -o Global.output_dir={'x' * 300}", 2),
-        ("reparam", "--check missing", 2),
-        ("reparam", "--check folder", 1),
-        ("reparam", "--check empty", 1),
-        ("reparam", "--check folder --onnx", 2),
-        ("quantize", f"-c {CONFIG} --release missing --output out.onnx", 2),
-        ("quantize", f"-c {CONFIG} --release folder --output out.onnx --images 0", 2),
-        ("quantize", f"-c {CONFIG} --release folder --output out.onnx --largest-drop nan", 2),
-        ("quantize", f"-c {CONFIG} --release folder --output out.onnx --largest-drop -1", 2),
-        ("analyze", f"-c {CONFIG} --weights x --output taken", 2),
-        ("analyze", f"-c {CONFIG} --weights x --output out --images -1", 2),
-        ("predict", "missing missing.png", 2),
-        ("predict", "folder missing.png", 1),
-        ("predict", "garbage missing.png", 1),
-        ("predict", "folder x --top 0", 2),
-        ("predict", "folder x --top nan", 2),
-        ("prepare_data", "folder --root missing", 2),
-        ("prepare_data", "folder --root taken", 2),
-        ("prepare_data", "folder --root folder", 1),
-        ("prepare_data", "digits --output taken/x", 1),
-        ("convert_checkpoint", "--model Nothing --input garbage --output out.pdparams", 2),
-        ("convert_checkpoint", "--model ResNet20_SPConv --input missing.pth --output out.pdparams", 2),
-        ("convert_checkpoint", "--model ResNet20_SPConv --input folder --output out.pdparams", 2),
-        ("convert_checkpoint", "--model ResNet20_SPConv --input garbage.pdparams --output out.pdparams", 1),
-        ("convert_checkpoint", "--model ResNet20_SPConv --input garbage --output out.txt", 2),
-        ("convert_checkpoint", "--model ResNet20_SPConv --option x=3 --input garbage --output o.npz", 2),
-        ("launch", "missing.py", 2),
-        ("launch", "folder", 2),
-        ("benchmark", "infer missing", 2),
-        ("benchmark", "infer folder", 2),
-        ("benchmark", "infer garbage.yaml", 2),
-        ("benchmark", "infer ResNet20_SPConv --size 0", 2),
-        ("benchmark", "infer ResNet20_SPConv --rounds nan", 2),
-        ("benchmark", "infer ResNet20_SPConv --output folder", 2),
-        ("benchmark", "infer ResNet20_SPConv --output taken/x.json", 2),
-        ("benchmark", "sweep Nothing --of size --values 32", 2),
-        ("benchmark", "step --model Nothing --size 32", 2),
-        ("benchmark", "step --model SLaK_micro --output folder", 2),
-        ("benchmark_pages", "--nothing", 2),
-        ("step_tables", "--nothing", 2),
-        ("compare_refocus", "missing", 1),
-        ("compare_refocus", "folder", 1),
-        ("compare_refocus", "garbage", 1),
-        ("compare_refocus", "list.json", 1),
-        ("compare_refocus", "wrong.json", 1),
-        ("draw_monitor", "--output x.png --panel curve", 2),
-        ("draw_monitor", "--output x.png --panel curve a=missing", 1),
-        ("draw_monitor", "--output x.png --panel curve a=taken", 1),
-        ("draw_pictures", "nothing", 2),
-        ("model_table", "--nothing", 2),
-    ],
-)  # fmt: skip
+WRONG = [
+    *[(script, line, code) for script in ("train", "eval", "infer", "export_model") for line, code in CONFIGS],
+    *[(script, f"{line} --weights x --output out", code)
+      for script in ("reparam", "analyze") for line, code in CONFIGS],
+    *[("refocus", f"{line} --output out", code) for line, code in CONFIGS],
+    *[("quantize", f"{line} --release folder --output out.onnx", code) for line, code in CONFIGS[:1]],
+    *[(script, f"-c {CONFIG} --weights {file} --output out", code)
+      for script in ("reparam", "refocus") for file, code in WEIGHTS],
+    ("eval", f"-c {CONFIG} -o Global.pretrained_model=missing", 2),
+    ("train", f"-c {CONFIG} -o Global.output_dir=taken/x", 2),
+    ("train", f"-c {CONFIG} -o Global.output_dir={'x' * 300}", 2),
+    ("reparam", "--check missing", 2),
+    ("reparam", "--check folder", 1),
+    ("reparam", "--check empty", 1),
+    ("reparam", "--check folder --onnx", 2),
+    ("quantize", f"-c {CONFIG} --release missing --output out.onnx", 2),
+    ("quantize", f"-c {CONFIG} --release folder --output out.onnx --images 0", 2),
+    ("quantize", f"-c {CONFIG} --release folder --output out.onnx --largest-drop nan", 2),
+    ("quantize", f"-c {CONFIG} --release folder --output out.onnx --largest-drop -1", 2),
+    ("analyze", f"-c {CONFIG} --weights x --output taken", 2),
+    ("analyze", f"-c {CONFIG} --weights x --output out --images -1", 2),
+    ("predict", "missing missing.png", 2),
+    ("predict", "folder missing.png", 1),
+    ("predict", "garbage missing.png", 1),
+    ("predict", "folder x --top 0", 2),
+    ("predict", "folder x --top nan", 2),
+    ("prepare_data", "folder --root missing", 2),
+    ("prepare_data", "folder --root taken", 2),
+    ("prepare_data", "folder --root folder", 1),
+    ("prepare_data", "digits --output taken/x", 1),
+    ("convert_checkpoint", "--model Nothing --input garbage --output out.pdparams", 2),
+    ("convert_checkpoint", "--model ResNet20_SPConv --input missing.pth --output out.pdparams", 2),
+    ("convert_checkpoint", "--model ResNet20_SPConv --input folder --output out.pdparams", 2),
+    ("convert_checkpoint", "--model ResNet20_SPConv --input garbage.pdparams --output out.pdparams", 1),
+    ("convert_checkpoint", "--model ResNet20_SPConv --input garbage --output out.txt", 2),
+    ("convert_checkpoint", "--model ResNet20_SPConv --option x=3 --input garbage --output o.npz", 2),
+    ("quickstart", "--epochs 0", 2),
+    ("quickstart", "--output taken/x", 1),
+    ("launch", "missing.py", 2),
+    ("launch", "folder", 2),
+    ("benchmark", "infer missing", 2),
+    ("benchmark", "infer folder", 2),
+    ("benchmark", "infer garbage.yaml", 2),
+    ("benchmark", "infer ResNet20_SPConv --size 0", 2),
+    ("benchmark", "infer ResNet20_SPConv --rounds nan", 2),
+    ("benchmark", "infer ResNet20_SPConv --output folder", 2),
+    ("benchmark", "infer ResNet20_SPConv --output taken/x.json", 2),
+    ("benchmark", "sweep Nothing --of size --values 32", 2),
+    ("benchmark", "step --model Nothing --size 32", 2),
+    ("benchmark", "step --model SLaK_micro --output folder", 2),
+    ("benchmark_pages", "--nothing", 2),
+    ("step_tables", "--nothing", 2),
+    ("chinese_pages", "--nothing", 2),
+    ("compare_refocus", "missing", 1),
+    ("compare_refocus", "folder", 1),
+    ("compare_refocus", "garbage", 1),
+    ("compare_refocus", "list.json", 1),
+    ("compare_refocus", "wrong.json", 1),
+    ("draw_monitor", "--output x.png --panel curve", 2),
+    ("draw_monitor", "--output x.png --panel curve a=missing", 1),
+    ("draw_monitor", "--output x.png --panel curve a=taken", 1),
+    ("draw_pictures", "nothing", 2),
+    ("model_table", "--nothing", 2),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "line", "code"), WRONG)
 def test_wrong_input(files, capsys, script, line, code):
     assert run(script, *line.split()) == code, capsys.readouterr().err
     said = capsys.readouterr().err
     errors = [part for part in said.splitlines() if "error: " in part]
     assert len(errors) == 1, said
     assert "Traceback" not in said
+
+
+SCRIPTS = sorted(path.stem for folder in ("tools", "docs/make") for path in (ROOT / folder).glob("*.py"))
+
+
+def test_every_command_is_given_wrong_input():
+    assert {script for script, _, _ in WRONG} == set(SCRIPTS)
+
+
+def test_every_command_says_first_what_it_is_for(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "500")
+    said = {}
+    for script in SCRIPTS:
+        assert run(script, "--help") == 0
+        usage, purpose, *_ = re.split(r"\n\n", capsys.readouterr().out)
+        assert usage.startswith("usage: ")
+        said[script] = purpose
+    assert [each for each in said.items() if not re.match(r"[A-Z][a-z]+ .{20,}?[.;:](\s|$)|From .*", each[1])] == []
+    assert len(set(said.values())) == len(SCRIPTS)
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_an_interrupt_leaves_no_process_behind(tmp_path, number):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert error.strip().endswith("stopped; nothing is left running")
+    assert error.strip().endswith("error: interrupted")
     deadline = time.monotonic() + 5
     while alive(child):
         assert time.monotonic() < deadline, "a process is left"

@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paddle_reparam import InferenceModel
 from paddle_reparam.deploy.export import export_inference
 from paddle_reparam.deploy.outputs import OutputSpec
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import ReparamError, exit_code
 from paddle_reparam.measure.timing import alternate
 from paddle_reparam.ppcls.images import Images, read_validation_images
 from paddle_reparam.report import format_table
+from paddle_reparam.style import BLUE, GREY, ORANGE, plain_axes
 from paddle_reparam.surgery.flops import measure
 from paddle_reparam.surgery.rewrite import reparameterize
 from paddle_reparam.weights import checkpoints
@@ -56,18 +57,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, help="epochs of both trainings; without it those of the configs")
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "quickstart", help="folder for all results")
     given = parser.parse_args(arguments)
+    if given.epochs is not None and given.epochs < 1:
+        parser.error(f"--epochs is {given.epochs}; it is 1 or more")
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        run(given.output.resolve(), given.epochs)
-    except KeyboardInterrupt:
-        print("\nstopped; nothing is left running", file=sys.stderr)
-        return 130
-    except (ReparamError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        with exit_code() as result:
+            run(given.output.resolve(), given.epochs)
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return 0
+    return result[0]
 
 
 def run(output: Path, epochs: int | None = None) -> None:
@@ -385,7 +383,7 @@ def draw(path: Path, curves: dict[str, Curve], images: Images, probabilities: np
     above.suptitle("A plain network, then RefConv from its weights", x=0.01, ha="left", fontsize=14, weight="bold")
     loss, top1 = above.subplots(1, 2)
     begin = 0
-    for (name, curve), color in zip(curves.items(), ("#33658a", "#d1603d")):
+    for (name, curve), color in zip(curves.items(), (BLUE, ORANGE)):
         epochs = max(step for step, _ in curve.top1)
         per_epoch = max(step for step, _ in curve.loss) / epochs
         for axes, points, scale, unit, marker in (
@@ -394,16 +392,13 @@ def draw(path: Path, curves: dict[str, Curve], images: Images, probabilities: np
             x, y = zip(*((begin + step * scale, value * unit) for step, value in points))
             axes.plot(x, y, marker, ls="-", color=color, label=name, lw=2, ms=4)
             if begin:
-                axes.axvline(begin, color="#999999", lw=0.8, ls=":")
+                axes.axvline(begin, color=GREY, lw=0.8, ls=":")
         begin += epochs
-    loss.set(title="training loss", ylim=(0, None))
-    top1.set(title="validation top-1, %")
-    for axes in (loss, top1):
-        axes.set_xlabel("epoch")
-        axes.grid(color="#e8e8e8", lw=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
+    for axes, title in ((loss, "training loss"), (top1, "validation top-1, %")):
+        plain_axes(axes, title, x="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, loc="upper right" if axes is loss else "lower right")
+    loss.set_ylim(0, None)
     _draw_digits(below, images, probabilities)
     figure.savefig(path, dpi=110)
 

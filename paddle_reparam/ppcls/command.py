@@ -26,9 +26,19 @@ _WORDS = {"null": None, "Null": None, "NULL": None, "~": None, "true": True, "fa
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
+_PURPOSES = {
+    "train": "Train the network of a config",
+    "eval": "Measure trained weights on the validation images of a config",
+    "infer": "Label images with trained weights",
+    "export": "Export trained weights for Paddle Inference, the layers fused and nothing checked",
+}
+
+
 def main(mode: str, arguments: Sequence[str] | None = None) -> int:
     """Run PaddleClas' Engine in a mode (train, eval, infer, export) with its own flags; return the exit code."""
-    parser = argparse.ArgumentParser(description=f"PaddleClas' {mode}, with the layers and models of paddle_reparam.")
+    parser = argparse.ArgumentParser(
+        description=f"{_PURPOSES[mode]}, by PaddleClas' Engine with the layers and models of paddle_reparam."
+    )
     parser.add_argument("-c", "--config", required=True, help="YAML file")
     add_override(parser)
     parser.add_argument("-p", "--profiler_options", help="profiler settings: key1=value1;key2=value2")
