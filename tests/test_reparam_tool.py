@@ -199,7 +199,7 @@ def test_a_fault_at_any_step_leaves_nothing(trained, tmp_path, monkeypatch, faul
             spoil(folder)
 
         monkeypatch.setattr(steps, "export_inference", spoiled_export)
-        message = "Executor, batch 1 is not"
+        message = "Predictor, oneDNN, batch 1 is not"
     elif fault == "plain":
         plain_weights = steps.plain_weights
 

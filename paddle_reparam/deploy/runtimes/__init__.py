@@ -12,8 +12,8 @@ from . import executor, onnx_runtime, paddle_inference
 from .base import LoadedNetwork as LoadedNetwork
 from .base import Runtime
 
-#: In the order in which a release is compared in them.
-RUNTIMES: tuple[Runtime, ...] = (*executor.RUNTIMES, *paddle_inference.RUNTIMES, *onnx_runtime.RUNTIMES)
+#: In the order in which a release is compared in them: most memory first, as each leaves some behind.
+RUNTIMES: tuple[Runtime, ...] = (*paddle_inference.RUNTIMES, *executor.RUNTIMES, *onnx_runtime.RUNTIMES)
 
 #: Those that a release is used in: the first of them that has a file there.
 SERVING: tuple[Runtime, ...] = (paddle_inference.WITH_ONEDNN, *onnx_runtime.RUNTIMES)
