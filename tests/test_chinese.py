@@ -123,3 +123,22 @@ def test_a_change_of_one_page_alone_is_found(change, monkeypatch):
 
     with pytest.raises((AssertionError, chinese_pages.ReparamError)):
         compare()
+
+
+def test_the_command_copies_blocks_and_keeps_translated_comments(tmp_path, monkeypatch, capsys):
+    english, chinese = tmp_path / "page.md", tmp_path / "ch" / "page.md"
+    monkeypatch.setattr(chinese_pages, "ROOT", tmp_path)
+    monkeypatch.setattr(chinese_pages, "pages", lambda: {english: chinese})
+    chinese.parent.mkdir()
+    translated = "```bash\nmake test  # 全部\n```\n"
+    block, other = "```bash\nmake test  # all of it\n```\n", "```python\nprint(1)\n```\n"
+    english.write_text(f"Text\n\n{block}\n{other}\n<!-- table -->\n[x](page.md) [y](z.png)\n<!-- end -->\n")
+    chinese.write_text(f"文字\n\n{translated}\n{other.replace('1', '2')}\n<!-- t -->\n<!-- end -->\n")
+    assert chinese_pages.main([]) == 0
+    assert capsys.readouterr().out.strip() == "ch/page.md"
+    assert chinese.read_text() == (
+        f"文字\n\n{translated}\n{other}\n<!-- table -->\n[x](page.md) [y](../z.png)\n<!-- end -->\n"
+    )
+    english.write_text(f"{english.read_text()}\n{block}")
+    assert chinese_pages.main([]) == 1
+    assert "ch/page.md has 2 blocks of code, page.md has 3; translate what is new there" in capsys.readouterr().err
