@@ -101,8 +101,9 @@ def test_a_fresh_process_survives_the_import():
     Where there is no ccache, Paddle 3 warns of it; nothing is compiled here. Other warnings are shown.
     """
     code = (
-        "import paddle_reparam, warnings; warnings.warn('another')\n"
-        "import paddle_reparam.ppcls, paddle; paddle_reparam.ppcls.setup(); print('alive')"
+        "import paddle_reparam, warnings\n"
+        "import paddle_reparam.ppcls, paddle; paddle_reparam.ppcls.setup(); print('alive')\n"
+        "warnings.warn('another')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

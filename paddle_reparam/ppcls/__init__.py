@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 
 from ..measure.processors import let_amd_multiply_fast
@@ -17,10 +18,11 @@ def setup() -> ModuleType:
     from . import locate
 
     let_amd_multiply_fast()
-    ppcls = locate.load()
-    if not hasattr(ppcls, "_paddle_reparam"):
+    # One of PaddleClas' losses hides every warning of the process as it is imported.
+    with warnings.catch_warnings():
+        ppcls = locate.load()
         from . import arch, engine, guards, loading, mends, transforms
-
+    if not hasattr(ppcls, "_paddle_reparam"):
         mends.apply()
         loading.register()
         transforms.register()
