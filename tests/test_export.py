@@ -131,7 +131,7 @@ class SecondRuntime:
     """A runtime as somebody might add one."""
 
     name, title = "second", "the second one"
-    precisions, proves = ("float32",), True
+    precisions, reads_onnx, proves = ("float32",), False, True
 
     def __init__(self):
         self.alive, self.together = weakref.WeakSet(), []
@@ -163,6 +163,17 @@ def test_a_runtime_is_known_to_checks_by_its_place_in_the_list(tmp_path, monkeyp
     assert {"the second one, batch 1", "the second one, batch 3"} <= set(reports)
     assert runtime.together == [0, 0]
 
+    def require():
+        raise ReparamError("the second one is not installed")
+
+    runtime.require = require
+    assert len(check_export(tmp_path, net, SPEC)) == 6
+
+
+def test_a_folder_in_which_nothing_can_be_run_proves_nothing(tmp_path):
+    with pytest.raises(NothingProven, match="holds nothing that was exported"):
+        check_export(tmp_path, small_net(), SPEC)
+
 
 @pytest.mark.parametrize("runtime", runtimes.RUNTIMES, ids=lambda runtime: runtime.name)
 def test_every_runtime_keeps_the_protocol(runtime, tmp_path):
@@ -182,7 +193,8 @@ def test_every_runtime_keeps_the_protocol(runtime, tmp_path):
     assert re.fullmatch(r"[a-z]+ \d+[\w.]+", runtime.version())
     assert runtimes.get_runtime(runtime.name) is runtime
     assert "float32" in runtime.precisions
-    if runtime.name == "onnxruntime":
+    assert runtime.file(tmp_path / "elsewhere") is None
+    if runtime.reads_onnx:
         assert runtime.file(tmp_path) is None
         export_onnx(tmp_path)
     assert runtime.file(tmp_path).is_file()

@@ -278,7 +278,7 @@ def use(folder, manifest):
 
 
 def test_a_manifest_of_another_form_is_one_sentence_whatever_it_says(copied, monkeypatch):
-    monkeypatch.setattr("paddle_reparam.deploy.predict.InferenceModel", lambda *_, **__: None)
+    monkeypatch.setattr("paddle_reparam.deploy.predict.load_network", lambda *_, **__: None)
     steps = [{"ResizeImage": {"size": [8, 8]}}, {"CropImage": {"size": 8}}, {"ToCHWImage": {}},
              {"NormalizeImage": {"mean": [0.0] * 3, "std": [1.0] * 3, "scale": 1.0, "order": ""}}]  # fmt: skip
     good = read_manifest(copied)

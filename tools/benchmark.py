@@ -71,8 +71,7 @@ def parser_of() -> argparse.ArgumentParser:
     infer.add_argument("--batch", type=positive, nargs="+", default=[1])
     infer.add_argument(
         "--runtime", nargs="+", choices=[runtime.name for runtime in RUNTIMES], default=["onednn"],
-        help="; ".join(f"{each.name}: {each.title}, {' and '.join(each.precisions)}" for each in RUNTIMES)
-        + "; gpu has not been tried yet",
+        help="; ".join(f"{each.name}: {each.title}, {' and '.join(each.precisions)}" for each in RUNTIMES),
     )  # fmt: skip
     profile.add_argument("--batch", type=positive, default=1)
     sweep.add_argument(
@@ -139,7 +138,7 @@ def check(given: argparse.Namespace) -> None:
 def run_infer(given: argparse.Namespace) -> Report:
     """Time the targets, each in its forms."""
     with tempfile.TemporaryDirectory() as folder:
-        exported = prepare(given, folder, onnx="onnxruntime" in given.runtime)
+        exported = prepare(given, folder, onnx=any(get_runtime(name).reads_onnx for name in given.runtime))
         return benchmark.run(exported, given.batch, given.runtime, given.threads, given.rounds)
 
 

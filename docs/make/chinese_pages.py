@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from paddle_reparam.errors import ReparamError, exit_code  # noqa: E402
+from paddle_reparam.files import atomic_write  # noqa: E402
 
 BLOCK = re.compile(r"^```\w+\n.*?^```$", re.M | re.S)
 PART = re.compile(r"^<!-- (?!end)[^\n]+ -->$.*?^<!-- end -->$", re.M | re.S)
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             old = chinese.read_text(encoding="utf-8")
             new = in_step(english, chinese)
             if new != old:
-                chinese.write_text(new, encoding="utf-8")
+                atomic_write(chinese, lambda path, new=new: path.write_text(new, encoding="utf-8"))
                 print(chinese.relative_to(ROOT))
     return result[0]
 

@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ..errors import NothingProven
+from ..errors import NothingProven, ReparamError
 from ..files import Folder
 from ..measure.memory import give_back
 from ..surgery.tracing import InputSpec, flatten_outputs
@@ -58,9 +58,10 @@ def check_export(
 ) -> dict[str, VerifyReport]:
     """Compare what an export's folder holds with the model in eval mode that it was made of, for each batch size.
 
-    It is run in each runtime that proves something and has a file there; returns the report of each. An export with a
-    normalisation gets pixels, and the model what PaddleClas makes of them. Raises `ReparamError` where it cannot be
-    loaded or run, and `NothingProven` where the outputs hardly depend on the input, unless `must_depend` is False.
+    It is run in each runtime that proves something, has a file there, and is installed; returns the report of each. An
+    export with a normalisation gets pixels, and the model what PaddleClas makes of them. Raises `ReparamError` where it
+    cannot be loaded or run, and `NothingProven` where the outputs hardly depend on the input, unless `must_depend` is
+    False, and where nothing there can be run.
     """
     behind = model if normalization is None else OfPixels(model, normalization)
     behind.eval()
@@ -76,6 +77,10 @@ def check_export(
         raise NothingProven("there are no batch sizes to compare an export at")
     reports = {}
     for runtime in proving(folder):
+        try:
+            runtime.require()
+        except ReparamError:
+            continue
         # One after the other, as each holds the weights.
         compared = _Comparable(runtime.load(folder, keep_shapes=False), _exported_outputs, output, taken)
         for size in batch_sizes:
@@ -84,4 +89,6 @@ def check_export(
             )
         del compared
         give_back()
+    if not reports:
+        raise NothingProven(f"{folder} holds nothing that was exported, or nothing that this machine can run")
     return reports

@@ -91,11 +91,16 @@ def add_biases_by_axis(path: Path) -> None:
 
 def program_file(folder: Folder) -> Path:
     """Return the file of an export that holds the program, whatever Paddle wrote it; raises `ReparamError`."""
-    found = [path for suffix in PROGRAM_SUFFIXES if (path := Path(folder) / f"{FILE_NAME}{suffix}").is_file()]
+    found = programs_in(folder)
     if len(found) != 1:
         names = " or ".join(FILE_NAME + suffix for suffix in PROGRAM_SUFFIXES)
         raise ReparamError(f"{folder}: it must hold one exported program ({names}), it holds {len(found)}")
     return found[0]
+
+
+def programs_in(folder: Folder) -> list[Path]:
+    """Return the programs in a folder: one, in an export."""
+    return [path for suffix in PROGRAM_SUFFIXES if (path := Path(folder) / f"{FILE_NAME}{suffix}").is_file()]
 
 
 def program_to_run(folder: Folder) -> Path:

@@ -61,6 +61,8 @@ class Work:
     #: File of the folder -> its size and hash.
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
     checks: dict[str, VerifyReport] = field(default_factory=dict)
+    #: Those of the checks that ran what was exported: the probe has the scale of their inputs, and their tolerance.
+    of_export: dict[str, VerifyReport] = field(default_factory=dict)
 
     @property
     def second(self) -> InputSpec | None:
@@ -225,14 +227,14 @@ def seal(work: Work) -> None:
     written.
     """
     manifest, normalization = work.manifest, work.options.normalization
-    scale = 1.0 if normalization else work.checks[LAST].input_scale
+    scale = 1.0 if normalization else next(iter(work.of_export.values())).input_scale
     probe = probe_inputs(manifest["input"], scale)
     write_probe(work.folder, probe_output(work.model, probe, manifest["input"]["names"], work.output, normalization))
     work.written[PROBE] = digest(work.folder / PROBE)
     manifest["probe"] = {
         "scale": scale,
         "input_sha256": probe_hash(probe),
-        "tolerance": max(report.tolerance for report in work.checks.values()),
+        "tolerance": max(report.tolerance for report in work.of_export.values()),
     }
     manifest["files"] = work.written
     manifest["checks"] = {name: report.to_dict() for name, report in work.checks.items()}
@@ -274,7 +276,8 @@ def compare_export(work: Work) -> dict[str, VerifyReport]:
     """
     how = {"tolerance": work.tolerance, "normalization": work.options.normalization}
     try:
-        return check_export(work.folder, work.model, work.input_spec, work.output, **how)
+        work.of_export = check_export(work.folder, work.model, work.input_spec, work.output, **how)
+        return work.of_export
     except NothingProven:
         if work.output.activation is None:
             raise
@@ -285,8 +288,8 @@ def compare_export(work: Work) -> dict[str, VerifyReport]:
             export_onnx(second)
         reports = check_export(second, work.model, work.input_spec, logits, **how)
     reports = {f"{name}, logits": report for name, report in reports.items()}
-    loose = check_export(work.folder, work.model, work.input_spec, work.output, must_depend=False, **how)
-    return {**reports, **loose}
+    work.of_export = check_export(work.folder, work.model, work.input_spec, work.output, must_depend=False, **how)
+    return {**reports, **work.of_export}
 
 
 def compare_export_larger(work: Work) -> dict[str, VerifyReport]:
@@ -303,9 +306,6 @@ def size_of(input_spec: InputSpec) -> str:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In order
-
-#: Of the checks of an export, the one whose inputs' scale the probe gets.
-LAST = "Predictor, no oneDNN, batch 3"
 
 STEPS = (
     Step("load the weights", load_weights),

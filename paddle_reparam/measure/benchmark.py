@@ -172,7 +172,12 @@ def run(
     """
     report = InferenceReport(
         machine_facts(),
-        {"threads": threads, "rounds": rounds, "seconds": seconds},
+        {
+            "threads": threads,
+            "rounds": rounds,
+            "seconds": seconds,
+            "runtimes": {name: get_runtime(name).version() for name in runtimes},
+        },
         [
             {
                 "name": each.name,

@@ -1,6 +1,7 @@
 """The runtimes that run what was exported: one file each, all under the protocol of `base.Runtime`.
 
-A new one is a file with its `RUNTIMES`, and a line here: then checks, the benchmark and prediction know it.
+A new one is a file with its `RUNTIMES`, and a place here: in `RUNTIMES` for checks and the benchmark, in `SERVING` for
+prediction.
 """
 
 from __future__ import annotations

@@ -51,7 +51,9 @@ class Runtime(Protocol):
     title: str
     #: In which precisions it computes.
     precisions: tuple[str, ...]
-    #: Whether what is released is compared in it.
+    #: Whether its file is the ONNX file of a folder.
+    reads_onnx: bool
+    #: Whether what is released is compared in it, wherever it is installed.
     proves: bool
 
     def version(self) -> str:

@@ -13,7 +13,7 @@ import paddle
 
 from ...errors import one_sentence
 from ...files import Folder
-from ..programs import in_order, program_file, program_to_run, programs_of, static_mode
+from ..programs import in_order, program_file, program_to_run, programs_in, programs_of, static_mode
 from .base import LoadedNetwork
 
 
@@ -72,6 +72,7 @@ class Executor:
 
     name, title = "executor", "Executor"
     precisions = ("float32",)
+    reads_onnx = False
     proves = True
 
     def version(self) -> str:
@@ -82,8 +83,8 @@ class Executor:
         """Ask for nothing: wherever Paddle is, it runs."""
 
     def file(self, folder: Folder) -> Path | None:
-        """Return the program of an export, None for a single file; raises `ReparamError` where there is none."""
-        return None if Path(folder).is_file() else program_file(folder)
+        """Return the program of an export; None where there is none. Raises `ReparamError` for two of them."""
+        return program_file(folder) if programs_in(folder) else None
 
     def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> LoadedProgram:
         """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded.

@@ -54,6 +54,7 @@ class OnnxRuntime:
 
     name = title = "onnxruntime"
     precisions = ("float32",)
+    reads_onnx = True
     proves = True
 
     def version(self) -> str:

@@ -11,7 +11,7 @@ from paddle.inference import Config, create_predictor
 
 from ...errors import ReparamError, one_sentence
 from ...files import Folder
-from ..programs import WEIGHTS_SUFFIX, in_order, program_file, program_to_run
+from ..programs import WEIGHTS_SUFFIX, in_order, program_file, program_to_run, programs_in
 from .base import LoadedNetwork
 
 #: MiB of a GPU's memory that Paddle takes at first; it takes more when it needs more.
@@ -84,6 +84,7 @@ class PaddleInference:
     #: A GPU rounds in another way: what comes out there has not been compared yet.
     proves: bool = True
     precisions = ("float32",)
+    reads_onnx = False
 
     def version(self) -> str:
         """Return the package that runs it, with its version."""
@@ -95,8 +96,8 @@ class PaddleInference:
             require_gpu()
 
     def file(self, folder: Folder) -> Path | None:
-        """Return the program of an export, None for a single file; raises `ReparamError` where there is none."""
-        return None if Path(folder).is_file() else program_file(folder)
+        """Return the program of an export; None where there is none. Raises `ReparamError` for two of them."""
+        return program_file(folder) if programs_in(folder) else None
 
     def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> InferenceModel:
         """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded."""
@@ -108,5 +109,5 @@ WITH_ONEDNN = PaddleInference("onednn", "Predictor, oneDNN", onednn=True)
 RUNTIMES = (
     WITH_ONEDNN,
     PaddleInference("plain", "Predictor, no oneDNN"),
-    PaddleInference("gpu", "Predictor, GPU", gpu=True, proves=False),
+    PaddleInference("gpu", "Predictor, GPU, not tried yet", gpu=True, proves=False),
 )
