@@ -48,6 +48,8 @@ TARGETS = [
     (f"{REFCONV}/ResNet50_RefConv.yaml", "ResNet50", 1.02),
     (f"{REFCONV}/MobileNetV3_large_x1_0_RefConv.yaml", "MobileNetV3_large_x1_0", 1.02),
 ]
+#: The shape of an image: channels, height, width.
+IMAGES = (3, 224, 224)
 #: Of these the form for images of every size is timed as well.
 FOR_EVERY_SIZE = ["SLaK_tiny", "ResNet50_SPConv"]
 #: With what is measured: threads of Paddle's kernels, and rounds in turns.
@@ -144,7 +146,7 @@ def measure_networks() -> dict[str, Any]:
         for name in tqdm(names, unit=" networks"):
             forms = ("fused", "dynamic size") if name in FOR_EVERY_SIZE else ("fused",)
             target = str(ROOT / name) if "/" in name else name
-            exported += contenders.contenders_of(target, Path(folder), (3, 224, 224), forms)
+            exported += contenders.contenders_of(target, Path(folder), IMAGES, forms)
         report = benchmark.run(exported, (1, 8), ["onednn"], THREADS, ROUNDS, seconds=SECONDS)
         measured = report.to_dict()
         missed = [row for row in rows_of(measured) if row.missed]
