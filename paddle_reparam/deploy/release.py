@@ -16,7 +16,7 @@ from paddle import nn
 
 from ..errors import BY_FORCE, OutputExists, one_sentence
 from ..files import Folder, new_folder
-from ..measure.memory import give_back
+from ..measure.memory import give_back, only_new_objects
 from ..report import Report, format_table
 from ..surgery.flops import ModelSize
 from ..surgery.places import RewriteReport
@@ -95,6 +95,7 @@ class ReleaseReport(Report):
         return "\n".join(notes)
 
 
+@only_new_objects()
 def release(
     model: nn.Layer,
     weights: Folder,
