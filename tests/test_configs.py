@@ -27,7 +27,7 @@ PATHS = [p.relative_to(ROOT).as_posix() for p in sorted(ROOT.glob("*/*/*.yaml"))
 TRAINED = ("Train", "Eval")
 
 #: What the Engines of 2.4 and 2.6 read from Global, as far as it means something for these networks. AMP is no section
-#: of these files: in 2.4 the section alone turns it on, whatever its use_amp says.
+#: of these files.
 GLOBAL = {
     "output_dir", "device", "seed", "epochs", "eval_during_train", "eval_interval", "save_interval",
     "print_batch_step", "use_visualdl", "pretrained_model", "checkpoints", "image_shape", "save_inference_dir",

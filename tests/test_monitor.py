@@ -331,7 +331,7 @@ def test_hyperparameters_are_those_that_describe_a_run(place):
 def test_sections_that_mean_nothing_are_refused(place, capsys):
     for section, overrides, text in (
         ({"every": 3}, [], "Monitor has no every; it takes interval"),
-        ({"interval": 0}, [], "Monitor.interval is 0; give a whole number"),
+        ({"interval": 0}, [], "Monitor.interval is 0; it takes a whole number"),
         ({}, ["Global.use_visualdl=False"], "set Global.use_visualdl to True"),
         ({}, [], "Monitor has nothing to show"),
     ):

@@ -11,6 +11,7 @@ from paddle_reparam.ppcls.errors import ConfigError
 
 setup()
 
+from paddle_reparam.ppcls import monitoring, sparse, values  # noqa: E402
 from paddle_reparam.ppcls.command import read_config  # noqa: E402
 from paddle_reparam.ppcls.validation import check_config, check_run  # noqa: E402
 
@@ -224,6 +225,10 @@ DATASET = "DataLoader.Train.dataset"
         ("train", "DataLoader.Train=null", "DataLoader.Train is null"),
         ("train", "Metric.Train=[{TopkAc: {topk: 1}}]", "no metric named 'TopkAc'; did you mean TopkAcc"),
         ("train", "Metric.Train.0.TopkAcc.top=1", "TopkAcc has no 'top'; did you mean 'topk'"),
+        ("train", "AMP.lvel=O1", "AMP has no 'lvel'; did you mean 'level'"),
+        ("train", "AMP.level=O3", "AMP.level is 'O3'; it takes one of O1, O2"),
+        ("train", "EMA.deca=0.5", "EMA has no 'deca'; did you mean 'decay'"),
+        ("train", "EMA.decay=1.5", "EMA.decay is 1.5; it takes a number between 0 and 1"),
         ("eval", "Global.print_batch_step=-1", "print_batch_step is -1; it takes"),
         ("infer", "Infer.infer_imgs=no/such", "Infer.infer_imgs: there is no no/such"),
         ("infer", "Infer=null", "Infer is null; it takes a section"),
@@ -275,6 +280,66 @@ def test_keys_of_somebody_else_are_left_alone(config_file):
 def test_values_of_overrides(config_file, text, value):
     given = read_config(config_file, [f"Global.of_mine={text}"])["Global"]["of_mine"]
     assert (given, type(given)) == (value, type(value))
+
+
+@pytest.mark.parametrize("key", ["AMP=null", "AMP={use_amp: False, level: O1}", "EMA=null"])
+def test_a_section_that_is_off_is_taken_out(config_file, key):
+    assert not {"AMP", "EMA"} & set(checked(config_file, "train", key))
+
+
+def test_what_is_needed_is_not_all_that_may_be_said(config_file, monkeypatch):
+    for table in ("LOADER", "SAMPLER", "INFER"):
+        monkeypatch.setitem(getattr(values, table), "zebra", values.truth)
+    Path(config_file).write_text(Path(config_file).read_text().replace("name: DistributedBatchSampler, ", ""))
+    checked(config_file, "train")
+    checked(config_file, "infer", "Global.pretrained_model=x")
+    with pytest.raises(ConfigError, match="zebra is 3; it takes True or False"):
+        checked(config_file, "train", "DataLoader.Train.loader.zebra=3")
+    text = Path(config_file).read_text()
+    for key, section in (("num_workers", "loader"), ("shuffle", "sampler")):
+        Path(config_file).write_text(text.replace(f"{key}:", f"no_{key[::-1]}:"))
+        with pytest.raises(ConfigError, match=f"DataLoader.Train.{section} lacks {key}"):
+            checked(config_file, "train")
+
+
+@pytest.mark.parametrize(
+    ("read", "override", "message"),
+    [
+        (sparse, "Sparsity={}", "Sparsity has no density; give the share"),
+        (sparse, "Sparsity.density=60", "Sparsity.density is 60; it takes a number between 0 and 1"),
+        (sparse, "Sparsity.density=True", "Sparsity.density is True"),
+        (sparse, "Sparsity={distribution: weights, density: x}", "Sparsity.density is 'x'"),
+        (sparse, "Sparsity.distribution=lottery", "is 'lottery'; it takes one of uniform, erk, snip, weights"),
+        (sparse, "Sparsity.distribution=[snip]", "Sparsity.distribution is"),
+        (sparse, "Sparsity.growth=hope", "Sparsity.growth is 'hope'; it takes one of random, gradient"),
+        (sparse, "Sparsity.growth=null", "Sparsity.growth is null"),
+        (sparse, "Sparsity.where=3", "Sparsity.where is 3; it takes a text, or a list of them"),
+        (sparse, "Sparsity.where=[]", "Sparsity.where is"),
+        (sparse, "Sparsity.where=[a, 3]", "Sparsity.where is"),
+        (sparse, "Sparsity.update_frequency=True", "update_frequency is True; it takes a whole number from 1"),
+        (sparse, "Sparsity.update_frequency=2.5", "update_frequency is 2.5; it takes a whole number from 1"),
+        (sparse, "Sparsity.prune_rate=True", "prune_rate is True; it takes a number between 0 and 1"),
+        (sparse, "Sparsity.prune_rate=0", "prune_rate is 0; it takes a number between 0 and 1"),
+        (sparse, "Sparsity.frequency=3", "Sparsity has no frequency; it takes density, distribution"),
+        (monitoring, "Monitor.images=True", "Monitor.images is True; it takes a whole number from 1"),
+        (monitoring, "Monitor.interval=0", "Monitor.interval is 0; it takes a whole number from 1"),
+        (monitoring, "Monitor.every=3", "Monitor has no every; it takes interval, images"),
+        (monitoring, "Monitor=3", "Monitor is 3; give it as {interval: 100}"),
+    ],
+)
+def test_sections_of_this_library_that_are_refused(config_file, read, override, message):
+    with pytest.raises(ConfigError, match=message):
+        read.read_section(read_config(config_file, ["Sparsity.density=0.5", override]))
+
+
+def test_sections_of_this_library(config_file):
+    given = ["Sparsity={distribution: weights, where: '*.conv*'}", "Monitor={}", "Global.use_visualdl=True"]
+    config = read_config(config_file, given)
+    assert sparse.read_section(config) == {
+        "density": None, "distribution": "weights", "where": ["*.conv*"], "update_frequency": 100, "prune_rate": 0.3,
+        "growth": "random",
+    }  # fmt: skip
+    assert monitoring.read_section(config) == {"interval": 100, "images": 32}
 
 
 def test_no_regularizer_in_an_override(config_file):

@@ -9,7 +9,7 @@ import paddle
 import pytest
 from paddle import nn
 
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import ReparamError, UsageError
 from paddle_reparam.registry import create_model
 from paddle_reparam.surgery import masks
 from paddle_reparam.surgery.masks import masked_places
@@ -366,17 +366,21 @@ def test_the_average_respects_the_masks():
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"density": 1.5}, "density 1.5 is no share between 0 and 1"),
-        ({"density": 0.5, "distribution": "lottery"}, "none of uniform, erk, snip, weights"),
-        ({"density": 0.5, "distribution": "snip"}, "SNIP needs the loss of a batch"),
-        ({"density": 0.5, "distribution": "weights"}, "no parameter got a mask: .*every eligible weight stays"),
-        ({"density": 0.5, "where": ["*LoRA*"]}, "no parameter of Sequential can be sparse: .*not selected"),
+        ({"density": 1.5}, UsageError, "density 1.5 is no share between 0 and 1"),
+        ({"density": 0.5, "distribution": "lottery"}, UsageError, "none of uniform, erk, snip, weights"),
+        ({"density": 0.5, "distribution": "snip"}, ReparamError, "SNIP needs the loss of a batch"),
+        (
+            {"density": 0.5, "distribution": "weights"},
+            ReparamError,
+            "no parameter got a mask: .*every eligible weight",
+        ),
+        ({"density": 0.5, "where": ["*LoRA*"]}, UsageError, "no parameter of Sequential can be sparse: .*not selected"),
     ],
 )
-def test_wrong_wishes_are_refused(options, message):
-    with pytest.raises(ReparamError, match=message):
+def test_wrong_wishes_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
         add_masks(net(), **options)
 
 
@@ -411,5 +415,5 @@ def test_masks_are_added_once_and_needed_for_training():
     add_masks(model, 0.5)
     with pytest.raises(ReparamError, match="has masks already"):
         add_masks(model, 0.5)
-    with pytest.raises(ReparamError, match="growth 'hope'"):
+    with pytest.raises(UsageError, match="growth 'hope'"):
         SparseTraining(model, optimizer, 10, growth="hope")

@@ -430,8 +430,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(place, config, capsys, monkeypat
 def test_a_section_that_means_nothing_is_refused(place, capsys):
     for section, text in (
         ({"density": 0.6, "frequency": 3}, "Sparsity has no frequency; it takes density"),
-        ({"density": 60}, "Sparsity.density is 60; give the share"),
-        ({"density": 0.6, "prune_rate": 0}, "Sparsity.prune_rate is 0"),
+        ({"density": 0.6, "growth": "hope"}, "Sparsity.growth is 'hope'; it takes one of random, gradient"),
     ):
         config = place.config(PLAIN, Sparsity=section)
         assert train_as_a_process_of_its_own(place.arguments(config, "refused")) == 2

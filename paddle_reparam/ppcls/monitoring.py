@@ -16,22 +16,20 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..errors import ReparamError
 from ..training.monitor import MaskHistory, Monitor, undisturbed
-from . import sections
+from . import sections, values
 from .errors import ConfigError
+from .sections import Key
 from .transforms import read_labels
 
-#: What the section may hold, and what holds where it does not say: steps between two writes, images to look at.
-DEFAULTS: dict[str, Any] = {"interval": 100, "images": 32}
+#: Steps between two writes, images to look at.
+KEYS = {"interval": Key(100, values.whole(1)), "images": Key(32, values.whole(1))}
 
 
 def read_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the `Monitor` section with its defaults, or None; raises `ConfigError` for what it cannot mean."""
-    settings = sections.read(config, "Monitor", DEFAULTS, "{interval: 100}")
+    settings = sections.read(config, "Monitor", KEYS, "{interval: 100}")
     if settings is None:
         return None
-    for key, value in settings.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"Monitor.{key} is {value!r}; give a whole number such as {DEFAULTS[key]}")
     if not config["Global"].get("use_visualdl"):
         raise ConfigError("Monitor writes into VisualDL's log: set Global.use_visualdl to True, or Monitor to null")
     return settings

@@ -14,35 +14,29 @@ from ppcls.utils import logger
 from ..surgery import masks
 from ..training import sparsity
 from ..training.sparsity import SparseTraining
-from . import sections
+from . import sections, values
 from .errors import ConfigError
+from .sections import Key
 
-#: What the section may hold, and what holds where it does not say.
-DEFAULTS: dict[str, Any] = {
-    "density": None,
-    "distribution": "snip",
-    "where": ["*"],
-    "update_frequency": 100,
-    "prune_rate": 0.3,
-    "growth": "random",
+KEYS = {
+    "density": Key(None, values.or_none(values.share)),
+    "distribution": Key("snip", values.one_of(*sparsity.DISTRIBUTIONS)),
+    "where": Key(["*"], values.texts),
+    "update_frequency": Key(100, values.whole(1)),
+    "prune_rate": Key(0.3, values.share),
+    "growth": Key("random", values.one_of(*sparsity.GROWTH)),
 }
 
 
 def read_section(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the `Sparsity` section with its defaults, or None; raises `ConfigError` for what it cannot mean."""
-    settings = sections.read(config, "Sparsity", DEFAULTS, "{density: 0.6, ...}")
+    settings = sections.read(config, "Sparsity", KEYS, "{density: 0.6, ...}")
     if settings is None:
         return None
     if isinstance(settings["where"], str):
         settings["where"] = [settings["where"]]
-    density, rate, frequency = settings["density"], settings["prune_rate"], settings["update_frequency"]
-    if settings["distribution"] != "weights" and not (isinstance(density, (int, float)) and 0 < density < 1):
-        raise ConfigError(f"Sparsity.density is {density!r}; give the share of weights that stay, such as 0.6")
-    if not (isinstance(rate, (int, float)) and 0 < rate < 1) or not isinstance(frequency, int) or frequency < 1:
-        raise ConfigError(
-            f"Sparsity.prune_rate is {rate!r} and update_frequency {frequency!r}; give a share such as 0.3, and a "
-            "number of steps such as 100"
-        )
+    if settings["density"] is None and settings["distribution"] != "weights":
+        raise ConfigError("Sparsity has no density; give the share of weights that stay, such as 0.6")
     return settings
 
 

@@ -172,10 +172,10 @@ def _check_reader(part: Mapping[str, Any], where: str) -> None:
         check_constructor("sampler", sampler["name"], rest, f"{where}.sampler", given)
     else:
         values.refuse_misspelt(sampler, values.SAMPLER, f"{where}.sampler")
-    values.check_values(sampler, values.SAMPLER, f"{where}.sampler", [] if "name" in sampler else list(values.SAMPLER))
+    values.check_values(sampler, values.SAMPLER, f"{where}.sampler", () if "name" in sampler else values.SAMPLER_NEEDS)
     loader = values.section(part, "loader", f"{where}.loader")
     values.refuse_misspelt(loader, values.LOADER, f"{where}.loader")
-    values.check_values(loader, values.LOADER, f"{where}.loader", list(values.LOADER))
+    values.check_values(loader, values.LOADER, f"{where}.loader", values.LOADER_NEEDS)
 
 
 def check_dataset(dataset: Mapping[str, Any], where: str) -> None:
@@ -216,7 +216,7 @@ def check_infer(config: Mapping[str, Any]) -> None:
     """Raise `ConfigError` or `UnknownName` for what infer reads; its images must be there."""
     infer = values.section(config, "Infer", "Infer")
     values.refuse_misspelt(infer, values.INFER, "Infer")
-    values.check_values(infer, values.INFER, "Infer", ("infer_imgs", "batch_size", "transforms", "PostProcess"))
+    values.check_values(infer, values.INFER, "Infer", values.INFER_NEEDS)
     if not os.path.exists(infer["infer_imgs"]):
         raise ConfigError(f"Infer.infer_imgs: there is no {infer['infer_imgs']}")
     check_operators("transform", infer["transforms"], "Infer.transforms", ("class_num",))
@@ -359,8 +359,13 @@ def check_run(config: dict[str, Any], mode: str) -> None:
         raise ConfigError("Global.fresh goes with Global.pretrained_model, and Arch.fresh with Arch.pretrained")
     if mode != "train" and not settings["pretrained_model"] and not _is_complete(config["Arch"]):
         raise ConfigError(f"{mode} has no weights: set Global.pretrained_model to what training saved")
-    for key in ("AMP", "EMA"):
-        values.check_values(config.get(key) or {}, {**values.AMP, "decay": values.number(0)}, key)
+    for key, checks in (("AMP", values.AMP), ("EMA", values.EMA)):
+        part = config.get(key) or {}
+        values.refuse_misspelt(part, checks, key)
+        values.check_values(part, checks, key)
+        if key in config and (config[key] is None or not part.get("use_amp", True)):
+            # PaddleClas asks whether the section is there, and 2.4 nothing else.
+            del config[key]
     for key in ("Metric", "Loss"):
         for split in ("Train", "Eval"):
             if key in config and (config[key] is None or config[key].get(split, "") is None):

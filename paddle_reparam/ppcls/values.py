@@ -34,6 +34,10 @@ def number(least: float = -math.inf) -> Check:
     return lambda value: None if is_number(value) and value >= least else what
 
 
+def share(value: Any) -> str | None:
+    return None if is_number(value) and 0 < value < 1 else "a number between 0 and 1"
+
+
 def one_of(*choices: Any) -> Check:
     what = f"one of {', '.join(map(str, choices))}"
     return lambda value: None if isinstance(value, str) and value in choices else what
@@ -55,7 +59,7 @@ def _mapping(value: Any) -> str | None:
     return None if isinstance(value, Mapping) else "a section of KEY: VALUE"
 
 
-def _or_none(check: Check) -> Check:
+def or_none(check: Check) -> Check:
     def either(value: Any) -> str | None:
         wrong = None if value is None else check(value)
         return wrong and f"{wrong}, or null"
@@ -63,11 +67,14 @@ def _or_none(check: Check) -> Check:
     return either
 
 
+def texts(value: Any, each: Check = text) -> str | None:
+    several = value if isinstance(value, list) else [value]
+    return "a text, or a list of them" if not several or any(map(each, several)) else None
+
+
 def _weights(value: Any) -> str | None:
-    """Return what `Global.pretrained_model` must be; a distillation's is a list."""
-    files = value if isinstance(value, list) else [value]
-    wrong = not files or any(file is not None and text(file) for file in files)
-    return "a text, or a list of them" if wrong else None
+    """Return what `Global.pretrained_model` must be; a distillation's is a list, with null for a network without."""
+    return texts(value, or_none(text))
 
 
 def _image_shape(value: Any) -> str | None:
@@ -101,9 +108,9 @@ GLOBAL: dict[str, Check] = {
     "save_interval": whole(1),
     "print_batch_step": whole(1),
     "use_visualdl": truth,
-    "pretrained_model": _or_none(_weights),
-    "checkpoints": _or_none(text),
-    "image_shape": _or_none(_image_shape),
+    "pretrained_model": or_none(_weights),
+    "checkpoints": or_none(text),
+    "image_shape": or_none(_image_shape),
     "save_inference_dir": text,
     "class_num": whole(1, MOST_CLASSES),
     "eval_mode": one_of("classification", "retrieval", "adaface"),
@@ -111,8 +118,8 @@ GLOBAL: dict[str, Check] = {
     "use_dali": truth,
     "to_static": truth,
     "update_freq": whole(1),
-    "iter_per_epoch": _or_none(whole(1)),
-    "warmup_iter": _or_none(whole(0)),
+    "iter_per_epoch": or_none(whole(1)),
+    "warmup_iter": or_none(whole(0)),
     "feature_normalize": truth,
     "retrieval_feature_from": text,
     "re_ranking": truth,
@@ -123,11 +130,14 @@ OTHER_GLOBAL = {
     "infer_config_path", "hpi_config_path", "pdx_model_name", "export_for_fd", "uniform_output_enabled", "model_name",
 }  # fmt: skip
 LOADER: dict[str, Check] = {"num_workers": whole(0, 256), "use_shared_memory": truth}
-DATASET: dict[str, Check] = {"delimiter": _or_none(text)}
+LOADER_NEEDS = ("num_workers", "use_shared_memory")
+DATASET: dict[str, Check] = {"delimiter": or_none(text)}
 SAMPLER: dict[str, Check] = {"batch_size": whole(1, _LARGEST_BATCH), "drop_last": truth, "shuffle": truth}
+#: A sampler without a name, that is: one with a name has options of its own.
+SAMPLER_NEEDS = ("batch_size", "drop_last", "shuffle")
 RATES: dict[str, Check] = {
     "learning_rate": number(0),
-    "weight_decay": _or_none(number(0)),
+    "weight_decay": or_none(number(0)),
     "momentum": number(0),
     "coeff": number(0),
     "clip_norm": number(0),
@@ -135,21 +145,23 @@ RATES: dict[str, Check] = {
     "warmup_epoch": number(0),
 }
 AMP: dict[str, Check] = {
-    "level": one_of("O0", "O1", "O2"),
+    "level": one_of("O1", "O2"),
     "scale_loss": number(0),
     "use_dynamic_loss_scaling": truth,
     "use_amp": truth,
     "use_fp16_test": truth,
     "use_promote": truth,
 }
+EMA: dict[str, Check] = {"decay": share}
 INFER: dict[str, Check] = {
     "infer_imgs": text,
     "batch_size": whole(1, _LARGEST_BATCH),
     "transforms": _list,
     "PostProcess": _mapping,
-    "infer_list": _or_none(text),
-    "save_dir": _or_none(text),
+    "infer_list": or_none(text),
+    "save_dir": or_none(text),
 }
+INFER_NEEDS = ("infer_imgs", "batch_size", "transforms", "PostProcess")
 
 
 def check_values(

@@ -19,7 +19,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ..errors import ReparamError
+from ..errors import ReparamError, UnknownName, UsageError
 from ..report import Report, format_table
 from ..surgery.masks import STEP, SUFFIX, Place, draw_mask, keep_only, mask_in_place, masked, masked_places
 from ..surgery.tracing import walk
@@ -28,6 +28,9 @@ Array = np.ndarray
 SIXTEEN_BITS = (paddle.float16, paddle.bfloat16)
 #: Prune rate at the end of training, as published.
 LAST_RATE = 0.005
+#: How the weights that stay are shared among the parameters, and where weights grow.
+DISTRIBUTIONS = ("uniform", "erk", "snip", "weights")
+GROWTH = ("random", "gradient")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +167,7 @@ def eligible(model: nn.Layer, where: Sequence[str] = ("*",)) -> tuple[list[Place
             else:
                 places.append(Place(path, layer, name))
     if not places:
-        raise ReparamError(f"no parameter of {type(model).__name__} can be sparse: {sorted({w for _, w in others})}")
+        raise UsageError(f"no parameter of {type(model).__name__} can be sparse: {sorted({w for _, w in others})}")
     return places, others
 
 
@@ -198,6 +201,8 @@ def add_masks(
     (a mask shows where the weights are not zero now; `density` is not used). A parameter whose every weight stays gets
     no mask. Masks are drawn from `seed` alone, so all processes draw the same.
     """
+    if distribution not in DISTRIBUTIONS:
+        raise UnknownName(f"distribution {distribution!r} is none of {', '.join(DISTRIBUTIONS)}")
     if masked_places(model):
         raise ReparamError("the model has masks already; a checkpoint that carries masks needs no new ones")
     places, others = eligible(model, where)
@@ -209,20 +214,18 @@ def add_masks(
             raise ReparamError("every eligible weight is zero, so the weights show no mask")
     else:
         if not 0.0 < density < 1.0:
-            raise ReparamError(f"density {density} is no share between 0 and 1")
+            raise UsageError(f"density {density} is no share between 0 and 1")
         if distribution == "snip":
             if loss is None:
                 raise ReparamError("SNIP needs the loss of a batch")
             if any(place.parameter.dtype in SIXTEEN_BITS for place in places):
-                raise ReparamError(
+                raise UsageError(
                     "SNIP compares gradients that 16 bits are too few for: make the weights float32 (AMP.level: O1), "
                     "or take another distribution, such as erk"
                 )
             densities = snip_densities(gradient_scores(model, loss(), places), density)
         else:
             rules = {"uniform": uniform_densities, "erk": erk_densities}
-            if distribution not in rules:
-                raise ReparamError(f"distribution {distribution!r} is none of uniform, erk, snip, weights")
             densities = rules[distribution](shapes, density)
         counts = exact_counts(densities, sizes, density)
         masks = [draw_mask(s, n, np.random.default_rng([seed, i])) for i, (s, n) in enumerate(zip(shapes, counts))]
@@ -285,8 +288,8 @@ class SparseTraining:
         growth: str = "random",
         seed: int = 0,
     ) -> None:
-        if growth not in ("random", "gradient"):
-            raise ReparamError(f"growth {growth!r} is neither random nor gradient")
+        if growth not in GROWTH:
+            raise UnknownName(f"growth {growth!r} is none of {', '.join(GROWTH)}")
         self.model, self.optimizer = model, optimizer
         self.places = masked_places(model)
         if not self.places or STEP not in model._buffers:
