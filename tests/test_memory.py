@@ -1,8 +1,10 @@
 """How much memory a release needs: a few times the weights, and what Paddle and its passes on one small image take."""
 
+import gc
 import importlib
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from paddle import nn
 
 from paddle_reparam import replace
 from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
-from paddle_reparam.measure.memory import give_back, own_peak
+from paddle_reparam.measure.memory import give_back, only_new_objects, own_peak
 from paddle_reparam.measure.timing import in_new_process
 from paddle_reparam.surgery.verify import settle_batch_norms
 from paddle_reparam.weights import checkpoints
@@ -55,3 +57,25 @@ def test_a_release_holds_few_copies_of_the_weights():
     print(f"weights {bytes_of_weights / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB, {peak / bytes_of_weights:.2f} times")
     assert bytes_of_weights > 75 * MIB
     assert peak < COPIES * bytes_of_weights + 150 * MIB
+
+
+def test_only_new_objects_are_looked_through_and_all_of_them_again_afterwards():
+    class Ring:
+        def __init__(self):
+            self.itself = self
+
+    older = weakref.ref(Ring())
+    with only_new_objects():
+        assert older() is None, "what was garbage before would stay"
+        assert gc.get_freeze_count() > 0
+        newer = weakref.ref(Ring())
+        give_back()
+        assert newer() is None
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        with only_new_objects():
+            pass
+        assert gc.get_freeze_count() > 0, "what somebody else has set aside"
+    finally:
+        gc.unfreeze()
