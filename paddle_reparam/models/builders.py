@@ -1,4 +1,4 @@
-"""What the builders of networks share: arguments that nobody takes, and pretrained weights."""
+"""What the builders of networks share: arguments that nobody takes, pretrained weights, and scaled widths."""
 
 from __future__ import annotations
 
@@ -40,3 +40,12 @@ def load_pretrained(model: nn.Layer, pretrained: bool | str | os.PathLike[str]) 
 
         load_into(model, pretrained)
     return model
+
+
+def nearest_multiple(channels: float, divisor: int = 8) -> int:
+    """Return the multiple of `divisor` nearest to a number of channels, or the next one where that is 10% too few.
+
+    It is never 0.
+    """
+    nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return nearest + divisor if nearest < 0.9 * channels else nearest

@@ -13,7 +13,7 @@ from paddle import nn
 
 from ..errors import ReparamError
 from ..registry import Published, register_model
-from .builders import check_arguments, load_pretrained
+from .builders import check_arguments, load_pretrained, nearest_multiple
 
 _AUTHORS = "Li, Zhou, Yao: published code and weights, validation set, one centre crop"
 # Widths of a network of width 1: the bottlenecks that shrink the map, as (channels, blocks, stride of the first).
@@ -79,7 +79,7 @@ class _HBONet(nn.Layer):
         super().__init__()
 
         def scaled(channels: int) -> int:
-            return _nearest_multiple(channels * width, divisor)
+            return nearest_multiple(channels * width, divisor)
 
         channels = scaled(_FIRST)
         features = [
@@ -127,12 +127,6 @@ def _enlarged(x: paddle.Tensor, factor: int) -> paddle.Tensor:
     """
     x = paddle.tile(paddle.unsqueeze(x, [3, 5]), [1, 1, 1, factor, 1, factor])
     return paddle.flatten(paddle.flatten(x, 2, 3), 3, 4)
-
-
-def _nearest_multiple(channels: float, divisor: int) -> int:
-    """Return the multiple of `divisor` nearest to a number of channels, or the next one where that is 10% too few."""
-    nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return nearest + divisor if nearest < 0.9 * channels else nearest
 
 
 def _draw_weights(model: nn.Layer) -> None:

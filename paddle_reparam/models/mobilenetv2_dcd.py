@@ -17,7 +17,7 @@ from paddle import nn
 from ..arithmetic.initializers import init_fan_out_normal
 from ..layers.dcd import DCDConv2D, DCDLinear
 from ..registry import Published, register_model
-from .builders import check_arguments, load_pretrained
+from .builders import check_arguments, load_pretrained, nearest_multiple
 
 _REPOSITORY = "the authors' repository"
 # Expansion, output channels at width 1, blocks, stride of the first.
@@ -49,11 +49,11 @@ class _InvertedResidual(nn.Layer):
 class _MobileNetV2DCD(nn.Layer):
     def __init__(self, width: float, class_num: int, dropout: float, fc_squeeze: int) -> None:
         super().__init__()
-        channels = divisible_by_8(32 * width)
+        channels = nearest_multiple(32 * width)
         layers: list[nn.Layer] = [_conv_bn(3, channels, 3, 2)]
         for expansion, full_width, count, stride in _STAGES:
             for i in range(count):
-                out_channels = divisible_by_8(full_width * width)
+                out_channels = nearest_multiple(full_width * width)
                 first_stride = stride if i == 0 else 1
                 layers.append(_InvertedResidual(channels, out_channels, first_stride, expansion, fc_squeeze))
                 channels = out_channels
@@ -76,12 +76,6 @@ class _MobileNetV2DCD(nn.Layer):
 def _conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Sequential:
     conv = nn.Conv2D(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias_attr=False)
     return nn.Sequential(conv, nn.BatchNorm2D(out_channels), nn.ReLU6())
-
-
-def divisible_by_8(channels: float) -> int:
-    """Return the multiple of 8 nearest to a number of channels, at least 8 and never more than a tenth below it."""
-    nearest = max(8, int(channels + 4) // 8 * 8)
-    return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
 def _build(
