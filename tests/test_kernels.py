@@ -210,23 +210,6 @@ def test_average_pool_kernel_is_the_pool_that_counts_padding(groups, size):
     assert relative_error(conv(x, kernel, stride=2, padding=padding, groups=groups), expected) < EXACT
 
 
-@pytest.mark.parametrize("size", [(2, 2), (3, 2)])
-@pytest.mark.parametrize("groups", [1, 2])
-def test_pooled_one_by_one_is_the_pool_and_the_convolution(size, groups):
-    kernel, x = random(6, 4 // groups, 1, 1), random(2, 4, 6, 8)
-    pooled = F.avg_pool2d(paddle.to_tensor(x), size, size).numpy()
-    expected = conv(pooled, kernel, groups=groups)
-    one = kernels.pooled_one_by_one(kernel, size)
-    assert one.shape == (6, 4 // groups, *size)
-    assert relative_error(conv(x, one, stride=list(size), groups=groups), expected) < EXACT
-    one += 1.0  # an array of its own, not a read-only view
-
-
-def test_pooled_one_by_one_of_a_larger_kernel_is_refused():
-    with pytest.raises(ReparamError, match=r"\[4, 4, 2, 2\] is no 1x1 kernel"):
-        kernels.pooled_one_by_one(random(4, 4, 2, 2), (2, 2))
-
-
 # --- A convolution as a fully connected layer --------------------------------------------------------------------
 
 
@@ -258,7 +241,6 @@ def test_every_function_takes_float32_and_returns_float64():
         kernels.ungroup(kernel, 2),
         *kernels.one_by_one_then(point, vector, kernel, vector, 1),
         kernels.average_pool_kernel(4, (2, 2), 2),
-        kernels.pooled_one_by_one(point, (2, 2)),
         kernels.conv_as_linear(kernel, 3, 3),
     ]
     assert [r.dtype for r in results] == [np.float64] * len(results)

@@ -13,9 +13,7 @@ from paddle_reparam.errors import ReparamError, UsageError
 from paddle_reparam.registry import create_model
 from paddle_reparam.surgery import masks
 from paddle_reparam.surgery.masks import masked_places
-from paddle_reparam.training import (
-    sparsity,
-)
+from paddle_reparam.training import sparsity
 from paddle_reparam.training.sparsity import SparseTraining, add_masks, exact_counts, prune_and_grow
 from paddle_reparam.weights.checkpoints import load_into, save
 

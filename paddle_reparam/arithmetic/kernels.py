@@ -131,7 +131,8 @@ def one_by_one_then(
     """Return (kernel, bias) of a 1x1 convolution followed by a kxk one of the same number of groups.
 
     first `[middle, in / groups, 1, 1]`, second `[out, middle / groups, k, k]`. Exact where the second convolution does
-    not pad, or pads with the first one's bias (zeros if that has none).
+    not pad, or pads with the first one's bias (zeros if that has none). No layer here needs it or `average_pool_kernel`
+    yet; the branches of a Diverse Branch Block (arXiv 2103.13425), a rival of the layers here, fuse by these two.
     """
     first, second = _f64(first), _f64(second)
     middle, out_channels = first.shape[0], second.shape[0]
@@ -159,14 +160,6 @@ def average_pool_kernel(channels: int, size: tuple[int, int], groups: int) -> Ar
     kernel = np.zeros((channels, group_in, *size))
     kernel[np.arange(channels), np.arange(channels) % group_in] = 1.0 / (size[0] * size[1])
     return kernel
-
-
-def pooled_one_by_one(kernel: Array, size: tuple[int, int]) -> Array:
-    """Return average pooling with window and stride `size`, then a 1x1 convolution, as one kernel of stride `size`."""
-    kernel = _f64(kernel)
-    if kernel.shape[2:] != (1, 1):
-        raise ReparamError(f"{list(kernel.shape)} is no 1x1 kernel; pooling can be merged into a 1x1 kernel only")
-    return np.broadcast_to(kernel / (size[0] * size[1]), (*kernel.shape[:2], *size)).copy()
 
 
 def conv_as_linear(kernel: Array, height: int, width: int) -> Array:

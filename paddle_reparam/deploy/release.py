@@ -26,9 +26,7 @@ from ..weights import checkpoints
 from .export import DEFAULT_OPTIONS, ExportOptions
 from .outputs import AS_THE_NETWORK, OutputSpec
 from .programs import FILE_NAME, PROGRAM_SUFFIXES, WEIGHTS_SUFFIX
-from .released import (
-    MANIFEST,
-)
+from .released import MANIFEST
 from .steps import STEPS, STEPS_IN_A_FOLDER, Step, Work
 
 #: The files that Paddle Inference needs.

@@ -33,7 +33,6 @@ PROBE = "probe.npz"
 _BATCH = 2
 #: Bytes of a manifest at most; that of a network with a thousand kernels and 20,000 labels has a megabyte.
 _LARGEST_MANIFEST = 2**26
-#: Bytes that are read at a time.
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Dynamic sparse training, as SLaK does it (arXiv 2207.03620): masks that are pruned and grown while a network trains.
 
-A mask is a buffer beside its parameter (`weight` and `weight_mask`), so checkpoints carry it. Gradients are masked
-before the optimizer sees them, and what a pruned position held (weight, master weight, moments) is cleared when it is
-pruned: from then on it is zero after every step, whatever the optimizer adds up.
+Where a mask lies is told in `surgery/masks.py`. Gradients are masked before the optimizer sees them, and what a pruned
+position held (weight, master weight, moments) is cleared when it is pruned: from then on it is zero after every step,
+whatever the optimizer adds up.
 """
 
 from __future__ import annotations
