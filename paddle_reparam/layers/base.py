@@ -78,7 +78,7 @@ class ReparamLayer(nn.Layer):
     #: `{"weight": "conv.weight", "bias": "conv.bias"}`; nothing: the layer keeps its own initialisation.
     holders: ClassVar[dict[str, str]] = {}
 
-    #: What `reparameterize` returns: the class of a plain layer, or an inference form that still depends on the input.
+    #: What `reparameterize` returns: the class of a plain layer, or an inference form, which is none.
     fused_type: ClassVar[type] = nn.Conv2D
     #: Options of `from_conv` under which the new layer computes what the convolution did; None: there are none.
     keeps_function_with: ClassVar[dict[str, Any] | None] = None
@@ -205,7 +205,7 @@ class ReparamLayer(nn.Layer):
 
 
 class InferenceForm(nn.Layer):
-    """A fused layer that still depends on the input, and so is no plain convolution."""
+    """A layer that ships and is no plain convolution, such as a dynamic one, or a sum of two convolutions."""
 
     def absorb_affine(self, scale: Any, shift: Any) -> None:
         """Fold the affine of a BN that follows, scale * y + shift per channel (float64), into this layer's weights.

@@ -36,7 +36,7 @@ class RewriteReport(Report):
 
     @property
     def coverage(self) -> float:
-        """Share of the convolutions found that were touched."""
+        """Share of what the walk reports that was touched: convolutions, or in fusing layers, blocks and norms."""
         return len(self.touched) / max(1, len(self.touched) + len(self.skipped))
 
     def __str__(self) -> str:
