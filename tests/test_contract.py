@@ -13,7 +13,7 @@ import paddle_reparam  # noqa: F401 - registers the layers
 from paddle_reparam import registry
 from paddle_reparam.arithmetic import kernels
 from paddle_reparam.arithmetic.geometry import ConvGeometry, read_bn_affine
-from paddle_reparam.arithmetic.tensors import assign, to_float64
+from paddle_reparam.arithmetic.tensors import assign, to_float64, type_name
 from paddle_reparam.errors import UnsupportedConv
 from paddle_reparam.layers.base import InferenceForm, ReparamLayer
 
@@ -103,7 +103,7 @@ class ToyConv2D(ReparamLayer):
         return kernel + to_float64(self.plain), bias + to_float64(self.offset)
 
     def fuse(self):
-        dtype = str(self.plain.dtype).rsplit(".", 1)[-1]
+        dtype = type_name(self.plain)
         return dataclasses.replace(self.geometry, dtype=dtype).make_conv(*self.fused_kernel())
 
 
@@ -289,7 +289,7 @@ class CachesTooLong(ToyConv2D):
             return super().forward_train_form(x)
         if not hasattr(self, "cache"):
             self.cache = self.fused_kernel()
-        weight, bias = (paddle.to_tensor(part.astype(str(x.dtype).rsplit(".", 1)[-1])) for part in self.cache)
+        weight, bias = (paddle.to_tensor(part.astype(type_name(x))) for part in self.cache)
         return self.geometry.convolve(x, weight, bias)
 
 

@@ -11,7 +11,7 @@ from paddle import nn
 
 from ..errors import ReparamError, UnsupportedConv
 from . import kernels
-from .tensors import assign, to_float64
+from .tensors import assign, to_float64, type_name
 
 #: Paddle's batch normalisations; `nn.BatchNorm` is the old one, which may apply an activation as well.
 BATCH_NORMS = (nn.BatchNorm1D, nn.BatchNorm2D, nn.BatchNorm3D, nn.SyncBatchNorm, nn.BatchNorm)
@@ -117,7 +117,7 @@ class ConvGeometry:
             padding_mode=conv._padding_mode,
             data_format=conv._data_format,
             bias=conv.bias is not None,
-            dtype=str(conv.weight.dtype).rsplit(".", 1)[-1],
+            dtype=type_name(conv.weight),
         )
         if isinstance(conv._padding, str) and conv._padding.upper() == "SAME":
             # Paddle runs a "SAME" convolution without dilation, whatever dilation was given.
@@ -180,7 +180,7 @@ class ConvGeometry:
             list(self.dilation), self.groups, padding_mode=self.padding_mode, data_format=self.data_format,
             weight_attr=nn.initializer.Constant(0.0), bias_attr=None if bias is not None else False,
         )  # fmt: skip
-        if self.dtype != str(conv.weight.dtype).rsplit(".", 1)[-1]:
+        if self.dtype != type_name(conv.weight):
             conv.to(dtype=self.dtype)
         assign(conv.weight, weight)
         if bias is not None:

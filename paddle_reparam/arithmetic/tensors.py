@@ -1,4 +1,4 @@
-"""Tensors to float64 arrays and back: the only two places where a dtype changes."""
+"""Tensors to float64 arrays and back, the only two places where a dtype changes; and what a dtype is called."""
 
 from __future__ import annotations
 
@@ -14,3 +14,9 @@ def to_float64(tensor: paddle.Tensor | None) -> np.ndarray | None:
 def assign(parameter: paddle.Tensor, array: np.ndarray) -> None:
     """Store a float64 array in a parameter or buffer of the same shape: the one cast, to the dtype that it has."""
     parameter.set_value(paddle.to_tensor(np.asarray(array, dtype=np.float64)).astype(parameter.dtype))
+
+
+def type_name(value: paddle.Tensor | np.ndarray) -> str:
+    """Return the name of a dtype as Paddle takes it, such as "float32"; an array holds bfloat16 as uint16."""
+    name = str(value.dtype).rsplit(".", 1)[-1]
+    return "bfloat16" if name == "uint16" else name

@@ -1,4 +1,4 @@
-"""Write a network for Paddle Inference, run what was written, and check that it is still the same function."""
+"""Write a network for Paddle Inference, with the input and the output that its users are to meet."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from paddle import nn
 from paddle.nn.utils.spectral_norm_hook import SpectralNorm
 from paddle.nn.utils.weight_norm_hook import WeightNorm
 
+from ..arithmetic.tensors import type_name
 from ..errors import ReparamError, one_sentence
 from ..files import Folder
 from ..surgery.places import copy_model
@@ -109,7 +110,7 @@ class ExportOptions:
         """Return the dtype of the export's input: that of the pixels, or of the model's parameters."""
         if self.normalization is not None:
             return self.normalization.dtype
-        return next((str(p.dtype).rsplit(".", 1)[-1] for p in model.parameters()), "float32")
+        return next((type_name(p) for p in model.parameters()), "float32")
 
 
 DEFAULT_OPTIONS = ExportOptions()

@@ -18,7 +18,7 @@ from paddle import nn
 from ..arithmetic import kernels
 from ..arithmetic.geometry import ConvGeometry, as_pair, read_bn_affine
 from ..arithmetic.initializers import init_fan_out_normal, init_uniform_fan_in
-from ..arithmetic.tensors import assign, to_float64
+from ..arithmetic.tensors import assign, to_float64, type_name
 from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import WHOLE, ReparamLayer, one_of, or_none
@@ -259,8 +259,7 @@ class DCDLinear(_ReleasedDCD):
     def fuse(self) -> DCDLinearFused:
         """Return the inference form, with the BNs folded."""
         static, q, p = (to_float64(layer.weight).T[:, :, None, None] for layer in (self.cls, self.cls_q, self.cls_p))
-        dtype = str(self.cls.weight.dtype).rsplit(".", 1)[-1]
-        geometry = ConvGeometry(static.shape[1], static.shape[0], (1, 1), dtype=dtype)
+        geometry = ConvGeometry(static.shape[1], static.shape[0], (1, 1), dtype=type_name(self.cls.weight))
         return DCDLinearFused(*self._fold(geometry, Affine(static, to_float64(self.cls.bias)), q, p))
 
 

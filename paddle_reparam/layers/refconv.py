@@ -13,7 +13,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from ..arithmetic.geometry import ConvGeometry, as_pair
-from ..arithmetic.tensors import to_float64
+from ..arithmetic.tensors import to_float64, type_name
 from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import FLAG, ODD, ReparamLayer, one_of
@@ -147,7 +147,7 @@ class RefConv2D(ReparamLayer):
     def fuse(self) -> nn.Conv2D:
         """Return the plain convolution with Wt as its weight, computed in float64."""
         self._refuse_zero_base()
-        dtype = str(self.weight.dtype).rsplit(".", 1)[-1]
+        dtype = type_name(self.weight)
         with paddle.no_grad():
             kernel = refocused(self.weight.astype("float64"), self.convmap.weight.astype("float64"), self.identity)
         return dataclasses.replace(self.geometry, dtype=dtype).make_conv(kernel.numpy(), to_float64(self.bias))

@@ -16,7 +16,7 @@ from paddle import nn
 
 from ..arithmetic import kernels
 from ..arithmetic.geometry import ConvGeometry, affine_of_layer_norm
-from ..arithmetic.tensors import to_float64
+from ..arithmetic.tensors import to_float64, type_name
 from ..errors import ReparamError
 from ..layers.base import ReparamLayer
 from ..layers.toeplitz import DepthwiseConv2D
@@ -104,7 +104,7 @@ class ResidualBlock(ReparamLayer):
             gamma = to_float64(self.gamma)
             second, second_bias = kernels.fold_affine(second, second_bias, gamma, np.zeros_like(gamma))
         dim, hidden = self.pwconv1.weight.shape
-        dtype = str(self.pwconv1.weight.dtype).rsplit(".", 1)[-1]
+        dtype = type_name(self.pwconv1.weight)
         return FusedBlock(
             self.spatial,
             {

@@ -17,6 +17,7 @@ from paddle.base.layer_helper import LayerHelper
 from paddle.optimizer.lr import LRScheduler
 from ppcls.utils import logger
 
+from ..arithmetic.tensors import type_name
 from ..errors import CheckpointError
 from ..training.sparsity import inner_optimizer
 from . import saving
@@ -226,7 +227,7 @@ def _check_type(what: str, value: Any, kind: type) -> None:
 def _fit(what: str, value: Any, own: Any) -> np.ndarray:
     """Return a saved array in the shape of the one that it is for; one number may have any number of axes."""
     _check_type(what, value, np.ndarray)
-    shape, dtype = list(own.shape), str(own.dtype).rsplit(".", 1)[-1]
+    shape, dtype = list(own.shape), type_name(own)
     # Paddle hands over bfloat16 as its bits.
     if str(value.dtype) != ("uint16" if dtype == "bfloat16" else dtype):
         raise CheckpointError(f"{what} is an array of {value.dtype}, and must be of {dtype}")

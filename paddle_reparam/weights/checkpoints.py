@@ -15,6 +15,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
+from ..arithmetic.tensors import type_name
 from ..errors import CheckpointError, MissingFile, ReparamError
 from ..files import atomic_write
 from ..registry import get_layer, list_layers
@@ -302,11 +303,6 @@ def listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     short = [name if len(name) <= 200 else f"{name[:200]}..." for name in names[:10]]
     return ", ".join(name if name.isprintable() else repr(name) for name in short) + more
-
-
-def type_name(value: np.ndarray | paddle.Tensor) -> str:
-    name = str(value.dtype).replace("paddle.", "")
-    return "bfloat16" if name == "uint16" else name
 
 
 def _cast(array: np.ndarray, own: paddle.Tensor) -> paddle.Tensor | None:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from paddle import nn
 
+from ..arithmetic.tensors import type_name
 from ..errors import CheckpointError, ReparamError
 from ..registry import create_model, get_model, list_models
-from .checkpoints import classifier, listed, type_name
+from .checkpoints import classifier, listed
 
 #: Published names of what a BN keeps -> Paddle's; the counter has no counterpart.
 _OF_A_BATCH_NORM = {"running_mean": "_mean", "running_var": "_variance", "num_batches_tracked": None}
