@@ -113,9 +113,9 @@ def test_labels_cannot_steer_a_terminal_or_a_picture(copied):
 @pytest.mark.parametrize("arch", [ARCH, REC, DISTILLATION])
 def test_what_training_configs_hold_may_be_built(arch):
     ppcls.setup()
-    from paddle_reparam.ppcls.plain_arch import check_plain_arch
+    from paddle_reparam.ppcls.stock_arch import check_stock_arch
 
-    check_plain_arch(arch)
+    check_stock_arch(arch)
 
 
 @pytest.mark.parametrize(

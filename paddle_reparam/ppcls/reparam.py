@@ -91,10 +91,10 @@ def _released(given: argparse.Namespace, config: dict[str, Any]) -> ReleaseRepor
     paddle.set_device("cpu")
     weights = weight_file(given.weights)
     model = build_train_form(config)
-    stock_config, why_no_stock = plain_config(config)
+    of_stock, why_no_stock = stock_config(config)
     # Some backbones give their parameters fixed names, which can be given once; in here the names start anew.
     with paddle.utils.unique_name.guard():
-        stock = None if stock_config is None else _build(stock_config)
+        stock = None if of_stock is None else _build(of_stock)
     normalization = None if given.normalize is None else read_normalization(config, given.normalize)
     output = read_output(config)
     shape = image_shape(config)
@@ -121,7 +121,7 @@ def _released(given: argparse.Namespace, config: dict[str, Any]) -> ReleaseRepor
             "input": {"preprocessing": steps},
             "labels": labels,
             "versions": {"paddleclas": _version_of(ppcls)},
-            "plain_weights": {"arch": _for_manifest(stock_config)},
+            "plain_weights": {"arch": _for_manifest(of_stock)},
         },
         force=given.force,
         dry_run=given.dry_run,
@@ -134,25 +134,25 @@ def _check(folder: str) -> Any:
     if arch is None:
         return check_release(folder)
     setup().utils.logger.init_logger(log_level="WARNING")
-    from .plain_arch import check_plain_arch
+    from .stock_arch import check_stock_arch
 
     try:
-        check_plain_arch(arch)
+        check_stock_arch(arch)
     except ReparamError as error:
         raise error.at(f"{folder}: its manifest names a network that is not built from a manifest") from error
     with paddle.utils.unique_name.guard():
         return check_release(folder, _build({"Arch": arch}))
 
 
-def _for_manifest(stock_config: dict[str, Any] | None) -> dict[str, Any] | None:
+def _for_manifest(of_stock: dict[str, Any] | None) -> dict[str, Any] | None:
     """Return the `Arch` that `--check` builds to load the plain weights; None where it builds none."""
-    from .plain_arch import check_plain_arch
+    from .stock_arch import check_stock_arch
 
-    if stock_config is None:
+    if of_stock is None:
         return None
     with contextlib.suppress(ReparamError):
-        check_plain_arch(stock_config["Arch"])
-        return stock_config["Arch"]
+        check_stock_arch(of_stock["Arch"])
+        return of_stock["Arch"]
     return None
 
 
@@ -180,8 +180,8 @@ def shipped(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "Arch": known[arch["infer_model_name"]]}
 
 
-def plain_config(config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
-    """Return a config with the plain backbone in the place of `ReparamModel`, or None and why there is none."""
+def stock_config(config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    """Return the config of the stock network, a backbone where `ReparamModel` stood; or None and why there is none."""
     from .validation import networks, without_weights
 
     config = copy.deepcopy(shipped(config))
@@ -189,7 +189,7 @@ def plain_config(config: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     wrapped = [network for network in networks(config["Arch"]) if network["name"] == "ReparamModel"]
     if not wrapped:
         name = config["Arch"].get("name")
-        return None, f"{name} is no ReparamModel around a backbone, so there is no plain network to load its weights"
+        return None, f"{name} is no ReparamModel around a backbone, so there is no stock network to load its weights"
     for network in wrapped:
         backbone = {**network["backbone"], "pretrained": False}
         if network.get("class_num") is not None:

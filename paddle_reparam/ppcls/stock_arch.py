@@ -27,7 +27,7 @@ _LAYER_PATH = re.compile(r"[A-Za-z_][\w.\[\]]{0,127}")
 _LARGEST = 10**6
 
 
-def check_plain_arch(config: Any) -> None:
+def check_stock_arch(config: Any) -> None:
     """Raise `ReparamError` for an `Arch` that a manifest may not have built; the message names what is at fault."""
     _check_network(config, "Arch")
 
