@@ -108,6 +108,6 @@ WITH_ONEDNN = PaddleInference("onednn", "Predictor, oneDNN", onednn=True)
 
 RUNTIMES = (
     WITH_ONEDNN,
-    PaddleInference("plain", "Predictor, no oneDNN"),
+    PaddleInference("no-onednn", "Predictor, no oneDNN"),
     PaddleInference("gpu", "Predictor, GPU, not tried yet", gpu=True, proves=False),
 )
