@@ -6,7 +6,14 @@ import pytest
 from helpers import as_array, randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam.arithmetic.geometry import BATCH_NORMS, ConvGeometry, as_pair, read_bn_affine
+from paddle_reparam.arithmetic.geometry import (
+    BATCH_NORMS,
+    ConvGeometry,
+    absorb_affine_into,
+    as_pair,
+    linear_behind,
+    read_bn_affine,
+)
 from paddle_reparam.arithmetic.tensors import assign, to_float64
 from paddle_reparam.errors import ReparamError, UnsupportedConv
 
@@ -233,3 +240,27 @@ def as_batch_norm_2d(norm):
 def test_a_batch_norm_that_uses_the_batch_in_eval_mode_is_refused(norm):
     with pytest.raises(ReparamError, match="statistics of the batch in eval mode"):
         read_bn_affine(norm())
+
+
+@pytest.mark.parametrize("with_shift", [True, False])
+@pytest.mark.parametrize("bias", [None, False])
+@pytest.mark.parametrize("kind", [nn.Conv2D, nn.Conv2DTranspose])
+def test_an_affine_behind_a_convolution_is_absorbed_in_place(kind, bias, with_shift):
+    conv = kind(4, 6, 3, groups=2, bias_attr=bias).to(dtype="float64")
+    x = paddle.to_tensor(np.random.default_rng(0).normal(size=(2, 4, 5, 6)))
+    scale, shift = np.random.default_rng(1).normal(size=(2, 6))
+    before = conv(x).numpy()
+    absorb_affine_into(conv, scale, shift if with_shift else None)
+    assert (conv.bias is None) == (bias is False and not with_shift)
+    expected = before * scale[:, None, None] + (shift[:, None, None] if with_shift else 0.0)
+    assert relative_error(conv(x), expected) < 1e-14
+
+
+@pytest.mark.parametrize("places", [1, 3])
+def test_an_affine_before_a_linear_layer_moves_into_it(places):
+    linear = nn.Linear(4 * places, 5).to(dtype="float64")
+    x = np.random.default_rng(0).normal(size=(2, 4, places))
+    scale, shift = np.random.default_rng(1).normal(size=(2, 4))
+    moved = linear_behind(linear, scale, shift)
+    expected = linear(paddle.to_tensor((x * scale[:, None] + shift[:, None]).reshape(2, -1)))
+    assert relative_error(moved(paddle.to_tensor(x.reshape(2, -1))), expected) < 1e-14

@@ -1,4 +1,4 @@
-"""A convolution's geometry, read once from a Paddle layer and carried as one value."""
+"""A convolution's geometry, read once from a Paddle layer and carried as one value; and affines folded into layers."""
 
 from __future__ import annotations
 
@@ -57,6 +57,34 @@ def fold_into(layer: nn.Layer, scale: np.ndarray, shift: np.ndarray) -> tuple[np
     groups = getattr(layer, "_groups", 1)
     rows, bias = kernels.fold_affine(kernels.swap_channels(weight, groups), bias, scale, shift)
     return kernels.swap_channels(rows, groups), bias
+
+
+def absorb_affine_into(layer: nn.Layer, scale: np.ndarray, shift: np.ndarray | None = None) -> None:
+    """Make one of `FOLDABLE`, in place, compute scale * y + shift per channel; without `shift` it is scale * y.
+
+    A layer without a bias gets one where there is a shift.
+    """
+    weight, bias = fold_into(layer, scale, np.zeros_like(scale) if shift is None else shift)
+    assign(layer.weight, weight)
+    if layer.bias is None and shift is not None:
+        layer.bias = layer.create_parameter([bias.size], dtype=layer.weight.dtype, is_bias=True)
+    if layer.bias is not None:
+        assign(layer.bias, bias)
+
+
+def linear_behind(linear: nn.Linear, scale: np.ndarray, shift: np.ndarray) -> nn.Linear:
+    """Return a fully connected layer that computes what this one does behind scale * x + shift, each `[channels]`.
+
+    Its inputs may be several of each channel, in (channel, place) order.
+    """
+    scale, shift = (np.repeat(v, linear.weight.shape[0] // v.size) for v in (scale, shift))
+    kernel = to_float64(linear.weight).T[:, :, None, None]
+    kernel, bias = kernels.fold_input_affine(kernel, to_float64(linear.bias), scale, shift, 1)
+    folded = nn.Linear(*linear.weight.shape, weight_attr=nn.initializer.Constant(0.0))
+    folded.to(dtype=linear.weight.dtype)
+    assign(folded.weight, kernel[:, :, 0, 0].T)
+    assign(folded.bias, bias)
+    return folded
 
 
 def affine_of_layer_norm(norm: nn.LayerNorm) -> tuple[np.ndarray, np.ndarray]:

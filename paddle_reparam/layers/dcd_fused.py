@@ -10,8 +10,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from ..arithmetic.geometry import ConvGeometry, fold_into
-from ..arithmetic.tensors import assign
+from ..arithmetic.geometry import ConvGeometry, absorb_affine_into
 from .base import InferenceForm
 
 
@@ -97,11 +96,8 @@ class DCDConv2DFused(InferenceForm):
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel: `conv` and p take the scale."""
-        for conv, own_shift in ((self.conv, np.zeros_like(scale)), (self.p, shift)):
-            kernel, bias = fold_into(conv, scale, own_shift)
-            assign(conv.weight, kernel)
-            if conv.bias is not None:
-                assign(conv.bias, bias)
+        absorb_affine_into(self.conv, scale)
+        absorb_affine_into(self.p, scale, shift)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

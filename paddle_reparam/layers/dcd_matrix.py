@@ -13,6 +13,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from ..arithmetic import kernels
 from ..arithmetic.geometry import ConvGeometry, as_pair
 from ..arithmetic.initializers import init_fan_out_normal, init_uniform_fan_in
 from ..arithmetic.tensors import assign, to_float64
@@ -186,11 +187,9 @@ class DCDDepthwiseConv2DFused(InferenceForm):
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel: the rows of the kernel and of p take the scale."""
-        rows = np.asarray(scale, np.float64)[:, None]
-        assign(self.kernel, to_float64(self.kernel) * rows)
-        assign(self.p, to_float64(self.p) * rows)
-        assign(self.bias, to_float64(self.bias) * scale)
-        assign(self.shift, to_float64(self.shift) * scale + shift)
+        for pair, own_shift in (((self.kernel, self.bias), np.zeros_like(shift)), ((self.p, self.shift), shift)):
+            for parameter, array in zip(pair, kernels.fold_affine(*map(to_float64, pair), scale, own_shift)):
+                assign(parameter, array)
 
 
 @register_layer

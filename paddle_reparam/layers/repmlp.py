@@ -14,7 +14,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from ..arithmetic import kernels
-from ..arithmetic.geometry import ConvGeometry, fold_into, read_bn_affine
+from ..arithmetic.geometry import ConvGeometry, absorb_affine_into, fold_into, linear_behind, read_bn_affine
 from ..arithmetic.initializers import uniform_fan_in
 from ..arithmetic.tensors import assign, to_float64
 from ..errors import ReparamError, UnsupportedConv
@@ -133,9 +133,7 @@ class RepMLPFitted(InferenceForm):
         """Make this layer compute scale * out + shift per channel: the rows of FC3 and its bias take both."""
         _refuse_behind_relu(self.relu)
         area = self.partition[0] * self.partition[1]
-        scale, shift = (np.repeat(np.asarray(v, np.float64), area) for v in (scale, shift))
-        assign(self.fc3.weight, to_float64(self.fc3.weight) * scale[:, None, None, None])
-        assign(self.fc3.bias, to_float64(self.fc3.bias) * scale + shift)
+        absorb_affine_into(self.fc3, np.repeat(scale, area), np.repeat(shift, area))
 
     def extra_repr(self) -> str:
         return f"{self.channels}->{self.out_channels}, partitions of {self.partition[0]}x{self.partition[1]}"
@@ -307,7 +305,8 @@ class RepMLP(ReparamLayer):
         bias = bias.reshape(self.fc3_groups, -1)
         fc1 = fc2 = None
         if self.fc1_fc2 is not None:
-            fc1, fc2 = _behind(self.avg.bn, self.fc1_fc2.fc1), _copied(self.fc1_fc2.fc2)
+            fc1 = linear_behind(self.fc1_fc2.fc1, *read_bn_affine(self.avg.bn))
+            fc2 = _copied(self.fc1_fc2.fc2)
         return RepMLPFused(self.size, self.partition, fc1, fc2, weight, bias, self.fc3.weight.dtype, self.relu)
 
 
@@ -353,17 +352,6 @@ def _spread(values: paddle.Tensor, shape: Sequence[int]) -> paddle.Tensor:
     """Return a value for each pixel of maps of `shape`, `[N, C * rows * columns]`, as `[N, rows, columns, C, 1, 1]`."""
     _, channels, rows, columns = shape
     return values.reshape([-1, channels, rows, columns, 1, 1]).transpose([0, 2, 3, 1, 4, 5])
-
-
-def _behind(bn: nn.BatchNorm2D, linear: nn.Linear) -> nn.Linear:
-    """Return a fully connected layer that computes what it does after a BN, each of whose channels it sees many of."""
-    scale, shift = read_bn_affine(bn)
-    weight = to_float64(linear.weight)
-    scale, shift = (np.repeat(v, weight.shape[0] // v.size) for v in (scale, shift))
-    folded = _copied(linear)
-    assign(folded.weight, weight * scale[:, None])
-    assign(folded.bias, to_float64(linear.bias) + shift @ weight)
-    return folded
 
 
 def _as_conv(

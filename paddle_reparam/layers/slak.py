@@ -11,8 +11,8 @@ import paddle
 from paddle import nn
 
 from ..arithmetic import kernels
-from ..arithmetic.geometry import ConvGeometry, fold_into
-from ..arithmetic.tensors import assign, to_float64
+from ..arithmetic.geometry import ConvGeometry, absorb_affine_into
+from ..arithmetic.tensors import to_float64
 from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import FLAG, WHOLE, InferenceForm, ReparamLayer
@@ -40,11 +40,8 @@ class DecomposedLargeKernelConv2DFused(InferenceForm):
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel."""
-        tall, bias = fold_into(self.tall, scale, shift)
-        wide, _ = fold_into(self.wide, scale, np.zeros_like(shift))
-        assign(self.tall.weight, tall)
-        assign(self.tall.bias, bias)
-        assign(self.wide.weight, wide)
+        absorb_affine_into(self.tall, scale, shift)
+        absorb_affine_into(self.wide, scale)
 
     def for_size(self, height: int, width: int) -> DecomposedLargeKernelConv2DFused | None:
         """Return the same layer with the kernels cropped to what maps of this size meet; None: nothing to crop.

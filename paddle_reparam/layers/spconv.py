@@ -11,7 +11,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from ..arithmetic import kernels
-from ..arithmetic.geometry import ConvGeometry, fold_into, read_bn_affine
+from ..arithmetic.geometry import ConvGeometry, absorb_affine_into, fold_into, read_bn_affine
 from ..arithmetic.initializers import init_fan_out_normal
 from ..arithmetic.tensors import assign, to_float64
 from ..errors import UnsupportedConv
@@ -65,12 +65,9 @@ class SPConv2DFused(InferenceForm):
         vanishes = np.abs(scale) <= _SMALLEST_FACTOR * np.abs(gate_scale)
         scale = np.where(vanishes, 0.0, scale)
         gate_scale = np.where(vanishes, 0.0, gate_scale / np.where(vanishes, 1.0, scale))
-        no_shift = np.zeros_like(scale)
-        for conv, own_shift in ((self.spatial, no_shift), (self.difference, no_shift), (self.uncertain, shift)):
-            kernel, bias = fold_into(conv, scale, own_shift)
-            assign(conv.weight, kernel)
-            if conv.bias is not None:
-                assign(conv.bias, bias)
+        absorb_affine_into(self.spatial, scale)
+        absorb_affine_into(self.difference, scale)
+        absorb_affine_into(self.uncertain, scale, shift)
         assign(self.gate_scale, gate_scale.reshape(self.gate_scale.shape))
 
 

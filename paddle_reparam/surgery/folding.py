@@ -12,13 +12,15 @@ from ..arithmetic.geometry import (
     BATCH_NORMS,
     FOLDABLE,
     ConvGeometry,
+    absorb_affine_into,
     affine_of_layer_norm,
     channel_axis,
     fold_into,
     is_convolution,
+    linear_behind,
     read_bn_affine,
 )
-from ..arithmetic.tensors import assign, to_float64
+from ..arithmetic.tensors import to_float64
 from ..errors import ReparamError, UnsupportedConv
 from ..layers.base import InferenceForm
 from .places import RewriteReport, has_hooks, owners_of, places_of, refuse_shared, swap
@@ -77,17 +79,10 @@ def fold_batch_norms(model: nn.Layer, report: RewriteReport, inputs: list[Any]) 
             scale, shift = read_bn_affine(bn)
             if isinstance(producer, InferenceForm):
                 producer.absorb_affine(scale, shift)
+            elif isinstance(producer, nn.Conv2D):
+                new_layers[id(producer)] = ConvGeometry.of(producer).make_conv(*fold_into(producer, scale, shift))
             else:
-                weight, bias = fold_into(producer, scale, shift)
-                if isinstance(producer, nn.Conv2D):
-                    new_layers[id(producer)] = ConvGeometry.of(producer).make_conv(weight, bias)
-                else:
-                    assign(producer.weight, weight)
-                    if producer.bias is None:
-                        producer.bias = producer.create_parameter(
-                            [bias.size], dtype=producer.weight.dtype, is_bias=True
-                        )
-                    assign(producer.bias, bias)
+                absorb_affine_into(producer, scale, shift)
         except ReparamError as reason:
             report.skipped.append((path, str(reason)))
         else:
@@ -131,7 +126,7 @@ def fold_into_readers(model: nn.Layer, report: RewriteReport, inputs: list[Any])
                 continue
             refuse_shared(reader, owners)
             if isinstance(norm, nn.LayerNorm):
-                new_layers[id(reader)] = _linear_behind(reader, *affine_of_layer_norm(norm))
+                new_layers[id(reader)] = linear_behind(reader, *affine_of_layer_norm(norm))
                 remains = nn.LayerNorm(norm._normalized_shape, norm._epsilon, weight_attr=False, bias_attr=False)
             else:
                 new_layers[id(reader)] = _pointwise_behind(reader, *read_bn_affine(norm))
@@ -156,13 +151,3 @@ def _is_pointwise(conv: nn.Conv2D) -> bool:
 def _pointwise_behind(conv: nn.Conv2D, scale: Any, shift: Any) -> nn.Conv2D:
     weight, bias = to_float64(conv.weight), to_float64(conv.bias)
     return ConvGeometry.of(conv).make_conv(*kernels.fold_input_affine(weight, bias, scale, shift, conv._groups))
-
-
-def _linear_behind(linear: nn.Linear, scale: Any, shift: Any) -> nn.Linear:
-    kernel = to_float64(linear.weight).T[:, :, None, None]
-    kernel, bias = kernels.fold_input_affine(kernel, to_float64(linear.bias), scale, shift, 1)
-    folded = nn.Linear(*linear.weight.shape, weight_attr=nn.initializer.Constant(0.0))
-    folded.to(dtype=linear.weight.dtype)
-    assign(folded.weight, kernel[:, :, 0, 0].T)
-    assign(folded.bias, bias)
-    return folded
