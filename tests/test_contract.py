@@ -97,6 +97,9 @@ class ToyConv2D(ReparamLayer):
         branch = self.bn(self.geometry.convolve(x, self.normed * self.mask, None))
         return self.geometry.convolve(x, self.plain, self.offset) + branch
 
+    def extra_repr(self):
+        return str(self.geometry)
+
     def fused_kernel(self):
         kernel = to_float64(self.normed * self.mask)
         kernel, bias = kernels.fold_affine(kernel, None, *read_bn_affine(self.bn))
