@@ -53,7 +53,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
-        _flush(temporary)
+        flush(temporary)
         os.replace(temporary, target)
     except OSError as error:
         raise ReparamError(
@@ -67,7 +67,7 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
             temporary.unlink()
     # The file is in place and whole; some file systems cannot flush a folder.
     with contextlib.suppress(OSError):
-        _flush(target.parent)
+        flush(target.parent)
 
 
 @contextlib.contextmanager
@@ -87,12 +87,12 @@ def new_folder(target: Path, folder: Folder, replace: bool) -> Iterator[Path]:
         _remove_what_killed_ones_left(target)
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _flush(path)
+            flush(path)
         if replace and target.exists():
             _exchange(temporary, target)
         else:
             os.rename(temporary, target)
-        _flush(target.parent)
+        flush(target.parent)
     except OSError as error:
         raise ReparamError(f"{folder}: it cannot be written ({error.strerror or error})") from error
     except ReparamError as error:
@@ -133,7 +133,8 @@ def _as_it_will_be(error: ReparamError, temporary: Path, place: Folder) -> Repar
     return type(error)(str(error).replace(str(temporary), str(place)))
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder where that can be, is on the disk; raises `OSError`."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

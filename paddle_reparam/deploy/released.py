@@ -18,11 +18,12 @@ from paddle import nn
 
 from ..errors import MissingFile, ReparamError, one_sentence
 from ..files import Folder, digest
+from ..forms import Misfit
 from ..report import Report, format_table
 from ..surgery.tracing import unchanged
 from ..surgery.verify import compare_outputs
 from ..weights import checkpoints
-from .manifest_form import MANIFEST_FORM, Misfit
+from .manifest_form import MANIFEST_FORM
 from .outputs import Normalization, OfPixels, OutputSpec, comparable, reference_outputs
 from .runtimes import LoadedNetwork, proving
 

@@ -15,6 +15,7 @@ from paddle import nn
 from ..arithmetic.geometry import ConvGeometry
 from ..arithmetic.tensors import assign, to_float64
 from ..errors import ReparamError, UnsupportedConv
+from ..forms import is_number
 from ..registry import Registry
 
 #: What PaddleClas calls on a block to fuse it in place: release 2.6 and its own blocks there, release 2.4.
@@ -30,10 +31,6 @@ class Option(NamedTuple):
 
     allowed: str
     accepts: Callable[[Any], bool]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def one_of(*names: str) -> Option:
@@ -57,12 +54,10 @@ def several(option: Option, count: int | None = None) -> Option:
 
 
 FLAG = Option("one of True, False", lambda value: isinstance(value, bool))
-WHOLE = Option(
-    "a whole number of 1 or more", lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 1
-)
+WHOLE = Option("a whole number of 1 or more", lambda value: is_number(value) and isinstance(value, int) and value >= 1)
 ODD = Option("one of 1, 3, 5, ... (odd)", lambda value: WHOLE.accepts(value) and value % 2 == 1)
-SHARE = Option("a number between 0 and 1", lambda value: _is_number(value) and 0 < value < 1)
-POSITIVE = Option("a number above 0", lambda value: _is_number(value) and 0 < value < float("inf"))
+SHARE = Option("a number between 0 and 1", lambda value: is_number(value) and 0 < value < 1)
+POSITIVE = Option("a number above 0", lambda value: is_number(value) and 0 < value < float("inf"))
 
 
 class ReparamLayer(nn.Layer):

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..errors import UsageError
+from ..forms import is_number
 from ..registry import Registry
 from . import values
 from .errors import ConfigError
@@ -117,7 +118,7 @@ def _unlike(value: Any, default: Any) -> str | None:
 def _side(value: Any) -> str | None:
     """Return what the size of an image must be; a pair is height and width."""
     sides = value if isinstance(value, list) else [value]
-    wrong = sides and any(values.is_number(side) and not 0 < side <= values.LONGEST_SIDE for side in sides)
+    wrong = sides and any(is_number(side) and not 0 < side <= values.LONGEST_SIDE for side in sides)
     return f"numbers above 0 and up to {values.LONGEST_SIDE}" if wrong else None
 
 

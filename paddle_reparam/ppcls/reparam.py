@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import copy
 import functools
-import hashlib
 import importlib.metadata
 import logging
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from ..deploy.programs import FORMATS
 from ..deploy.release import ReleaseReport, release
 from ..deploy.released import MANIFEST, check_release, read_manifest
 from ..errors import ReparamError, exit_code, one_sentence
+from ..files import digest
 from . import setup
 from .command import add_override, image_of, next_steps, options, read_config
 from .errors import ConfigError
@@ -114,7 +114,7 @@ def _released(given: argparse.Namespace, config: dict[str, Any]) -> ReleaseRepor
             "source": {
                 "config": {
                     "name": given.config,
-                    "sha256": hashlib.sha256(Path(given.config).read_bytes()).hexdigest(),
+                    "sha256": digest(Path(given.config))["sha256"],
                     "overrides": given.override,
                 }
             },
@@ -247,5 +247,5 @@ def _version_of(ppcls: Any) -> dict[str, Any]:
     installed = {"site-packages", "dist-packages"} & set(engine.parts)
     return {
         "installed_version": importlib.metadata.version("paddleclas") if installed else None,
-        "engine_sha256": hashlib.sha256(engine.read_bytes()).hexdigest(),
+        "engine_sha256": digest(engine)["sha256"],
     }

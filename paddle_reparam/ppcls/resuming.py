@@ -19,6 +19,7 @@ from ppcls.utils import logger
 
 from ..arithmetic.tensors import type_name
 from ..errors import CheckpointError
+from ..forms import is_number
 from ..training.sparsity import inner_optimizer
 from . import saving
 from .loading import load_weights
@@ -71,7 +72,7 @@ def check_run_states(path: str, states: Any, epochs: int) -> None:
         if not _is_count(value):
             raise CheckpointError(f"{path}: its {name} is {_shown(value)}; it must be a whole number from 0 on")
     for name, value in metrics.items():
-        if not _is_number(value):
+        if not _is_finite(value):
             raise CheckpointError(f"{path}: its {name} is {_shown(value)}; it must be a number")
     if states["epoch"] > epochs:
         raise CheckpointError(
@@ -87,12 +88,12 @@ def _with_numbers(states: Any) -> Any:
     return states.item() if isinstance(states, np.ndarray) and states.size == 1 else states
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+def _is_finite(value: Any) -> bool:
+    return is_number(value) and abs(value) <= sys.float_info.max
 
 
 def _is_count(value: Any) -> bool:
-    return _is_number(value) and value == int(value) and 0 <= value < 1 << 53
+    return _is_finite(value) and value == int(value) and 0 <= value < 1 << 53
 
 
 def _shown(value: Any) -> str:
@@ -248,7 +249,7 @@ def _check_like(what: str, saved: Any, own: Any) -> None:
             _check_like(f"{what}.{key}", saved[key], value)
     elif what.endswith(".last_epoch") and not _is_count(saved):
         raise CheckpointError(f"{what} is {_shown(saved)}, and must be a whole number from 0 on")
-    elif _is_number(own) and not _is_number(saved):
+    elif _is_finite(own) and not _is_finite(saved):
         raise CheckpointError(f"{what} is {_shown(saved)}, and must be a number")
 
 

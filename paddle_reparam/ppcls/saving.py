@@ -12,7 +12,6 @@ link to the one that holds what it would.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -24,9 +23,9 @@ from typing import Any, Callable
 
 import paddle
 
-from ..deploy.manifest_form import dict_of, matching, whole
-from ..deploy.manifest_form import record as record_of
+from .. import forms
 from ..errors import CheckpointError, OutputExists, ReparamError
+from ..files import digest, flush
 from ..weights import pickles
 from .errors import ConfigError
 from .written_once import Files
@@ -85,12 +84,16 @@ def save_whole(
         with files.linked():
             save(net, optimizer, states, str(staging), **options)
         paths = sorted(path for path in staging.rglob("*") if path.is_file())
+        for path in paths:
+            flush(path)
         record = {
             "epoch": int(states.get("epoch", 0)),
             "step": int(states.get("global_step", 0)),
-            "files": {path.relative_to(staging).as_posix(): _digest(path) for path in paths},
+            "files": {path.relative_to(staging).as_posix(): digest(path)["sha256"] for path in paths},
         }
-        _write_synced(staging / f"{prefix}{RECORD}", json.dumps(record, indent=1).encode())
+        place = staging / f"{prefix}{RECORD}"
+        place.write_text(json.dumps(record, indent=1))
+        flush(place)
         _finish(staging, target)
         files.learn_places(staging, target)
     except BaseException as error:
@@ -146,29 +149,8 @@ def _link(source: Path, place: Path) -> None:
     temporary.unlink(missing_ok=True)
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-_RECORD_FORM = record_of(
-    {
-        "epoch": whole(-1),
-        "step": whole(),
-        # Below the record's folder, one folder deep or more.
-        "files": dict_of(matching(r"[^./\\:\0][^/\\:\0]*(/[^./\\:\0][^/\\:\0]*)*"), matching("[0-9a-f]{64}")),
-    }
+_RECORD_FORM = forms.record(
+    {"epoch": forms.whole(-1), "step": forms.whole(), "files": forms.dict_of(forms.plain_path, forms.sha256)}
 )
 
 
@@ -194,7 +176,7 @@ def _read_record(path: Path) -> SavedSet | None:
     """Return the set that a record describes, or None where it is not whole."""
     try:
         record = _entries_of(path)
-        if not all(_digest(path.parent / name) == digest for name, digest in record["files"].items()):
+        if not all(digest(path.parent / name)["sha256"] == known for name, known in record["files"].items()):
             return None
         [weights] = [n for n in record["files"] if n.endswith(".pdparams") and f"{n[:-9]}.pdopt" in record["files"]]
         return SavedSet((path.parent / weights).with_suffix(""), record["epoch"], record["step"])

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..forms import is_number
 from . import saving, values
 from .arch import get_builder
 from .constructors import check_constructor, check_operators, only_entry, parameters_of
@@ -95,7 +96,7 @@ def _check_size(value: Any, where: str, most: int) -> None:
     parts = value if isinstance(value, list) else value.values() if isinstance(value, Mapping) else ()
     for part in parts:
         _check_size(part, where, values.MOST_CLASSES if isinstance(value, Mapping) and "class_num" in value else most)
-    if values.is_number(value) and abs(value) > most:
+    if is_number(value) and abs(value) > most:
         raise ConfigError(f"{where} is {values.shown(value)}; no network is that large")
 
 

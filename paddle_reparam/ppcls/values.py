@@ -9,6 +9,7 @@ from typing import Any
 
 import paddle
 
+from ..forms import is_number
 from .errors import ConfigError
 
 Check = Callable[[Any], "str | None"]
@@ -18,10 +19,6 @@ _LARGEST_BATCH = 1 << 16
 MOST_CLASSES = 10**7
 #: Of a network's options, the number of classes aside: numbers above it would fill any memory.
 LARGEST_OPTION = 10**6
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Check:
