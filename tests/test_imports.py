@@ -117,3 +117,16 @@ def test_every_room_is_on_the_page_and_no_module_is_long():
     assert [name for name in rooms if name != "__init__.py" and f"`{name}" not in page] == []
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in package.rglob("*.py")}
     assert {path: count for path, count in lines.items() if count > 450} == {}
+
+
+def test_no_function_is_written_twice():
+    """Functions of modules with the same body; `analyze`, which each paper has under this name, aside."""
+    places = {}
+    for path in ROOT.rglob("*.py"):
+        for part in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(part, ast.FunctionDef) and part.name != "analyze":
+                body = part.body[1:] if ast.get_docstring(part) else part.body
+                same = "".join(map(ast.dump, [part.args, *body]))
+                places.setdefault(same, []).append(f"{path.relative_to(ROOT)}: {part.name}")
+    assert len(places) > 500
+    assert [each for each in places.values() if len(each) > 1] == []
