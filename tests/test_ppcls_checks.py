@@ -1,5 +1,6 @@
 """What is refused before a run starts: configs, overrides, and runs that could only go wrong."""
 
+import importlib
 from pathlib import Path
 
 import paddle
@@ -285,6 +286,17 @@ def test_values_of_overrides(config_file, text, value):
 @pytest.mark.parametrize("key", ["AMP=null", "AMP={use_amp: False, level: O1}", "EMA=null"])
 def test_a_section_that_is_off_is_taken_out(config_file, key):
     assert not {"AMP", "EMA"} & set(checked(config_file, "train", key))
+
+
+@pytest.mark.parametrize(
+    ("override", "key"), [("EMA.decay=0.5", "EMA"), ("Global.update_freq=2", "Global.update_freq")]
+)
+def test_what_this_paddleclas_would_pass_over_is_refused(config_file, override, key):
+    if hasattr(importlib.import_module("ppcls.engine.engine"), "ExponentialMovingAverage"):
+        checked(config_file, "train", override)
+        return
+    with pytest.raises(ConfigError, match=f"this PaddleClas does not know {key}, and would train without it"):
+        checked(config_file, "train", override)
 
 
 def test_what_is_needed_is_not_all_that_may_be_said(config_file, monkeypatch):

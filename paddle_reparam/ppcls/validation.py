@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -367,6 +370,8 @@ def check_run(config: dict[str, Any], mode: str) -> None:
         if key in config and (config[key] is None or not part.get("use_amp", True)):
             # PaddleClas asks whether the section is there, and 2.4 nothing else.
             del config[key]
+    if mode == "train":
+        _refuse_what_nobody_reads(config)
     for key in ("Metric", "Loss"):
         for split in ("Train", "Eval"):
             if key in config and (config[key] is None or config[key].get(split, "") is None):
@@ -386,6 +391,23 @@ def check_run(config: dict[str, Any], mode: str) -> None:
         check_infer(config)
     if mode == "export":
         check_place(settings["save_inference_dir"], "Global.save_inference_dir")
+
+
+def _refuse_what_nobody_reads(config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` for what newer Engines read, and the one of PaddleClas 2.4 passes over in silence."""
+    asked = {"EMA": "EMA" in config, "update_freq": config["Global"].get("update_freq", 1) > 1}
+    for key, is_asked in asked.items():
+        if is_asked and not any(re.search(rf"\b{key}\b", code) for code in _engine_code()):
+            raise ConfigError(
+                f"this PaddleClas does not know {'EMA' if key == 'EMA' else f'Global.{key}'}, and would train without "
+                "it; leave it out, or set PADDLECLAS_HOME to a checkout of PaddleClas 2.6"
+            )
+
+
+@functools.cache
+def _engine_code() -> list[str]:
+    folder = Path(importlib.import_module("ppcls.engine").__file__).parent
+    return [path.read_text(encoding="utf-8") for path in sorted(folder.rglob("*.py"))]
 
 
 def _check_task(config: dict[str, Any], mode: str) -> None:
