@@ -8,6 +8,7 @@ import re
 import sys
 import traceback
 import unicodedata
+import warnings
 from collections.abc import Iterator
 
 
@@ -95,11 +96,15 @@ def exit_code() -> Iterator[list[int]]:
     """Print a `ReparamError` or `OSError` of the `with` block; what is given holds the exit code.
 
     It is 2 for wrong usage and 1 for what else is wrong; 130 where the user interrupted it, as a shell says, and 141
-    where nobody reads what is printed any more.
+    where nobody reads what is printed any more. Warnings are not shown, unless Python was told to (`-W`): what a
+    library tells the code that calls it, nobody who types a command can act on.
     """
     result = [0]
     try:
-        yield result
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            yield result
         sys.stdout.flush()
     except BrokenPipeError:
         # Python flushes once more at its end, and would complain.

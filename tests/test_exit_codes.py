@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,16 @@ def test_every_command_says_first_what_it_is_for(monkeypatch, capsys):
         said[script] = purpose
     assert [each for each in said.items() if not re.match(r"[A-Z][a-z]+ .{20,}?[.;:](\s|$)|From .*", each[1])] == []
     assert len(set(said.values())) == len(SCRIPTS)
+
+
+@pytest.mark.parametrize(("options", "shown"), [([], 0), (["default"], 1)])
+def test_warnings_of_libraries_are_shown_by_commands_only_if_asked_for(monkeypatch, options, shown):
+    monkeypatch.setattr(sys, "warnoptions", options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        with exit_code() as result, warnings.catch_warnings(record=True) as caught:
+            warnings.warn("use another function", stacklevel=1)
+    assert (result[0], len(caught)) == (0, shown)
 
 
 @pytest.mark.parametrize(
