@@ -228,7 +228,7 @@ def test_a_fault_at_any_step_leaves_nothing(trained, tmp_path, monkeypatch, faul
             return reports
 
         monkeypatch.setattr(steps, "check_export", check_then_spoil)
-        message = "a file changed after it was written"
+        message = "inference.pdiparams: the file changed after it was written"
     else:
 
         def no_space(*_):

@@ -132,12 +132,8 @@ def fuse(work: Work) -> None:
 
 def count(work: Work) -> None:
     """Count both forms."""
-    work.sizes = {form: measure(network, work.input_spec) for form, network in both_forms(work).items()}
-
-
-def both_forms(work: Work) -> dict[str, nn.Layer]:
-    """Return form -> network, by the names in a manifest."""
-    return {"train_form": work.model, "fused": work.fused}
+    forms = {"train_form": work.model, "fused": work.fused}
+    work.sizes = {form: measure(network, work.input_spec) for form, network in forms.items()}
 
 
 def fuse_plain(work: Work) -> None:
@@ -239,8 +235,9 @@ def seal(work: Work) -> None:
     manifest["files"] = work.written
     manifest["checks"] = {name: report.to_dict() for name, report in work.checks.items()}
     write_manifest(work.folder, manifest)
-    if {name: digest(work.folder / name) for name in work.written} != work.written:
-        raise ReparamError("a file changed after it was written; the disk may be failing, run again")
+    changed = [name for name, written in work.written.items() if digest(work.folder / name) != written]
+    if changed:
+        raise ReparamError(f"{changed[0]}: the file changed after it was written; the disk may be failing, run again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
