@@ -19,9 +19,9 @@ __version__ = "0.2.0"
 
 from . import layers as layers
 from . import models as models
+from .deploy.inference import InferenceModel
 from .deploy.release import release
 from .deploy.released import check_release
-from .deploy.runtimes.paddle_inference import InferenceModel
 from .errors import ReparamError
 from .registry import create_model, list_layers, list_models
 from .surgery.rewrite import reparameterize, replace

@@ -29,6 +29,7 @@ from paddle_reparam.deploy.released import (
     sealed,
     write_manifest,
 )
+from paddle_reparam.deploy.runtimes.paddle_inference import LoadedPredictor
 from paddle_reparam.errors import ReparamError, one_sentence
 from paddle_reparam.files import digest
 from paddle_reparam.surgery.flops import ModelSize
@@ -196,7 +197,7 @@ def test_pixels_are_normalised_inside(tmp_path, dtype):
     mean, std = (np.float32(v).reshape(1, 3, 1, 1) for v in (PIXELS.mean, PIXELS.std))
     expected = nn.functional.softmax(net(paddle.to_tensor((pixels.astype("float32") / 255 - mean) / std)))
     for onednn in (True, False):
-        assert relative_error(InferenceModel(tmp_path / "out", onednn).run(pixels)[0], expected) < 1e-5
+        assert relative_error(LoadedPredictor(tmp_path / "out", onednn).run(pixels)[0], expected) < 1e-5
     manifest = read_manifest(tmp_path / "out")
     assert manifest["input"]["dtype"] == dtype
     assert manifest["input"]["normalization"]["std"] == [0.229, 0.224, 0.225]
@@ -278,7 +279,7 @@ def use(folder, manifest):
 
 
 def test_a_manifest_of_another_form_is_one_sentence_whatever_it_says(copied, monkeypatch):
-    monkeypatch.setattr("paddle_reparam.deploy.predict.load_network", lambda *_, **__: None)
+    monkeypatch.setattr("paddle_reparam.deploy.predict.InferenceModel", lambda *_, **__: None)
     steps = [{"ResizeImage": {"size": [8, 8]}}, {"CropImage": {"size": 8}}, {"ToCHWImage": {}},
              {"NormalizeImage": {"mean": [0.0] * 3, "std": [1.0] * 3, "scale": 1.0, "order": ""}}]  # fmt: skip
     good = read_manifest(copied)

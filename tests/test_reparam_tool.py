@@ -18,12 +18,11 @@ import yaml
 from helpers import randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam import files, ppcls
+from paddle_reparam import InferenceModel, files, ppcls
 from paddle_reparam.deploy import steps
 from paddle_reparam.deploy.outputs import OutputSpec
 from paddle_reparam.deploy.programs import WEIGHTS_SUFFIX, program_file
 from paddle_reparam.deploy.released import MANIFEST, PLAIN_WEIGHTS
-from paddle_reparam.deploy.runtimes.paddle_inference import InferenceModel
 from paddle_reparam.errors import OutputExists, ReparamError, UsageError
 from paddle_reparam.layers.spconv import SPConv2D
 from paddle_reparam.surgery.rewrite import replace

@@ -13,8 +13,8 @@ import pytest
 from helpers import as_array, relative_error
 from paddle import nn
 
-from paddle_reparam import InferenceModel
 from paddle_reparam.deploy.export import export_inference
+from paddle_reparam.deploy.runtimes.paddle_inference import LoadedPredictor
 from paddle_reparam.errors import ReparamError, UnsupportedConv
 from paddle_reparam.layers.repmlp import RepMLP, RepMLPFitted, RepMLPFused
 from paddle_reparam.surgery.rewrite import reparameterize, replace
@@ -150,7 +150,7 @@ def test_the_form_for_onednn(name, tmp_path):
     fitted.eval()
     export_inference(fitted, tmp_path, [[None, 4, *sizes[:2]]])
     for onednn in (True, False):
-        model = InferenceModel(tmp_path, onednn=onednn)
+        model = LoadedPredictor(tmp_path, onednn=onednn)
         for batch in (1, 3):
             [y] = model.run(x[:batch].astype("float32"))
             assert relative_error(y, expected[:batch]) < 1e-5, (onednn, batch)

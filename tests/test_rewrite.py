@@ -492,7 +492,7 @@ def test_inference_forms_take_the_form_for_one_size():
         def forward(self, x):
             return x + x
 
-        def for_size(self, height, width):
+        def for_size(self, height, width, form=None):
             return Smaller() if (height, width) == (6, 5) else None
 
     model = build(nn.Sequential, nn.Conv2D(4, 4, 1), Scale(), nn.MaxPool2D(2), Scale())

@@ -19,11 +19,10 @@ from pages import ROOT, blocks_of, commands_of, cut_short, keep_few, named_files
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from paddle_reparam import ppcls
+from paddle_reparam import InferenceModel, ppcls
 from paddle_reparam.deploy.outputs import OutputSpec
 from paddle_reparam.deploy.predict import ImageClassifier, preprocess
 from paddle_reparam.deploy.released import read_manifest
-from paddle_reparam.deploy.runtimes.paddle_inference import InferenceModel
 from paddle_reparam.images import read_rgb
 from paddle_reparam.weights import checkpoints
 

@@ -8,10 +8,10 @@ import pytest
 from helpers import as_array, randomise_batch_norms, relative_error
 from paddle import nn
 
-from paddle_reparam import InferenceModel
 from paddle_reparam.arithmetic.geometry import ConvGeometry
 from paddle_reparam.deploy.export import export_inference
 from paddle_reparam.deploy.runtimes.executor import LoadedProgram
+from paddle_reparam.deploy.runtimes.paddle_inference import LoadedPredictor
 from paddle_reparam.errors import UnsupportedConv
 from paddle_reparam.layers.spconv import SPConv2D, SPConv2DFused
 
@@ -146,7 +146,7 @@ def test_every_runtime_agrees_on_every_size(tmp_path, stride):
     for name, form in (("train", layer), ("fused", fused)):
         export_inference(form, tmp_path / name, [[None, 8, None, None]])
         runtimes = [LoadedProgram(tmp_path / name)]
-        runtimes += [InferenceModel(tmp_path / name, onednn=onednn) for onednn in (True, False)]
+        runtimes += [LoadedPredictor(tmp_path / name, onednn=onednn) for onednn in (True, False)]
         for size in EVEN_AND_ODD:
             for batch in (1, 3):
                 x = paddle.randn([batch, 8, *size])

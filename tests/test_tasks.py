@@ -22,9 +22,9 @@ from pages import ROOT, blocks_of, commands_of, cut_short, keep_few, named_files
 from PIL import Image
 from test_train_tools import config_of
 
+from paddle_reparam import InferenceModel
 from paddle_reparam.deploy.released import PLAIN_WEIGHTS, read_manifest
 from paddle_reparam.deploy.runtimes.onnx_runtime import OnnxModel
-from paddle_reparam.deploy.runtimes.paddle_inference import InferenceModel
 from paddle_reparam.ppcls import setup
 from paddle_reparam.weights import checkpoints
 

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam.deploy.runtimes import RUNTIMES, get_runtime
+from paddle_reparam.deploy.runtimes.onnx_runtime import ONNX_FILE
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
 from paddle_reparam.measure import benchmark, charts, steps
@@ -71,7 +72,7 @@ def parser_of() -> argparse.ArgumentParser:
     infer.add_argument("--batch", type=positive, nargs="+", default=[1])
     infer.add_argument(
         "--runtime", nargs="+", choices=[runtime.name for runtime in RUNTIMES], default=["onednn"],
-        help="; ".join(f"{each.name}: {each.title}, {' and '.join(each.precisions)}" for each in RUNTIMES),
+        help="; ".join(f"{each.name}: {each.title}" for each in RUNTIMES),
     )  # fmt: skip
     profile.add_argument("--batch", type=positive, default=1)
     sweep.add_argument(
@@ -138,7 +139,7 @@ def check(given: argparse.Namespace) -> None:
 def run_infer(given: argparse.Namespace) -> Report:
     """Time the targets, each in its forms."""
     with tempfile.TemporaryDirectory() as folder:
-        exported = prepare(given, folder, onnx=any(get_runtime(name).reads_onnx for name in given.runtime))
+        exported = prepare(given, folder, onnx=any(get_runtime(name).file_name == ONNX_FILE for name in given.runtime))
         return benchmark.run(exported, given.batch, given.runtime, given.threads, given.rounds)
 
 

@@ -115,5 +115,9 @@ MANIFEST_FORM = record(
         "quantization": record({"kernels": list_of(_KERNEL)}),
         "size": record({"train_form": _SIZE, "fused": _SIZE}),
     },
-    {"labels": nothing_or(list_of(nothing_or(text)))},
+    {
+        "labels": nothing_or(list_of(nothing_or(text))),
+        # By which runtimes it is to be used, the fastest first, and how far each may be off for the probe.
+        "serving": list_of(record({"runtime": text, "tolerance": number(1e-12, LARGEST_TOLERANCE)}), 1, 64),
+    },
 )  # fmt: skip

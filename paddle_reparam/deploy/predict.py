@@ -14,9 +14,9 @@ from ..errors import MissingFile, ReparamError, UsageError, one_sentence, printa
 from ..files import Folder
 from ..images import IMAGE_SUFFIXES, images_below, read_rgb
 from ..report import format_row, shown_width
+from .inference import InferenceModel
 from .outputs import THRESHOLD
 from .released import check_files, manifest_of_onnx, read_manifest
-from .runtimes import load_network
 
 #: The steps of PaddleClas that are known here, in the order in which a config may have them.
 STEPS = ("DecodeImage", "ResizeImage", "CropImage", "NormalizeImage", "ToCHWImage", "ToGray")
@@ -159,7 +159,7 @@ class ImageClassifier:
         """Raises `ReparamError` for what is no release, is damaged, or cannot label images."""
         in_one_file = Path(release).is_file()
         if in_one_file:
-            network = load_network(release)
+            network = InferenceModel(release)
             manifest = manifest_of_onnx(network)
         else:
             manifest = read_manifest(release)
@@ -177,7 +177,7 @@ class ImageClassifier:
         #: Whether each label has a probability of its own.
         self.several_labels = activation == "sigmoid"
         # Photographs have many sizes: without `keep_shapes`, as a folder of them would fill the memory.
-        self._network = network if in_one_file else load_network(release, keep_shapes=False)
+        self._network = network if in_one_file else InferenceModel(release, keep_shapes=False)
 
     def predict(
         self,

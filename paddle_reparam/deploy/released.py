@@ -16,7 +16,7 @@ import numpy as np
 import paddle
 from paddle import nn
 
-from ..errors import MissingFile, ReparamError, one_sentence
+from ..errors import MissingFile, ReparamError, UnknownName, one_sentence
 from ..files import Folder, digest
 from ..forms import Misfit
 from ..report import Report, format_table
@@ -25,7 +25,7 @@ from ..surgery.verify import compare_outputs
 from ..weights import checkpoints
 from .manifest_form import MANIFEST_FORM
 from .outputs import Normalization, OfPixels, OutputSpec, comparable, reference_outputs
-from .runtimes import LoadedNetwork, proving
+from .runtimes import LoadedNetwork, Runtime, get_runtime, proving
 
 MANIFEST = "manifest.json"
 PLAIN_WEIGHTS = "plain.pdparams"
@@ -183,16 +183,17 @@ def _read_probe(path: Path) -> list[np.ndarray]:
 @dataclass
 class CheckReport(Report):
     """What a check of a released folder found: name of the file -> how many bytes, and way of running it -> how far
-    its output for the probe is from that of the trained network, relative. `not_run` says what was not, and why.
+    its output for the probe is from that of the trained network, relative, and may be. `not_run` says what was not, and
+    why.
     """
 
     files: dict[str, int]
-    tolerance: float
+    tolerances: dict[str, float]
     errors: dict[str, float]
     not_run: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [[name, f"{error:.1e}", f"{self.tolerance:.0e}"] for name, error in self.errors.items()]
+        rows = [[name, f"{error:.1e}", f"{self.tolerances[name]:.0e}"] for name, error in self.errors.items()]
         rows += [[name, f"not run: {why}", "-"] for name, why in self.not_run.items()]
         table = format_table(["the trained network's output for the probe, by", "relative error", "tolerance"], rows)
         return f"{len(self.files)} files, {sum(self.files.values()):,} bytes: all as they were written\n{table}"
@@ -219,6 +220,14 @@ def check_files(folder: Folder, manifest: Mapping[str, Any]) -> dict[str, int]:
     return {name: entry["bytes"] for name, entry in files.items()}
 
 
+def _file_for(runtime: Runtime, folder: Path) -> Path:
+    """Return the file that a runtime loads; raises `ReparamError` where there is none."""
+    file = runtime.file(folder)
+    if file is None:
+        raise ReparamError(f"{folder} is to be used by {runtime.title}, and holds no file that it loads; release again")
+    return file
+
+
 def check_release(folder: Folder, stock: nn.Layer | None = None) -> CheckReport:
     """Check a released folder: its files, and that each form in it gives the trained network's output for the probe.
 
@@ -233,24 +242,29 @@ def check_release(folder: Folder, stock: nn.Layer | None = None) -> CheckReport:
     x, expected = probe_inputs(manifest["input"], probe["scale"]), _read_probe(folder / PROBE)
     if probe_hash(x) != probe["input_sha256"]:
         raise ReparamError(f"{folder}: the probe's input is not what it was when {MANIFEST} was written")
-    report = CheckReport(files, probe["tolerance"], {})
+    report = CheckReport(files, {}, {})
 
-    def compare(way: str, file: str, outputs: Sequence[np.ndarray]) -> None:
-        error, _ = compare_outputs(comparable(expected, output), comparable(outputs, output), report.tolerance)
-        report.errors[way] = error
-        if not error <= report.tolerance:
+    def compare(way: str, file: str, outputs: Sequence[np.ndarray], tolerance: float = probe["tolerance"]) -> None:
+        error, _ = compare_outputs(comparable(expected, output), comparable(outputs, output), tolerance)
+        report.errors[way], report.tolerances[way] = error, tolerance
+        if not error <= tolerance:
             raise ReparamError(
                 f"{folder / file} computes something else than the network that was released: {way} gives the probe "
-                f"with a relative error of {error:.1e} (tolerance {report.tolerance:.0e})"
+                f"with a relative error of {error:.1e} (tolerance {tolerance:.0e})"
             )
 
-    for runtime in proving(folder):
+    tolerances = {entry["runtime"]: entry["tolerance"] for entry in manifest.get("serving", [])}
+    for name in dict.fromkeys([*tolerances, *(runtime.name for runtime in proving(folder))]):
         try:
+            runtime = get_runtime(name)
             runtime.require()
+        except UnknownName:
+            report.not_run[name] = "this version of the library does not know it"
         except ReparamError as missing:
             report.not_run[runtime.title] = str(missing)
         else:
-            compare(runtime.title, runtime.file(folder).name, runtime.load(folder).run(*x))
+            tolerance = tolerances.get(name, probe["tolerance"])
+            compare(runtime.title, _file_for(runtime, folder).name, runtime.load(folder).run(*x), tolerance)
     if PLAIN_WEIGHTS in files:
         if stock is None:
             report.not_run[PLAIN_WEIGHTS] = "the stock network was not given"

@@ -202,6 +202,9 @@ class ReparamLayer(nn.Layer):
 class InferenceForm(nn.Layer):
     """A layer that ships and is no plain convolution, such as a dynamic one, or a sum of two convolutions."""
 
+    #: What `for_size` can be asked for beside its own choice: forms of which another is faster in another runtime.
+    forms: ClassVar[tuple[str, ...]] = ()
+
     def absorb_affine(self, scale: Any, shift: Any) -> None:
         """Fold the affine of a BN that follows, scale * y + shift per channel (float64), into this layer's weights.
 
@@ -209,6 +212,9 @@ class InferenceForm(nn.Layer):
         """
         raise NotImplementedError
 
-    def for_size(self, height: int, width: int) -> nn.Layer | None:
-        """Return a layer that is faster on maps of this one size, in its own copy of the weights; None: this is it."""
+    def for_size(self, height: int, width: int, form: str | None = None) -> nn.Layer | None:
+        """Return a layer that is faster on maps of this one size, in its own copy of the weights; None: this is it.
+
+        `form` is one of `forms`, or None for what is the fastest in Paddle Inference.
+        """
         return None

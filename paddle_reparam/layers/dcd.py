@@ -207,7 +207,7 @@ class DCDLinearFused(DCDConv2DFused):
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return self.run(x.unsqueeze([2, 3])).flatten(1)
 
-    def for_size(self, height: int = 1, width: int = 1) -> None:
+    def for_size(self, height: int = 1, width: int = 1, form: str | None = None) -> None:
         """There are no maps, and nothing faster."""
         return None
 

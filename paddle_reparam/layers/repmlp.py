@@ -85,7 +85,7 @@ class RepMLPFused(InferenceForm):
         assign(self.weight, to_float64(self.weight) * scale[:, None])
         assign(self.bias, to_float64(self.bias) * scale + shift)
 
-    def for_size(self, height: int, width: int) -> RepMLPFitted | None:
+    def for_size(self, height: int, width: int, form: str | None = None) -> RepMLPFitted | None:
         """Return a layer whose FC3 is a convolution, where its groups are whole vectors; elsewhere this is faster."""
         _, inputs, outputs = self.weight.shape
         return None if inputs % VECTOR or outputs % VECTOR else RepMLPFitted(self)

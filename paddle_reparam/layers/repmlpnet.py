@@ -69,7 +69,7 @@ class RepMLPBlockFused(InferenceForm):
         """Refuse: the weights are shared by channels with different factors, and the gate comes after the bias."""
         raise _no_affine()
 
-    def for_size(self, height: int, width: int) -> RepMLPBlockFitted | None:
+    def for_size(self, height: int, width: int, form: str | None = None) -> RepMLPBlockFitted | None:
         """Return a layer with an `nn.Linear` for FC3, where one set of weights sees whole maps; None elsewhere."""
         one_set = self.weight.shape[0] == 1
         return RepMLPBlockFitted(self) if one_set and (height, width) == self.partition else None

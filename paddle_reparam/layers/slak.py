@@ -43,7 +43,7 @@ class DecomposedLargeKernelConv2DFused(InferenceForm):
         absorb_affine_into(self.tall, scale, shift)
         absorb_affine_into(self.wide, scale)
 
-    def for_size(self, height: int, width: int) -> DecomposedLargeKernelConv2DFused | None:
+    def for_size(self, height: int, width: int, form: str | None = None) -> DecomposedLargeKernelConv2DFused | None:
         """Return the same layer with the kernels cropped to what maps of this size meet; None: nothing to crop.
 
         A side of K taps keeps min(K, 2 * size - 1), which is exact for this size and for smaller maps.

@@ -16,7 +16,7 @@ from ..deploy.export import ExportOptions, export_inference
 from ..deploy.onnx_export import export_onnx
 from ..deploy.programs import WEIGHTS_SUFFIX, program_file
 from ..deploy.runtimes import get_runtime
-from ..deploy.runtimes.paddle_inference import InferenceModel
+from ..deploy.runtimes.paddle_inference import LoadedPredictor
 from ..errors import ReparamError, one_sentence
 from ..files import Folder
 from ..report import Report, format_table
@@ -134,7 +134,7 @@ def prepare(
         export_inference(network, target, input_spec, options=ExportOptions(dynamic_size=form == "dynamic size"))
         if onnx:
             export_onnx(target)
-        [output, *_] = InferenceModel(target).run(*(x.numpy() for x in inputs))
+        [output, *_] = LoadedPredictor(target).run(*(x.numpy() for x in inputs))
         difference = relative_error(expected, output)
         if not difference <= 100 * NETWORK_TOLERANCE:
             raise ReparamError(f"{name}, {form}: its export is not the same function, relative error {difference:.1e}")
@@ -235,7 +235,7 @@ def peak_memory(folder: Folder, images: np.ndarray, threads: int = 1) -> int:
 
 
 def _own_peak_after_running(folder: str, images: np.ndarray, threads: int) -> int:
-    model = InferenceModel(folder, threads=threads)
+    model = LoadedPredictor(folder, threads=threads)
     for _ in range(2):
         model.run(images)
     return own_peak()

@@ -1,9 +1,14 @@
-"""What Paddle has to be told about the processor that it runs on."""
+"""What the processor can do, and what Paddle has to be told about it."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from ..errors import ReparamError
+
+#: Flags of processors that multiply in bfloat16; others are slower in it than in float32, where a runtime lets them.
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}
 
 #: Tells Intel's MKL, which multiplies Paddle's matrices on a CPU, which code to use; 5 is that for AVX2.
 MKL_CODE = "MKL_DEBUG_CPU_TYPE"
@@ -18,3 +23,12 @@ def let_amd_multiply_fast(processor_facts: Path = Path("/proc/cpuinfo")) -> None
     facts = processor_facts.read_text(errors="replace") if processor_facts.is_file() else ""
     if "AuthenticAMD" in facts and "avx2" in facts.split():
         os.environ.setdefault(MKL_CODE, "5")
+
+
+def require_bfloat16(processor_facts: Path = Path("/proc/cpuinfo")) -> None:
+    """Raise `ReparamError` where this processor does not multiply in bfloat16, or does not say whether it does."""
+    facts = processor_facts.read_text(errors="replace") if processor_facts.is_file() else ""
+    if not _BFLOAT16 & set(facts.split()):
+        raise ReparamError(
+            "this processor does not multiply in bfloat16 (none of avx512_bf16, amx_bf16, bf16 is among its flags)"
+        )

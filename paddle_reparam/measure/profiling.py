@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..deploy.programs import WEIGHTS_SUFFIX, program_file
-from ..deploy.runtimes.paddle_inference import InferenceModel
+from ..deploy.runtimes.paddle_inference import LoadedPredictor
 from ..errors import ReparamError
 from ..files import Folder
 from ..report import Report, format_table
@@ -194,7 +194,7 @@ def _run(folder: str, x: np.ndarray, threads: int, rounds: int, logged: bool) ->
         # oneDNN reads this at its first primitive, and writes to the process' standard output.
         os.environ["ONEDNN_VERBOSE"] = str(int(logged))
         os.dup2(file.fileno(), 1)
-        model = InferenceModel(folder, threads=threads)
+        model = LoadedPredictor(folder, threads=threads)
         for _ in range(_WARM_UP):
             model.run(x)
         times = []

@@ -178,14 +178,24 @@ def _drop_unused(model: nn.Layer, blocks: list[nn.Layer], inputs: list[Any], rep
                 report.touched.append((paths[id(child)], f"training branch dropped, {count} parameters"))
 
 
-def _fit_to_size(model: nn.Layer, report: RewriteReport, inputs: list[Any]) -> None:
-    """Let every inference form become what is best for the one size of map that it gets."""
+def forms_of(fused: nn.Layer) -> list[str]:
+    """Return the names of the forms, beside the layers' own choice, that a fused network can take for one size."""
+    return sorted({form for _, layer in walk(fused) if isinstance(layer, InferenceForm) for form in layer.forms})
+
+
+def _fit_to_size(model: nn.Layer, report: RewriteReport, inputs: list[Any], form: str | None) -> None:
+    """Let every inference form become what is best for the one size of map that it gets, or the form that it has."""
+    if form is not None and form not in forms_of(model):
+        known = ", ".join(forms_of(model)) or "none"
+        raise UsageError(f"no layer of {type(model).__name__} has a form {form!r}; there are: {known}")
     sizes: dict[str, tuple[int, int]] = {}
     visit_inputs(model, inputs, lambda path, x: sizes.update({path: tuple(x.shape[2:])}))
     new_layers: dict[int, nn.Layer] = {}
     for layer, paths in places_of(model).values():
         seen = {sizes[path] for path in paths if path in sizes}
-        fitted = layer.for_size(*seen.pop()) if isinstance(layer, InferenceForm) and len(seen) == 1 else None
+        fitted = None
+        if isinstance(layer, InferenceForm) and len(seen) == 1:
+            fitted = layer.for_size(*seen.pop(), form if form in layer.forms else None)
         if fitted is not None:
             fitted.eval()
             new_layers[id(layer)] = fitted
@@ -206,7 +216,11 @@ def _count_left_over(model: nn.Layer) -> dict[str, int]:
 
 @undisturbed_draws()
 def reparameterize(
-    model: nn.Layer, fold_bn: bool = False, input_spec: InputSpec | None = None, fixed_size: bool = False
+    model: nn.Layer,
+    fold_bn: bool = False,
+    input_spec: InputSpec | None = None,
+    fixed_size: bool = False,
+    form: str | None = None,
 ) -> tuple[nn.Layer, RewriteReport]:
     """Return a new model in eval mode with every fusable layer fused, and the report; the model itself stays as it is.
 
@@ -214,7 +228,8 @@ def reparameterize(
     in a forward pass on `input_spec` (shapes with None for the batch; [None, 3, 224, 224] unless told) is the only
     reader of the output of a convolution of any kind or of an `nn.Linear`, and every BN or LayerNorm that one 1x1
     convolution or `nn.Linear` alone reads. With `fixed_size`, layers also take the form that is best for the height and
-    width of `input_spec`; the new model is then right for images of that size only. What is fused has Paddle's defaults
+    width of `input_spec`; the new model is then right for images of that size only. Layers that have a `form` of that
+    name (`forms_of`) then take it. What is fused has Paddle's defaults
     for training, nothing frozen.
     Raises `ReparamError` for a model in training mode and where nothing was fused.
     """
@@ -236,7 +251,7 @@ def reparameterize(
         fold_batch_norms(fused, report, inputs)
         fold_into_readers(fused, report, inputs)
     if fixed_size:
-        _fit_to_size(fused, report, inputs)
+        _fit_to_size(fused, report, inputs, form)
     if not report.touched:
         raise ReparamError(
             f"{type(model).__name__} has nothing to fuse: no layer of this library or of PaddleClas in train form"

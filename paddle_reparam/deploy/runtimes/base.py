@@ -14,6 +14,9 @@ import paddle
 from ...errors import ReparamError, one_sentence
 from ...files import Folder
 
+#: The fewer bits, the further down.
+PRECISIONS = ("float32", "bfloat16", "int8")
+
 
 class LoadedNetwork(ABC):
     """A network that a runtime has loaded. Call it with Tensors, as a layer; `run` takes and returns arrays."""
@@ -42,18 +45,24 @@ class LoadedNetwork(ABC):
         return [paddle.to_tensor(array) for array in self.run(*(x.numpy() for x in inputs))]
 
 
+def file_of(place: Folder, name: str) -> Path | None:
+    """Return the file of that name in a folder, or the place itself where it is a file of that kind; else None."""
+    path = Path(place) / name if Path(place).is_dir() else Path(place)
+    return path if path.is_file() and path.suffix == Path(name).suffix else None
+
+
 class Runtime(Protocol):
-    """A way to run what an export's folder holds."""
+    """A way to run what an export's folder holds, in one precision."""
 
     #: What commands call it.
     name: str
     #: What reports and manifests call it.
     title: str
-    #: In which precisions it computes.
-    precisions: tuple[str, ...]
-    #: Whether its file is the ONNX file of a folder.
-    reads_onnx: bool
-    #: Whether what is released is compared in it, wherever it is installed.
+    #: In which of `PRECISIONS` it computes.
+    precision: str
+    #: The file of a folder that it loads; None: the program of an export.
+    file_name: str | None
+    #: Whether what is released is compared in it, wherever it is installed: below float32 where it is to serve.
     proves: bool
 
     def version(self) -> str:

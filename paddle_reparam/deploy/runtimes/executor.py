@@ -71,8 +71,8 @@ class Executor:
     """Paddle's Executor, by which an export is compared without the passes that make it fast."""
 
     name, title = "executor", "Executor"
-    precisions = ("float32",)
-    reads_onnx = False
+    precision = "float32"
+    file_name = None
     proves = True
 
     def version(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -11,9 +12,10 @@ import numpy as np
 from ...errors import ReparamError, one_sentence
 from ...files import Folder
 from ..programs import FILE_NAME, in_order
-from .base import LoadedNetwork
+from .base import LoadedNetwork, file_of
 
 ONNX_FILE = f"{FILE_NAME}.onnx"
+INT8_ONNX_FILE = f"{FILE_NAME}_int8.onnx"
 
 
 def need(package: str) -> ModuleType:
@@ -49,12 +51,14 @@ class OnnxModel(LoadedNetwork):
         return self._session.run(None, inputs)
 
 
+@dataclass(frozen=True)
 class OnnxRuntime:
-    """onnxruntime on the CPU."""
+    """onnxruntime on the CPU, with the file of one precision."""
 
-    name = title = "onnxruntime"
-    precisions = ("float32",)
-    reads_onnx = True
+    name: str
+    title: str
+    precision: str
+    file_name: str
     proves = True
 
     def version(self) -> str:
@@ -67,12 +71,14 @@ class OnnxRuntime:
 
     def file(self, folder: Folder) -> Path | None:
         """Return the ONNX file of a folder, or a file itself; None where there is none."""
-        path = Path(folder) / ONNX_FILE if Path(folder).is_dir() else Path(folder)
-        return path if path.is_file() else None
+        return file_of(folder, self.file_name)
 
     def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> OnnxModel:
         """Load the ONNX file of a folder, or a file; raises `ReparamError` where it cannot be loaded."""
-        return OnnxModel(self.file(folder) or Path(folder) / ONNX_FILE, threads)
+        return OnnxModel(self.file(folder) or Path(folder) / self.file_name, threads)
 
 
-RUNTIMES = (OnnxRuntime(),)
+RUNTIMES = (
+    OnnxRuntime("onnxruntime", "onnxruntime", "float32", ONNX_FILE),
+    OnnxRuntime("onnxruntime-int8", "onnxruntime, int8", "int8", INT8_ONNX_FILE),
+)

@@ -11,6 +11,7 @@ from paddle.inference import Config, create_predictor
 
 from ...errors import ReparamError, one_sentence
 from ...files import Folder
+from ...measure.processors import require_bfloat16
 from ..programs import WEIGHTS_SUFFIX, in_order, program_file, program_to_run, programs_in
 from .base import LoadedNetwork
 
@@ -24,13 +25,19 @@ def require_gpu() -> None:
         raise ReparamError("Paddle finds no GPU here; one needs a GPU of NVIDIA, its driver, and paddlepaddle-gpu")
 
 
-class InferenceModel(LoadedNetwork):
+class LoadedPredictor(LoadedNetwork):
     """An exported network, run by Paddle Inference's Predictor: on the CPU, or with `gpu` on the first GPU."""
 
     runtime = "Paddle Inference"
 
     def __init__(
-        self, folder: Folder, onednn: bool = True, threads: int = 1, gpu: bool = False, keep_shapes: bool = True
+        self,
+        folder: Folder,
+        onednn: bool = True,
+        threads: int = 1,
+        gpu: bool = False,
+        keep_shapes: bool = True,
+        bfloat16: bool = False,
     ) -> None:
         """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded.
 
@@ -50,6 +57,8 @@ class InferenceModel(LoadedNetwork):
             config.set_cpu_math_library_num_threads(threads)
             if onednn and not gpu:
                 config.enable_mkldnn()
+                if bfloat16:
+                    config.enable_mkldnn_bfloat16()
                 if not keep_shapes:
                     config.set_mkldnn_cache_capacity(1)
             else:
@@ -83,31 +92,34 @@ class PaddleInference:
     gpu: bool = False
     #: A GPU rounds in another way: what comes out there has not been compared yet.
     proves: bool = True
-    precisions = ("float32",)
-    reads_onnx = False
+    precision: str = "float32"
+    file_name = None
 
     def version(self) -> str:
         """Return the package that runs it, with its version."""
         return f"paddle {paddle.__version__}"
 
     def require(self) -> None:
-        """Raise `ReparamError` where a GPU is needed and there is none."""
+        """Raise `ReparamError` where what is needed, a GPU or a processor with bfloat16, is not there."""
         if self.gpu:
             require_gpu()
+        if self.precision == "bfloat16":
+            require_bfloat16()
 
     def file(self, folder: Folder) -> Path | None:
         """Return the program of an export; None where there is none. Raises `ReparamError` for two of them."""
         return program_file(folder) if programs_in(folder) else None
 
-    def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> InferenceModel:
+    def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> LoadedPredictor:
         """Load what `export_inference` wrote into `folder`; raises `ReparamError` where it cannot be loaded."""
-        return InferenceModel(folder, self.onednn, threads, self.gpu, keep_shapes)
+        return LoadedPredictor(folder, self.onednn, threads, self.gpu, keep_shapes, self.precision == "bfloat16")
 
 
 WITH_ONEDNN = PaddleInference("onednn", "Predictor, oneDNN", onednn=True)
 
 RUNTIMES = (
     WITH_ONEDNN,
+    PaddleInference("onednn-bfloat16", "Predictor, oneDNN, bfloat16", onednn=True, precision="bfloat16"),
     PaddleInference("no-onednn", "Predictor, no oneDNN"),
     PaddleInference("gpu", "Predictor, GPU, not tried yet", gpu=True, proves=False),
 )
