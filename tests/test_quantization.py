@@ -14,6 +14,7 @@ from test_onnx import needs_onnx
 from paddle_reparam.deploy.export import ExportOptions, export_inference
 from paddle_reparam.deploy.onnx_export import export_onnx
 from paddle_reparam.deploy.outputs import Normalization
+from paddle_reparam.deploy.precision import Agreement
 from paddle_reparam.deploy.quantization import Int8Report, export_int8, kernel_range, quantization_report, quantize_onnx
 from paddle_reparam.deploy.released import write_manifest
 from paddle_reparam.deploy.runtimes.onnx_runtime import ONNX_FILE, OnnxModel
@@ -135,14 +136,15 @@ def batches(digits):
 def test_int8_is_nearly_as_good_and_smaller(trained, digits, tmp_path):
     images, labels = digits
     report = export_int8(trained, tmp_path / "int8.onnx", images[:64], batches(digits), largest_drop=1.0)
-    assert (report.images, report.calibration_images) == (397, 64)
-    assert report.measure == "top-1"
-    assert report.float_accuracy > 0.85
-    assert report.drop == max(0.0, round(100 * (report.float_accuracy - report.int8_accuracy), 6)) <= 1.0
+    measured = report.measured
+    assert (measured.images, report.calibration_images) == (397, 64)
+    assert measured.measure == "top-1"
+    assert measured.reference_accuracy > 0.85
+    assert measured.drop == max(0.0, round(100 * (measured.reference_accuracy - measured.accuracy), 6)) <= 1.0
     assert report.int8_bytes == (tmp_path / "int8.onnx").stat().st_size
     assert str(report).splitlines()[-1].endswith(", on 397 images")
     [logits] = OnnxModel(tmp_path / "int8.onnx").run(images[1400:])
-    assert report.int8_accuracy == (logits.argmax(1) == labels[1400:]).mean()
+    assert measured.accuracy == (logits.argmax(1) == labels[1400:]).mean()
     [exact] = OnnxModel(trained).run(images[1400:])
     assert np.abs(logits - exact).max() > 1e-3 * np.abs(exact).max(), "nothing was quantised"
     assert [path.name for path in tmp_path.iterdir()] == ["int8.onnx"]
@@ -159,8 +161,8 @@ def test_a_network_that_takes_pixels_is_calibrated_on_pixels(network, trained, d
     assert np.array_equal(pixels, load_digits().images[:, None])
     report = export_int8(export_onnx(tmp_path), tmp_path / "int8.onnx", pixels[:64], batches((pixels, labels)))
     exact = OnnxModel(trained).run(images[1400:])[0].argmax(1)
-    assert report.float_accuracy == (exact == labels[1400:]).mean()
-    assert report.drop <= 1.0
+    assert report.measured.reference_accuracy == (exact == labels[1400:]).mean()
+    assert report.measured.drop <= 1.0
     for other in (Normalization((1.0,), (1.0,), 1 / 255, dtype), Normalization((0.5,), (1.0,), 1 / 8, dtype)):
         with pytest.raises(ReparamError, match="no pixels 0..255 that were normalised by Normalization.mean"):
             other.undo(images)
@@ -175,8 +177,9 @@ def test_a_network_that_takes_pixels_is_calibrated_on_pixels(network, trained, d
     ],
 )
 def test_what_int8_loses_is_never_negative(int8, drop, text):
-    report = Int8Report("top-1", 200, 8, 0.75, int8, 400, 100)
-    assert report.drop == drop
+    measured = Agreement("top-1", 200, 0.01, 1.0, 0.99, 0.75, int8)
+    report = Int8Report(measured, 8, 400, 100)
+    assert measured.drop == drop
     assert str(report).splitlines()[-1] == f"{text}, on 200 images"
 
 
@@ -204,11 +207,11 @@ def test_what_loses_too_much_is_not_written(trained, digits, tmp_path):
     # Calibrated on what is almost black, everything else is cut off.
     with pytest.raises(ReparamError, match="int8 loses .* points of top-1 .* more than the 1 that are allowed"):
         export_int8(trained, target, images[:8] * 1e-3, batches(digits), largest_drop=1.0)
-    with pytest.raises(UsageError, match="may lose is -1 percentage points; give 0 or more"):
+    with pytest.raises(UsageError, match="what may be lost is -1 percentage points; give 0 or more"):
         export_int8(trained, target, images[:8], batches(digits), largest_drop=-1.0)
     for calibration, measured, message in [
         (images[:0], batches(digits), "measured on images, and none was given"),
-        (images[:8], [], "no images to measure the accuracy on"),
+        (images[:8], [], "0 images cannot show a drop of 1 points: give 100 images or more$"),
         (np.zeros([2, 3, 8, 8], "float32"), batches(digits), "onnxruntime cannot quantise it"),
     ]:
         with pytest.raises(ReparamError, match=message):

@@ -11,10 +11,10 @@ import numpy as np
 from paddle import nn
 
 from ..arithmetic.tensors import to_float64
-from ..errors import ReparamError, UsageError, one_sentence
+from ..errors import ReparamError, one_sentence
 from ..files import Folder, atomic_write
 from ..report import Report, format_table
-from .outputs import THRESHOLD
+from .precision import Agreement, agreement, require_drop, require_images
 from .runtimes.onnx_runtime import OnnxModel, need
 
 #: A channel whose largest weight is so many times the median channel's stands out.
@@ -148,39 +148,24 @@ def quantize_onnx(
 
 @dataclass
 class Int8Report(Report):
-    """What a network gives up in int8: what both files are right about on so many images, and their sizes in bytes.
+    """What a network gives up in int8, measured on images, and the sizes of both files in bytes."""
 
-    `measure` is "top-1", or for networks of several labels an image "label accuracy": the share of all labels that are
-    on the right side of 0.5.
-    """
-
-    measure: str
-    images: int
+    measured: Agreement
     calibration_images: int
-    float_accuracy: float
-    int8_accuracy: float
     float_bytes: int
     int8_bytes: int
 
-    @property
-    def drop(self) -> float:
-        """Accuracy that is lost, in percentage points; 0 where int8 is right as often, or more often."""
-        return max(0.0, -self._change)
-
-    @property
-    def _change(self) -> float:
-        return round(100 * (self.int8_accuracy - self.float_accuracy), 6)
-
     def __str__(self) -> str:
+        measured = self.measured
         table = format_table(
-            ["network", self.measure, "bytes"],
+            ["network", measured.measure, "bytes"],
             [
-                ["float32", f"{self.float_accuracy:.2%}", f"{self.float_bytes:,}"],
-                ["int8", f"{self.int8_accuracy:.2%}", f"{self.int8_bytes:,}"],
+                ["float32", f"{measured.reference_accuracy:.2%}", f"{self.float_bytes:,}"],
+                ["int8", f"{measured.accuracy:.2%}", f"{self.int8_bytes:,}"],
             ],
         )
-        changed = f"int8 {'loses' if self.drop else 'gains'} {abs(self._change):.2f} points"
-        return f"{table}\n{changed if self._change else 'int8 is right as often'}, on {self.images} images"
+        changed = f"int8 {'loses' if measured.drop else 'gains'} {abs(measured.change):.2f} points"
+        return f"{table}\n{changed if measured.change else 'int8 is right as often'}, on {measured.images} images"
 
 
 def export_int8(
@@ -196,42 +181,27 @@ def export_int8(
     `calibration` is `[N, C, H, W]`, `batches` are images of that form with labels `[N]`, by which top-1 is measured, or
     `[N, labels]` of 0 and 1 (and -1 for what is not known). The first output is what scores the classes, in the second
     case by probabilities. The file says `metadata` of itself. Raises `ReparamError`, and leaves what stood at `target`,
-    where more is lost, and `UsageError` for a `largest_drop` that is not 0 or more.
+    where more is lost and for too few images to show that, and `UsageError` for a `largest_drop` that is not 0 or more.
     """
-    if not largest_drop >= 0:
-        raise UsageError(f"what int8 may lose is {largest_drop:g} percentage points; give 0 or more")
+    require_drop(largest_drop)
     source = Path(source)
     reports = []
 
     def write(temporary: Path) -> None:
         quantize_onnx(source, temporary, calibration, metadata=metadata)
         models = [OnnxModel(file) for file in (source, temporary)]
-        right, answers, images, measure = np.zeros(2, int), 0, 0, "top-1"
-        for pixels, labels in batches:
-            images += len(labels)
-            known = labels >= 0
-            answers += int(known.sum())
-            if labels.ndim > 1:
-                measure = "label accuracy"
-            right += [int((_answers(model.run(pixels)[0], labels) == labels)[known].sum()) for model in models]
-        if not answers:
-            raise ReparamError("there are no images to measure the accuracy on")
-        float_accuracy, int8_accuracy = (right / answers).tolist()
-        sizes = [file.stat().st_size for file in (source, temporary)]
-        report = Int8Report(measure, images, len(calibration), float_accuracy, int8_accuracy, *sizes)
-        if not report.drop <= largest_drop:
+        measured = [([model.run(pixels)[0] for model in models], labels) for pixels, labels in batches]
+        require_images(sum(len(labels) for _, labels in measured), largest_drop)
+        outputs = [np.concatenate(parts) for parts in zip(*(outputs for outputs, _ in measured))]
+        lost = agreement(*outputs, np.concatenate([labels for _, labels in measured]), largest_drop)
+        if not lost.passed:
             raise ReparamError(
-                f"int8 loses {report.drop:.2f} points of {measure} ({float_accuracy:.2%} -> {int8_accuracy:.2%} on "
-                f"{images} images), more than the {largest_drop:g} that are allowed; nothing is written"
+                f"int8 loses {lost.drop:.2f} points of {lost.measure} ({lost.reference_accuracy:.2%} -> "
+                f"{lost.accuracy:.2%} on {lost.images} images), more than the {largest_drop:g} that are allowed; "
+                "nothing is written"
             )
-        reports.append(report)
+        sizes = [file.stat().st_size for file in (source, temporary)]
+        reports.append(Int8Report(lost, len(calibration), *sizes))
 
     atomic_write(target, write)
     return reports[0]
-
-
-def _answers(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return what scores `[N, classes]` say, in the form of the labels: a class an image, or 0 or 1 for each label."""
-    if scores.shape[0] != len(labels) or scores.ndim != 2 or labels.shape[1:] not in ((), scores.shape[1:]):
-        raise ReparamError(f"the network puts out {list(scores.shape)} for labels {list(labels.shape)}")
-    return (scores >= THRESHOLD) if labels.ndim > 1 else scores.argmax(1)

@@ -167,11 +167,26 @@ _COUNTED: list[tuple[Any, str, Callable[..., tuple]]] = [
 
 
 @contextlib.contextmanager
-def _watch(on_macs: Callable[[int], None]) -> Iterator[None]:
+def in_place_of_products(stand_in: Callable[[Callable[..., Any], Callable[..., tuple]], Any]) -> Iterator[None]:
+    """While the `with` block runs, let `stand_in(operation, rule)` run instead of each convolution and matrix product.
+
+    `rule` returns the shape of the result and the multiply-adds for the arguments' shapes.
+    """
+    originals = [(owner, name, getattr(owner, name), rule) for owner, name, rule in _COUNTED if hasattr(owner, name)]
+    try:
+        for owner, name, operation, rule in originals:
+            setattr(owner, name, stand_in(operation, rule))
+        yield
+    finally:
+        for owner, name, operation, _ in originals:
+            setattr(owner, name, operation)
+
+
+def _watch(on_macs: Callable[[int], None]) -> contextlib.AbstractContextManager[None]:
     """While the `with` block runs, call `on_macs` with the multiply-adds of each convolution and matrix product, and
     hand out zeros in the place of their results."""
 
-    def watched(rule: Callable[..., tuple]) -> Callable[..., Any]:
+    def watched(_operation: Callable[..., Any], rule: Callable[..., tuple]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             def shape(value: Any) -> Any:
                 return list(value.shape) if isinstance(value, paddle.Tensor) else value
@@ -183,14 +198,7 @@ def _watch(on_macs: Callable[[int], None]) -> Iterator[None]:
 
         return run
 
-    originals = [(owner, name, getattr(owner, name), rule) for owner, name, rule in _COUNTED if hasattr(owner, name)]
-    try:
-        for owner, name, _, rule in originals:
-            setattr(owner, name, watched(rule))
-        yield
-    finally:
-        for owner, name, operation, _ in originals:
-            setattr(owner, name, operation)
+    return in_place_of_products(watched)
 
 
 def _count_macs(model: nn.Layer, input_spec: InputSpec, batch: int) -> tuple[int, list[str]]:

@@ -167,7 +167,7 @@ def first_not_finite(model: nn.Layer, inputs: Sequence[Any]) -> str | None:
     The layer is as far inside as can be: the network itself ("") only where none of its layers is at fault.
     """
     found: list[str] = []
-    with unchanged(model), _Hooks() as hooks, paddle.no_grad():
+    with unchanged(model), Hooks() as hooks, paddle.no_grad():
         for path, layer in walk(model):
 
             def check(_layer: nn.Layer, given: Any, output: Any, path: str = path) -> None:
@@ -203,7 +203,7 @@ def walk(root: nn.Layer) -> Iterator[tuple[str, nn.Layer]]:
     yield from visit(root, "", (id(root),))
 
 
-class _Hooks:
+class Hooks:
     """Forward hooks that are gone when the `with` block ends."""
 
     def __init__(self) -> None:
@@ -215,7 +215,7 @@ class _Hooks:
     def after(self, layer: nn.Layer, hook: Any) -> None:
         self._handles.append(layer.register_forward_post_hook(hook))
 
-    def __enter__(self) -> _Hooks:
+    def __enter__(self) -> Hooks:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -228,7 +228,7 @@ def visit_outputs(
 ) -> None:
     """Call `visit` with the path and the first output tensor of every layer's first call, as the layers finish."""
     seen: set[str] = set()
-    with unchanged(model), _Hooks() as hooks, paddle.no_grad():
+    with unchanged(model), Hooks() as hooks, paddle.no_grad():
         for path, layer in walk(model):
 
             def record(_layer: nn.Layer, _inputs: Any, output: Any, path: str = path) -> None:
@@ -243,7 +243,7 @@ def visit_outputs(
 
 def visit_inputs(model: nn.Layer, inputs: Sequence[paddle.Tensor], visit: Callable[[str, paddle.Tensor], None]) -> None:
     """Call `visit` with the path and the first input tensor of every call of every layer that has one."""
-    with unchanged(model), _Hooks() as hooks, paddle.no_grad():
+    with unchanged(model), Hooks() as hooks, paddle.no_grad():
         for path, layer in walk(model):
 
             def record(_layer: nn.Layer, inputs: Any, path: str = path) -> None:
@@ -301,7 +301,7 @@ def trace_flow(
         return (original, *args[1:])
 
     layers = {id(layer): layer for layer in (*producers, *consumers)}
-    with unchanged(model), _Hooks() as hooks, paddle.enable_grad():
+    with unchanged(model), Hooks() as hooks, paddle.enable_grad():
         for layer in {id(p): p for p in producers}.values():
             hooks.after(layer, hand_on_copy)
         for layer in {id(c): c for c in consumers}.values():
@@ -375,7 +375,7 @@ def _run_with_others(
     def take_original(_layer: nn.Layer, args: tuple) -> Any:
         return (handed[id(args[0])][1], *args[1:]) if args and id(args[0]) in handed else None
 
-    with unchanged(model), _Hooks() as hooks, paddle.no_grad():
+    with unchanged(model), Hooks() as hooks, paddle.no_grad():
         for producer, consumer in pairs:
             hooks.after(producer, hand_on_others)
             hooks.before(consumer, take_original)

@@ -1,0 +1,235 @@
+"""Fewer than 32 bits: how far a right conversion may be off, and what it costs on images.
+
+What is correct in 16 or 8 bits cannot be told by a fixed number: a network of a hundred layers makes more of a rounding
+than one of ten. So the network itself says what its roundings become: it is run in float64, once as it is and then with
+its numbers rounded as a runtime of that precision rounds them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Callable
+
+import numpy as np
+import paddle
+from paddle import nn
+
+from ..errors import NothingProven, ReparamError, UsageError
+from ..report import Report
+from ..surgery.flops import in_place_of_products
+from ..surgery.places import copy_model
+from ..surgery.tracing import Hooks, map_tensors, walk
+from ..surgery.verify import compare_outputs
+from .outputs import AS_THE_NETWORK, THRESHOLD, Normalization, OutputSpec, comparable
+from .released import probe_output
+
+#: Those whose error is bounded by what rounding does; float32 has a tolerance of its own.
+ROUNDED = ("bfloat16", "int8")
+
+#: What a conversion may be off by, in roundings as they were measured.
+FACTOR = 3.0
+#: Runs with rounded numbers: one to the nearest, the others shifted.
+_DRAWS = 3
+_LEVELS = 127
+#: Images without which nothing is said where no answer at all may be lost.
+FEWEST_IMAGES = 100
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What rounding does
+
+
+def rounding_bound(
+    network: nn.Layer,
+    inputs: Sequence[np.ndarray],
+    precision: str,
+    names: Sequence[str] | None = None,
+    output: OutputSpec = AS_THE_NETWORK,
+    normalization: Normalization | None = None,
+) -> float:
+    """Return how far, relative, a right conversion to a precision may be from a fused network, on these inputs.
+
+    The network, in eval mode and in the form that is exported, is run in float64, as it is and several times with the
+    operands of all convolutions and matrix products, and what layers put out, rounded as the precision does: "bfloat16"
+    to 8 significant bits, "int8" to a scale for each channel of a weight and one for each other operand, and all the
+    rest to bfloat16. The largest difference, as `compare_outputs` measures it, times `FACTOR` is the bound. It belongs
+    to these inputs, `output` and `normalization`; `names` are those of the inputs for a network that takes one dict.
+    Beside the network a copy with twice its bytes is held. Raises `UsageError` for another precision.
+    """
+    if precision not in ROUNDED:
+        raise UsageError(f"there is no bound for {precision!r}; choose one of {', '.join(ROUNDED)}")
+    exact = copy_model(network)
+    exact.to(dtype="float64")
+    with Hooks() as hooks:
+        hooks.before(exact, lambda _layer, taken: tuple(map_tensors(_to_float64, taken)))
+
+        def outputs() -> list[np.ndarray]:
+            return comparable(probe_output(exact, inputs, names, output, normalization), output)
+
+        expected, errors = outputs(), []
+        for seed in range(_DRAWS):
+            with _rounded(exact, precision, seed):
+                errors.append(compare_outputs(expected, outputs(), tolerance=1.0)[0])
+    return FACTOR * max(errors)
+
+
+def _to_float64(tensor: paddle.Tensor) -> paddle.Tensor:
+    return tensor.astype("float64") if tensor.is_floating_point() else tensor
+
+
+@contextlib.contextmanager
+def _rounded(network: nn.Layer, precision: str, seed: int) -> Iterator[None]:
+    """While the `with` block runs, let a network in float64 compute with rounded numbers; to the nearest for seed 0."""
+    generator = np.random.default_rng(seed) if seed else None
+
+    def to_bfloat16(x: paddle.Tensor) -> paddle.Tensor:
+        # Up to half of a step away, so that what is rounded already stays as it is.
+        shifted = x if generator is None else x * (1.0 + 2.0**-8 * _uniform(generator, x))
+        return shifted.astype("float32").astype("bfloat16").astype("float64")
+
+    def to_int8(x: paddle.Tensor, channel: int | None) -> paddle.Tensor:
+        if channel is None:
+            step = (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / (2 * _LEVELS + 1) or 1.0
+        else:
+            largest = x.abs().amax([axis for axis in range(x.ndim) if axis != channel % x.ndim], keepdim=True)
+            step = paddle.where(largest > 0, largest, paddle.ones_like(largest)) / _LEVELS
+        steps = x / step
+        return paddle.round(steps if generator is None else steps + 0.5 * _uniform(generator, x)) * step
+
+    def rounding(operation: Callable[..., Any], _rule: Callable[..., tuple]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            operands = [key for key, value in given.items() if isinstance(value, paddle.Tensor)][:2]
+            for position, key in enumerate(operands):
+                x = given[key]
+                channel = _channel_axis(operation.__name__, position, given) if x.persistable else None
+                given[key] = to_bfloat16(x) if precision == "bfloat16" else to_int8(x, channel)
+            return to_bfloat16(operation(*(given.pop(key) for key in range(len(args))), **given))
+
+        return run
+
+    def of_layer(_layer: nn.Layer, _inputs: Any, output: Any) -> Any:
+        return map_tensors(lambda x: to_bfloat16(x) if x.is_floating_point() else x, output)
+
+    with Hooks() as hooks, in_place_of_products(rounding):
+        for layer in {id(layer): layer for _, layer in walk(network)}.values():
+            hooks.after(layer, of_layer)
+        yield
+
+
+def _uniform(generator: np.random.Generator, like: paddle.Tensor) -> paddle.Tensor:
+    """Return numbers between -0.5 and 0.5 in the shape of a tensor."""
+    return paddle.to_tensor(generator.random(like.shape, np.float32)).astype("float64") - 0.5
+
+
+def _channel_axis(operation: str, position: int, given: dict[Any, Any]) -> int:
+    """Return the axis of a weight, the first or second operand of an operation, that its outputs lie along."""
+    if "conv" in operation:
+        return 1 if "transpose" in operation else 0
+    transposed = given.get(2 + position, given.get(f"transpose_{'xy'[position]}", False)) is True
+    return -1 if (position == 1) != transposed else -2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs on images
+
+
+@dataclass
+class Agreement(Report):
+    """What a network in another precision gives up on images, beside what it is compared with, the reference.
+
+    `measure` is "top-1", for several labels an image "label accuracy" (the share of all known labels that are on the
+    right side of 0.5), and None for features, of which nothing can be right: then only `relative_error` says something,
+    and both accuracies are None. `agreement` is the share of answers that are the same, `largest_drop` what may be lost
+    in percentage points.
+    """
+
+    measure: str | None
+    images: int
+    relative_error: float
+    largest_drop: float
+    agreement: float | None = None
+    reference_accuracy: float | None = None
+    accuracy: float | None = None
+
+    @property
+    def drop(self) -> float:
+        """Accuracy that is lost, in percentage points; 0 where it is right as often or more often, or has none."""
+        return max(0.0, -self.change)
+
+    @property
+    def change(self) -> float:
+        """Accuracy that is gained, in percentage points; below 0 where it is lost."""
+        return 0.0 if self.accuracy is None else round(100 * (self.accuracy - self.reference_accuracy), 6)
+
+    @property
+    def passed(self) -> bool:
+        """Tell whether no more is lost than may be."""
+        return self.drop <= self.largest_drop
+
+    def __str__(self) -> str:
+        if self.measure is None:
+            return (
+                f"features of {self.images} images, off by {self.relative_error:.1e}; "
+                "what that costs is for what is retrieved with them to say"
+            )
+        return (
+            f"{self.measure} {self.reference_accuracy:.2%} -> {self.accuracy:.2%} ({self.change:+.2f} points) on "
+            f"{self.images} images, the same answer for {self.agreement:.2%}, off by {self.relative_error:.1e}"
+        )
+
+
+def agreement(reference: np.ndarray, outputs: np.ndarray, labels: np.ndarray | None, largest_drop: float) -> Agreement:
+    """Return what outputs `[N, classes]` lose beside those of the reference, on the same images.
+
+    `labels` are `[N]`, by which top-1 is measured, or `[N, classes]` of 0 and 1 (and -1 for what is not known) beside
+    probabilities; None for features. Raises `NothingProven` for fewer images than could show such a drop, one answer in
+    so many, `ReparamError` for outputs of another form, and `UsageError` for a `largest_drop` that is not 0 or more.
+    """
+    images = len(reference)
+    if outputs.shape != reference.shape:
+        raise ReparamError(f"the outputs have the shape {list(outputs.shape)}, the reference {list(reference.shape)}")
+    error, _ = compare_outputs([reference], [outputs], tolerance=1.0)
+    if labels is None:
+        require_drop(largest_drop)
+        return Agreement(None, images, error, largest_drop)
+    require_images(images, largest_drop)
+    known = labels >= 0
+    if not known.any():
+        raise NothingProven(f"no label of the {images} images is known; there is nothing to measure")
+    expected, given = (_answers(scores, labels)[known] for scores in (reference, outputs))
+    return Agreement(
+        "top-1" if labels.ndim == 1 else "label accuracy",
+        images,
+        error,
+        largest_drop,
+        agreement=float((expected == given).mean()),
+        reference_accuracy=float((expected == labels[known]).mean()),
+        accuracy=float((given == labels[known]).mean()),
+    )
+
+
+def require_drop(largest_drop: float) -> None:
+    """Raise `UsageError` for a largest drop that is none."""
+    if not largest_drop >= 0:
+        raise UsageError(f"what may be lost is {largest_drop:g} percentage points; give 0 or more")
+
+
+def require_images(images: int, largest_drop: float) -> None:
+    """Raise `NothingProven` for fewer images than can show a drop of so many percentage points."""
+    require_drop(largest_drop)
+    needed = math.ceil(100 / largest_drop) if largest_drop else FEWEST_IMAGES
+    if images < needed:
+        raise NothingProven(
+            f"{images} images cannot show a drop of {largest_drop:g} points: give {needed} images or more"
+            + (f", or allow {math.ceil(1e4 / images) / 100:g} points" if images else "")
+        )
+
+
+def _answers(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return what scores `[N, classes]` say, in the form of the labels: a class an image, or 0 or 1 for each label."""
+    if scores.shape[0] != len(labels) or scores.ndim != 2 or labels.shape[1:] not in ((), scores.shape[1:]):
+        raise ReparamError(f"the network puts out {list(scores.shape)} for labels {list(labels.shape)}")
+    return (scores >= THRESHOLD) if labels.ndim > 1 else scores.argmax(1)
