@@ -1,9 +1,19 @@
 """Fewer than 32 bits: what rounding may do, and what it costs on images."""
 
 import numpy as np
+import paddle
+import paddle.nn.functional as F
 import pytest
+from helpers import draw_by_fan_in, missing_for_onnx, relative_error
+from paddle import nn
+from test_export import MADE_OF_ONNX
 
-from paddle_reparam.deploy.precision import agreement
+from paddle_reparam.deploy.export import export_inference
+from paddle_reparam.deploy.onnx_export import export_onnx
+from paddle_reparam.deploy.outputs import Normalization, OutputSpec
+from paddle_reparam.deploy.precision import FACTOR, ROUNDED, agreement, rounding_bound
+from paddle_reparam.deploy.runtimes import RUNTIMES
+from paddle_reparam.deploy.runtimes.onnx_runtime import ONNX_FILE
 from paddle_reparam.errors import NothingProven, ReparamError, UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -76,3 +86,158 @@ def test_what_cannot_be_compared_is_a_sentence():
         agreement(scores(labels), scores(labels), np.full(100, -1), 1.0)
     with pytest.raises(UsageError, match="what may be lost is nan percentage points"):
         agreement(scores(labels), scores(labels), labels, float("nan"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What rounding may do
+
+
+class OfFunctions(nn.Layer):
+    """A network whose kernels are parameters of its own, multiplied by functions and operators: no layer holds them."""
+
+    def __init__(self):
+        super().__init__()
+        generator = np.random.default_rng(0)
+        self.kernel, self.matrix, self.head = (
+            self.create_parameter(
+                shape, default_initializer=nn.initializer.Assign(generator.standard_normal(shape) / np.sqrt(fan_in))
+            )
+            for shape, fan_in in (([16, 3, 3, 3], 27), ([16, 16], 16), ([16, 5], 16))
+        )
+
+    def forward(self, x):
+        y = F.relu(F.conv2d(x, self.kernel, padding=1)).flatten(2)
+        y = F.relu(paddle.matmul(self.matrix, y)).mean(2)
+        return y @ self.head
+
+
+def of_layers():
+    """Return a network of layers, with weights of about the same size everywhere."""
+    paddle.seed(0)
+    net = nn.Sequential(
+        nn.Conv2D(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2D(16, 32, 3, stride=2, padding=1), nn.Hardswish(),
+        nn.Conv2D(32, 32, 3, padding=1, groups=32), nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(32, 10),
+    )  # fmt: skip
+    draw_by_fan_in(net)
+    net.eval()
+    return net
+
+
+SPEC = [[None, 3, 16, 16]]
+
+
+def images(count=4):
+    return np.random.default_rng(1).standard_normal([count, *SPEC[0][1:]]).astype("float32")
+
+
+def rounded_to_bfloat16(array):
+    """Return the nearest numbers of 8 significant bits, the even one of two."""
+    bits = np.asarray(array, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
+
+
+def test_what_is_multiplied_without_a_layer_is_rounded_too():
+    net, x = OfFunctions(), images()
+    net.eval()
+    exact = net(paddle.to_tensor(x))
+    rounded = OfFunctions()
+    for name, parameter in rounded.named_parameters():
+        parameter.set_value(rounded_to_bfloat16(dict(net.named_parameters())[name].numpy()))
+    of_weights_alone = relative_error(rounded(paddle.to_tensor(x)), exact)
+    assert of_weights_alone > 5e-4
+    bound = rounding_bound(net, [x], "bfloat16")
+    assert of_weights_alone < bound < 10 * FACTOR * of_weights_alone
+    assert bound < rounding_bound(net, [x], "int8") < 0.5
+
+
+def test_what_the_precision_can_hold_is_not_changed():
+    net = nn.Sequential(nn.Conv2D(3, 4, 1, bias_attr=False), nn.ReLU(), nn.Flatten())
+    one_each = np.float32([[0.5, 0, 0], [0, -2, 0], [0, 0, 1], [0, 0, 0]])
+    net[0].weight.set_value(one_each[:, :, None, None])
+    net.eval()
+    x = rounded_to_bfloat16(images())
+    assert rounding_bound(net, [x], "bfloat16") == 0
+    assert rounding_bound(net, [images() + np.float32(1 / 3)], "bfloat16") > FACTOR * 2**-9 / 4
+
+
+def test_the_network_stays_as_it_was():
+    net = of_layers()
+    state = {name: tensor.numpy() for name, tensor in net.state_dict().items()}
+    exact = net(paddle.to_tensor(images()))
+    first = rounding_bound(net, [images()], "int8")
+    assert rounding_bound(net, [images()], "int8") == first, "the bound is drawn anew each time"
+    assert all(np.array_equal(tensor.numpy(), state[name]) for name, tensor in net.state_dict().items())
+    assert np.array_equal(net(paddle.to_tensor(images())).numpy(), exact.numpy())
+    with pytest.raises(UsageError, match="there is no bound for 'float16'; choose one of bfloat16, int8"):
+        rounding_bound(net, [images()], "float16")
+
+
+def test_the_bound_is_that_of_what_is_exported():
+    """Behind a normalisation and a softmax, whose logarithms count as well, as where an export is compared."""
+    net = of_layers()
+    pixels = np.random.default_rng(2).integers(0, 256, [2, 3, 16, 16]).astype("uint8")
+    normalization = Normalization((0.5,) * 3, (0.25,) * 3, 1 / 255)
+    softmax = rounding_bound(net, [pixels], "bfloat16", output=OutputSpec("softmax"), normalization=normalization)
+    logits = rounding_bound(net, [pixels], "bfloat16", normalization=normalization)
+    assert 0.1 * logits < softmax < 10 * logits
+    assert logits < 0.1
+
+
+def test_networks_that_take_one_dict_have_a_bound():
+    class TakesDict(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.net = of_layers()
+
+        def forward(self, inputs):
+            return {"logits": self.net(inputs["image"]) * inputs["scale"]}
+
+    scale = np.ones([4, 1], "float32")
+    net = TakesDict()
+    net.eval()
+    bound = rounding_bound(net, [images(), scale], "bfloat16", names=["image", "scale"])
+    assert bound == pytest.approx(rounding_bound(net.net, [images()], "bfloat16"), rel=0.5)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Return name -> export of `of_layers`, with an ONNX file where one can be made: right, and with a wrong scale."""
+    folders, net = {}, of_layers()
+    for name in ("right", "scale"):
+        folders[name] = tmp_path_factory.mktemp(name)
+        if name == "scale":
+            net[2].weight.set_value(
+                net[2].weight * paddle.where(paddle.arange(32) == 3, 16.0, 1.0).reshape([-1, 1, 1, 1])
+            )
+        export_inference(net, folders[name], SPEC)
+        if not missing_for_onnx():
+            export_onnx(folders[name])
+    return folders
+
+
+@pytest.mark.parametrize(
+    "runtime", [runtime for runtime in RUNTIMES if runtime.precision in ROUNDED], ids=lambda runtime: runtime.name
+)
+def test_right_conversions_lie_under_the_bound_and_broken_ones_above(runtime, exports, tmp_path):
+    if runtime.file_name is not None and missing_for_onnx():
+        pytest.skip(missing_for_onnx())
+    try:
+        runtime.require()
+    except ReparamError as lacking:
+        pytest.skip(str(lacking))
+    net, x = of_layers(), images()
+    exact = net(paddle.to_tensor(x))
+    bound = rounding_bound(net, [x], runtime.precision)
+
+    def error(export, calibration):
+        file = exports[export]
+        if runtime.file_name is not None:
+            file = tmp_path / runtime.file_name
+            MADE_OF_ONNX[runtime.file_name](exports[export] / ONNX_FILE, file, calibration)
+        [output] = runtime.load(file).run(x)
+        return relative_error(output, exact)
+
+    assert bound / (5 * FACTOR) < error("right", images(16)) < bound / 1.5, "what rounding does was not foreseen"
+    assert error("scale", images(16)) > bound
+    if runtime.precision == "int8":
+        assert error("right", images(16) * np.float32(0.1)) > bound, "a wrong calibration"

@@ -106,7 +106,8 @@ def _rounded(network: nn.Layer, precision: str, seed: int) -> Iterator[None]:
                 x = given[key]
                 channel = _channel_axis(operation.__name__, position, given) if x.persistable else None
                 given[key] = to_bfloat16(x) if precision == "bfloat16" else to_int8(x, channel)
-            return to_bfloat16(operation(*(given.pop(key) for key in range(len(args))), **given))
+            args = tuple(given.pop(key) for key in range(len(args)))
+            return to_bfloat16(operation(*args, **given))
 
         return run
 
