@@ -1,4 +1,4 @@
-"""Measure how fast networks are: exported, by profile, as work grows, and in training.
+"""Measure how fast networks are: exported, by profile, as work grows, in every runtime and precision, and in training.
 
 What is compared is timed in one run and in turns, so that every form meets the same machine; ratios are to the first.
 """
@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam.deploy.runtimes import RUNTIMES, get_runtime
+from paddle_reparam.deploy.runtimes import RUNTIMES, SERVING, get_runtime
 from paddle_reparam.deploy.runtimes.onnx_runtime import ONNX_FILE
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
-from paddle_reparam.measure import benchmark, charts, steps
+from paddle_reparam.measure import benchmark, charts, steps, ways
 from paddle_reparam.measure.benchmark import Contender
 from paddle_reparam.measure.sweeps import GROWS
 from paddle_reparam.measure.timing import FEWEST_ROUNDS
@@ -48,9 +48,11 @@ def parser_of() -> argparse.ArgumentParser:
     infer = commands.add_parser("infer", help="exported networks, in turns")
     profile = commands.add_parser("profile", help="where the time of exported networks goes, by oneDNN's own log")
     sweep = commands.add_parser("sweep", help="exported networks as their work grows")
+    table = commands.add_parser("table", help="networks in every runtime, precision and form, beside an earlier export")
     step = commands.add_parser("step", help="training steps, in turns: forward, backward, AdamW's update")
     for command, run, threads, rounds in (
-        (infer, run_infer, 2, 30), (profile, run_profile, 2, 30), (sweep, run_sweep, 2, 30), (step, run_step, 1, 5)
+        (infer, run_infer, 2, 30), (profile, run_profile, 2, 30), (sweep, run_sweep, 2, 30), (table, run_table, 2, 30),
+        (step, run_step, 1, 5),
     ):  # fmt: skip
         command.set_defaults(run=run)
         command.add_argument("--threads", type=positive, default=threads, help=f"of Paddle's kernels ({threads})")
@@ -69,11 +71,12 @@ def parser_of() -> argparse.ArgumentParser:
         command.add_argument(
             "--size", type=positive, help="side of the images; else that of the folders and configs, or 224"
         )
-    infer.add_argument("--batch", type=positive, nargs="+", default=[1])
-    infer.add_argument(
-        "--runtime", nargs="+", choices=[runtime.name for runtime in RUNTIMES], default=["onednn"],
-        help="; ".join(f"{each.name}: {each.title}" for each in RUNTIMES),
-    )  # fmt: skip
+    for command, batches, runtimes in ((infer, [1], ["onednn"]), (table, [1, 8], [each.name for each in SERVING])):
+        command.add_argument("--batch", type=positive, nargs="+", default=batches)
+        command.add_argument(
+            "--runtime", nargs="+", choices=[each.name for each in RUNTIMES], default=runtimes,
+            help="; ".join(f"{each.name}: {each.title}" for each in RUNTIMES),
+        )  # fmt: skip
     profile.add_argument("--batch", type=positive, default=1)
     sweep.add_argument(
         "target", nargs="+", help="a network's name; where the kernel size grows, that of a depthwise layer or a SLaK"
@@ -82,8 +85,23 @@ def parser_of() -> argparse.ArgumentParser:
     sweep.add_argument("--values", type=positive, nargs="+", required=True)
     sweep.add_argument("--size", type=positive, default=224, help="side of the images, or maps, where it does not grow")
     sweep.add_argument("--channels", type=positive, default=124, help="of the maps of a layer")
+    add_table_arguments(table)
     add_step_arguments(step)
     return parser
+
+
+def add_table_arguments(table: argparse.ArgumentParser) -> None:
+    """Add what only `table` takes."""
+    table.add_argument(
+        "target", nargs="*", default=list(ways.NETWORKS), help="names or configs (.yaml); those of the page unless told"
+    )
+    table.add_argument(
+        "--baseline", type=Path, default=ways.baseline_folder(), metavar="FOLDER",
+        help="what the ratios are to: a sub-folder a network, each an export that Paddle Inference runs in float32. "
+        f"docs/make/baseline_exports.py writes those of commit {ways.BASELINE[:7]} (%(default)s)",
+    )  # fmt: skip
+    table.add_argument("--size", type=positive, default=224, help="side of the images, as of the exports (224)")
+    table.add_argument("--seconds", type=positive, default=120, help="that timing a network takes, loading aside (120)")
 
 
 def add_step_arguments(step: argparse.ArgumentParser) -> None:
@@ -166,6 +184,16 @@ def run_sweep(given: argparse.Namespace) -> Report:
     return contenders.sweep(
         given.target, given.of, given.values, given.size, given.channels, given.threads, given.rounds
     )
+
+
+def run_table(given: argparse.Namespace) -> Report:
+    """Time the targets in every way; those that `--output` holds of a run like this one are left as they are."""
+    quiet()
+    settings = {key: getattr(given, key) for key in ("threads", "rounds", "seconds", "size")}
+    output = Path(given.output) if given.output else None
+    report = ways.begin({**settings, "batches": given.batch}, given.runtime, given.command_line, output)
+    contenders.time_networks(given.target, given.baseline, report, given.runtime, lambda part: write(part, given))
+    return report
 
 
 def run_step(given: argparse.Namespace) -> Report:

@@ -14,6 +14,7 @@ from paddle import nn
 
 from ..deploy.export import ExportOptions, export_inference
 from ..deploy.onnx_export import export_onnx
+from ..deploy.precision import rounding_bound
 from ..deploy.programs import WEIGHTS_SUFFIX, program_file
 from ..deploy.runtimes import get_runtime
 from ..deploy.runtimes.paddle_inference import LoadedPredictor
@@ -21,15 +22,16 @@ from ..errors import ReparamError, one_sentence
 from ..files import Folder
 from ..report import Report, format_table
 from ..surgery.flops import ModelSize, measure
-from ..surgery.rewrite import reparameterize
-from ..surgery.tracing import sample_inputs
+from ..surgery.rewrite import forms_of, reparameterize
+from ..surgery.tracing import InputSpec, sample_inputs
 from ..surgery.verify import NETWORK_TOLERANCE, relative_error, settle_batch_norms
 from .memory import own_peak
 from .profiling import ProfileReport, profile
 from .timing import Timing, alternate, in_new_process, machine_facts, memory_rate
 
-#: In which forms a network is exported: `dynamic size` is fused for images of every size, `fused` for those of one.
-FORMS = ("train form", "fused", "dynamic size")
+#: In which forms a network is exported: `dynamic size` is fused for images of every size, `fused` for those of one,
+#: `every form` as that and in each form that its layers have a name for.
+FORMS = ("train form", "fused", "dynamic size", "every form")
 
 
 class WrongImages(ReparamError):
@@ -41,7 +43,8 @@ class Contender:
     """An exported network: its name, which form of it, the folder, the shape of its images (channels, height, width),
     their dtype, and its sizes and error where they are known.
 
-    `difference` is the relative error of its output from the train form's, measured on what is timed.
+    `difference` is the relative error of its output from the train form's, measured on what is timed; `bounds` says of
+    a precision by how much its rounding may change the output for `images(2)`.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Contender:
     dtype: str = "float32"
     size: ModelSize | None = None
     difference: float | None = None
+    bounds: dict[str, float] = field(default_factory=dict)
 
     def images(self, batch: int) -> np.ndarray:
         """Return a batch of noise."""
@@ -91,7 +95,7 @@ class InferenceReport(Report):
         sizes = format_table(
             ["network", "form", "parameters", "multiply-adds", "file, MiB", "peak memory, MiB", "difference"],
             [[c["name"], c["form"], _count(c["parameters"]), _count(c["macs"]), f"{c['bytes'] / 2**20:.1f}",
-              "-" if c["peak_mib"] is None else f"{c['peak_mib']:.0f}",
+              ", ".join(f"{peak:.0f} ({runtime})" for runtime, peak in c["peak_mib"].items()) or "-",
               "-" if c["difference"] is None else f"{c['difference']:.0e}"] for c in self.contenders],
         )  # fmt: skip
         times = format_table(
@@ -113,9 +117,10 @@ def prepare(
     shape: tuple[int, int, int],
     forms: Sequence[str] = ("fused",),
     onnx: bool = False,
+    bounded: Sequence[str] = (),
 ) -> Iterator[Contender]:
-    """Export a network in `forms` (of `FORMS`) under a folder, with `onnx` as an ONNX file as well, and yield a
-    contender for each.
+    """Export a network in `forms` (of `FORMS`, or of its layers) under a folder, with `onnx` as an ONNX file as well,
+    and yield a contender for each, with bounds for the precisions in `bounded`.
 
     Its weights count for nothing: its BNs get the statistics of one batch of noise, since with others the features of
     an untrained network may vanish or overflow, and such numbers take their own time. Raises `WrongImages` where the
@@ -126,10 +131,12 @@ def prepare(
     with _run_on(name, shape), paddle.no_grad():
         settle_batch_norms(model, input_spec)
         expected = model(*inputs).numpy()
-    for form in forms:
+    for form in _named(forms, model, input_spec):
         network = model
         if form != "train form":
-            network, _ = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=form == "fused")
+            named = None if form in FORMS else form
+            fixed = form != "dynamic size"
+            network, _ = reparameterize(model, fold_bn=True, input_spec=input_spec, fixed_size=fixed, form=named)
         target = folder / f"{name}-{form}".replace(" ", "_").replace("/", "_")
         export_inference(network, target, input_spec, options=ExportOptions(dynamic_size=form == "dynamic size"))
         if onnx:
@@ -141,7 +148,20 @@ def prepare(
         # Of images so small that maps have no pixels, this may be the first to notice.
         with _run_on(name, shape):
             size = measure(network, input_spec)
-        yield Contender(name, form, target, shape, size=size, difference=difference)
+        contender = Contender(name, form, target, shape, size=size, difference=difference)
+        for precision in bounded:
+            contender.bounds[precision] = rounding_bound(network, [contender.images(2)], precision)
+        yield contender
+
+
+def _named(forms: Sequence[str], model: nn.Layer, input_spec: InputSpec) -> Iterator[str]:
+    """Yield forms by their names, `every form` as those that the layers of a network have."""
+    for form in forms:
+        if form != "every form":
+            yield form
+            continue
+        fused, _ = reparameterize(model, fold_bn=True, input_spec=input_spec)
+        yield from ("fused", *forms_of(fused))
 
 
 @contextlib.contextmanager
@@ -187,7 +207,10 @@ def run(
                 "parameters": None if each.size is None else each.size.parameters,
                 "macs": None if each.size is None else each.size.macs_per_image,
                 "difference": each.difference,
-                "peak_mib": peak_memory(each.folder, each.images(1), threads) / 2**20 if peaks else None,
+                "peak_mib": {
+                    runtime: peak_memory(each.folder, each.images(1), threads, runtime) / 2**20
+                    for runtime in (runtimes if peaks else ())
+                },
             }
             for each in contenders
         ],
@@ -229,13 +252,16 @@ def profile_all(
     return ProfileReport(machine_facts(), settings, memory_rate(threads), profiles)
 
 
-def peak_memory(folder: Folder, images: np.ndarray, threads: int = 1) -> int:
-    """Return the most bytes that a new process holds while it loads an export and runs it twice, Paddle included."""
-    return in_new_process(_own_peak_after_running, str(folder), images, threads)
+def peak_memory(folder: Folder, images: np.ndarray, threads: int = 1, runtime: str = "onednn") -> int:
+    """Return the most bytes that a new process holds while it loads an export into a runtime and runs it twice.
+
+    Paddle, which that process imports, is included.
+    """
+    return in_new_process(_own_peak_after_running, runtime, str(folder), images, threads)
 
 
-def _own_peak_after_running(folder: str, images: np.ndarray, threads: int) -> int:
-    model = LoadedPredictor(folder, threads=threads)
+def _own_peak_after_running(runtime: str, folder: str, images: np.ndarray, threads: int) -> int:
+    network = get_runtime(runtime).load(folder, threads)
     for _ in range(2):
-        model.run(images)
+        network.run(images)
     return own_peak()

@@ -46,6 +46,38 @@ def alternate(
     Every second round goes in the opposite order. Rounds stop early when the timed ones have taken `seconds`, but not
     before there are five. Raises `ReparamError` for no function and for fewer than five rounds.
     """
+    took = _in_turns(functions, rounds, warm_up, seconds, clock)
+    return {name: _timing(values) for name, values in took.items()}
+
+
+def time_beside(
+    first: Callable[[], Any],
+    other: Callable[[], Any],
+    rounds: int = 30,
+    seconds: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, float]:
+    """Return how long a function takes as a share of what the first takes, called in turns as in `alternate`.
+
+    `ratio`, `low` and `high` are the median and the quartiles of the rounds' own ratios, so that a machine that becomes
+    slower for a while changes none of them; `milliseconds` and `milliseconds_of_first` are medians.
+    """
+    took = _in_turns({"first": first, "other": other}, rounds, 3, seconds, clock)
+    low, ratio, high = np.percentile(np.divide(took["other"], took["first"]), [25, 50, 75])
+    medians = {name: 1000 * float(np.median(values)) for name, values in took.items()}
+    return {
+        "ratio": float(ratio), "low": float(low), "high": float(high),
+        "milliseconds": medians["other"], "milliseconds_of_first": medians["first"],
+    }  # fmt: skip
+
+
+def _in_turns(
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    warm_up: int,
+    seconds: float,
+    clock: Callable[[], float],
+) -> dict[str, list[float]]:
     if not functions or rounds < FEWEST_ROUNDS:
         raise ReparamError(
             f"{len(functions)} functions in {rounds} rounds: give one or more, and {FEWEST_ROUNDS} rounds"
@@ -63,7 +95,7 @@ def alternate(
             started = clock()
             functions[name]()
             took[name].append(clock() - started)
-    return {name: _timing(values) for name, values in took.items()}
+    return took
 
 
 def _timing(values: list[float]) -> Timing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..errors import ReparamError, UsageError
 from ..measure import benchmark
 from ..measure.benchmark import Contender, InferenceReport
 from ..measure.sweeps import name_of
+from ..measure.ways import BOUNDED, Network, WaysReport, time_ways
 from ..registry import get_layer, list_layers, list_models
 from ..surgery.flops import ModelSize
 from .errors import ConfigError
@@ -72,9 +73,13 @@ def contenders_of(
     shape: tuple[int, int, int],
     forms: Sequence[str] = ("fused",),
     onnx: bool = False,
+    bounded: Sequence[str] = (),
     **options: Any,
 ) -> Iterator[Contender]:
-    """Yield what is to be timed of a target: an exported folder as it is, or the forms of a network, exported."""
+    """Yield what is to be timed of a target: an exported folder as it is, or the forms of a network, exported.
+
+    `bounded` are precisions, of which a contender then says what their rounding may change; `options` the network's.
+    """
     from .arch import get_builder
     from .command import read_config
     from .reparam import build_train_form
@@ -99,7 +104,7 @@ def contenders_of(
             with as_wrong_usage(target):
                 model = build(**options)
     try:
-        yield from benchmark.prepare(name, model, folder, shape, forms, onnx)
+        yield from benchmark.prepare(name, model, folder, shape, forms, onnx, bounded)
     except benchmark.WrongImages as error:
         raise ConfigError(str(error)) from error
 
@@ -133,6 +138,34 @@ def sweep(
         report = benchmark.run(contenders, batches, ["onednn"], threads, rounds, peaks=False)
     report.settings.update(of=of, targets=list(targets), values=list(values), size=size, channels=channels)
     return report
+
+
+def time_networks(
+    targets: Sequence[str],
+    baseline: Path,
+    report: WaysReport,
+    runtimes: Sequence[str],
+    save: Callable[[WaysReport], None],
+) -> None:
+    """Time networks in every way, each beside the export of its name in `baseline`, and add them to a report.
+
+    Those that it holds are left as they are. `save` is called after each. Raises `ConfigError` where an export is not
+    there.
+    """
+    folders = {target: baseline / Path(target).stem for target in targets}
+    for target, folder in folders.items():
+        with as_wrong_usage(f"--baseline {baseline}, for {target}"):
+            program_file(folder)
+    there = {network.name for network in report.networks}
+    shape = (3, report.settings["size"], report.settings["size"])
+    for target, folder in folders.items():
+        if folder.name in there:
+            continue
+        with tempfile.TemporaryDirectory() as place:
+            forms = list(contenders_of(target, Path(place), shape, ["every form"], bounded=BOUNDED))
+            found = time_ways(forms, folder, runtimes, report.settings)
+        report.networks.append(Network(folder.name, forms[0].bounds, found))
+        save(report)
 
 
 def _of_kernel_size(target: str, folder: Path, size: int, kernel_size: int, channels: int) -> Iterator[Contender]:
