@@ -537,6 +537,31 @@ def test_check_stands_alone(project, capsys):
     assert "nowhere is no release" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--batch", "8"], "--batch says how something is tried; give --tune, or a --precision below float32"),
+        (["--precision", "float32", "--largest-drop", "1"], "--largest-drop says how something is tried"),
+        (["--tune", "--largest-drop", "-1"], "--largest-drop takes 0 or more, not -1.0"),
+        (["--tune", "--batch", "1", "0"], "--batch takes 1 or more, not 1 0"),
+        (["--tune", "--tune-seconds", "inf"], "--tune-seconds takes 1 or more, not inf"),
+        (["--precision", "int8", "--threads", "0"], "--threads takes 1 or more, not 0"),
+        (["--tune", "--dry-run"], "what is tried is what is written; leave out --dry-run"),
+        (["--precision", "float16"], "invalid choice: 'float16'"),
+    ],
+)
+def test_options_of_a_tuning_that_cannot_be(project, capsys, given, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        call(project, "--output", "tuned", *given)
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_precision_is_proven_on_images_that_are_there(project, capsys):
+    assert call(project, "--output", "small", "--precision", "int8") == 2
+    assert "DataLoader" in capsys.readouterr().err
+    assert not (project / "small").exists()
+
+
 def test_a_dry_run_of_the_command(project, capsys):
     before = sorted(project.iterdir())
     assert call(project, "--output", "dry", "--dry-run", "--verbose", "-o", "Arch.infer_add_softmax=False") == 0

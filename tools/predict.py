@@ -60,6 +60,8 @@ def _predict(given: argparse.Namespace) -> None:
                 on_the_sheet.append(prediction)
             yield prediction
 
+    for title, why in classifier.passed_over.items():
+        print(printable(f"{given.release} is fastest by {title}, which is passed over: {why}"), file=sys.stderr)
     paths = find_images(given.images, failed.append)
     for line in format_predictions(predictions(), paths):
         print(line, flush=True)

@@ -220,10 +220,15 @@ def require_drop(largest_drop: float) -> None:
         raise UsageError(f"what may be lost is {largest_drop:g} percentage points; give 0 or more")
 
 
+def images_needed(largest_drop: float) -> int:
+    """Return how many images can show a drop of so many percentage points, an answer in so many."""
+    require_drop(largest_drop)
+    return math.ceil(100 / largest_drop) if largest_drop else FEWEST_IMAGES
+
+
 def require_images(images: int, largest_drop: float) -> None:
     """Raise `NothingProven` for fewer images than can show a drop of so many percentage points."""
-    require_drop(largest_drop)
-    needed = math.ceil(100 / largest_drop) if largest_drop else FEWEST_IMAGES
+    needed = images_needed(largest_drop)
     if images < needed:
         raise NothingProven(
             f"{images} images cannot show a drop of {largest_drop:g} points: give {needed} images or more"

@@ -179,6 +179,11 @@ class ImageClassifier:
         # Photographs have many sizes: without `keep_shapes`, as a folder of them would fill the memory.
         self._network = network if in_one_file else InferenceModel(release, keep_shapes=False)
 
+    @property
+    def passed_over(self) -> dict[str, str]:
+        """Runtime -> why this machine cannot run the release by it, though it is faster than the one that is used."""
+        return self._network.passed_over
+
     def predict(
         self,
         paths: Iterable[Path],

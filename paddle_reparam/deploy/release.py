@@ -28,6 +28,7 @@ from .outputs import AS_THE_NETWORK, OutputSpec
 from .programs import FILE_NAME, PROGRAM_SUFFIXES, WEIGHTS_SUFFIX
 from .released import MANIFEST
 from .steps import STEPS, STEPS_IN_A_FOLDER, Step, Work
+from .tuning import Tuning, TuningReport
 
 #: The files that Paddle Inference needs.
 _EXPORTED = {f"{FILE_NAME}{suffix}" for suffix in (*PROGRAM_SUFFIXES, WEIGHTS_SUFFIX)}
@@ -44,9 +45,11 @@ class ReleaseReport(Report):
     fused: ModelSize
     checks: dict[str, VerifyReport]
     manifest: dict[str, Any]
+    tuned: TuningReport | None = None
 
     def __str__(self) -> str:
-        return f"{self.fusing}\n\n{self.table()}\n\n{self.checks_table()}\n{self._notes()}"
+        tuned = "" if self.tuned is None else f"{self.tuned}\n\n"
+        return f"{self.fusing}\n\n{self.table()}\n\n{tuned}{self.checks_table()}\n{self._notes()}"
 
     def table(self) -> str:
         """Return train form and fused form side by side."""
@@ -110,6 +113,7 @@ def release(
     force: bool = False,
     dry_run: bool = False,
     tolerance: float = NETWORK_TOLERANCE,
+    tuning: Tuning | None = None,
     progress: Callable[[str], None] = print,
 ) -> ReleaseReport:
     """Load weights into a model in train form, fuse it, export it and put all of it in a new folder, checked.
@@ -122,8 +126,10 @@ def release(
     for the batch, by name for a network that takes one dict; the export takes images of that size, and layers take the
     form that is fastest for it, unless `options` ask for a dynamic size: then all is compared at a second, larger size
     too. All that the network puts out is exported, unless `output` picks from it; the manifest says what was left out.
-    `facts` goes into the manifest beside what is measured here, and `texts` (name -> content) are more files;
-    `progress` gets one line for each step done. `check_release` checks the folder later.
+    With `tuning` every form, runtime and precision that it names is tried, and the folder also holds what the fastest
+    that holds needs; the manifest says what was found, and `InferenceModel` uses it. `facts` goes into the manifest
+    beside what is measured here, and `texts` (name -> content) are more files; `progress` gets one line for each step
+    done. `check_release` checks the folder later.
 
     With `dry_run` nothing is written. A folder that stands there is kept, with `OutputExists`, unless `force`: then
     the old one, which must be a release too, stays whole until the new one takes its place. Raises `ReparamError`
@@ -133,8 +139,9 @@ def release(
     if not dry_run:
         _refuse_to_replace(target, folder, force)
     work = Work(
-        model, weights, input_spec, output, options, load, stock, why_no_stock, texts or {}, facts or {}, tolerance
-    )
+        model, weights, input_spec, output, options, load, stock, why_no_stock, texts or {}, facts or {}, tolerance,
+        tuning, lambda line: progress(f"          {line}"),
+    )  # fmt: skip
     for step in STEPS:
         _do(step, work, progress)
     if not dry_run:
@@ -144,7 +151,9 @@ def release(
                 _do(step, work, progress)
         progress(f"written: {folder}")
     work.manifest["checks"] = {name: report.to_dict() for name, report in work.checks.items()}
-    return ReleaseReport(work.fusing, work.sizes["train_form"], work.sizes["fused"], work.checks, work.manifest)
+    return ReleaseReport(
+        work.fusing, work.sizes["train_form"], work.sizes["fused"], work.checks, work.manifest, work.tuned
+    )
 
 
 def _do(step: Step, work: Work, progress: Callable[[str], None]) -> None:

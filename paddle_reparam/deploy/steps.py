@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,18 +20,22 @@ from .. import __version__
 from ..arithmetic.geometry import BATCH_NORMS
 from ..errors import NothingProven, ReparamError
 from ..files import Folder, digest
+from ..measure.memory import give_back
 from ..surgery.flops import ModelSize, measure
 from ..surgery.places import RewriteReport
-from ..surgery.rewrite import reparameterize
+from ..surgery.rewrite import forms_of, reparameterize
 from ..surgery.tracing import InputSpec, input_shapes, sample_inputs, unchanged, walk
-from ..surgery.verify import VerifyReport, verify
+from ..surgery.verify import VerifyReport, compare_outputs, verify
 from ..weights import checkpoints
 from .checks import check_export
 from .export import ExportOptions, export_inference, input_names
 from .onnx_export import export_onnx, onnx_versions
-from .outputs import OutputSpec, left_out
+from .outputs import OutputSpec, comparable, left_out
+from .precision import rounding_bound
 from .quantization import quantization_report
 from .released import PLAIN_WEIGHTS, PROBE, probe_hash, probe_inputs, probe_output, write_manifest, write_probe
+from .runtimes import get_runtime
+from .tuning import BASELINE, Tuner, Tuning, TuningReport, manifest_of
 
 
 @dataclass
@@ -48,6 +54,8 @@ class Work:
     texts: Mapping[str, str]
     facts: Mapping[str, Any]
     tolerance: float
+    tuning: Tuning | None
+    progress: Callable[[str], None]
     source: dict[str, Any] = field(default_factory=dict)
     #: What the network puts out and the export does not.
     left_out: list[str] = field(default_factory=list)
@@ -60,9 +68,21 @@ class Work:
     folder: Path = Path()
     #: File of the folder -> its size and hash.
     written: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: What was tried besides the float32 export, and the form that was chosen by it.
+    tuned: TuningReport | None = None
+    form: str | None = None
     checks: dict[str, VerifyReport] = field(default_factory=dict)
     #: Those of the checks that ran what was exported: the probe has the scale of their inputs, and their tolerance.
     of_export: dict[str, VerifyReport] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str] | None:
+        """The names of the inputs, for a network that takes one dict of them."""
+        return input_names(self.input_spec) if isinstance(self.input_spec, Mapping) else None
+
+    def rounding_bound(self, network: nn.Layer, inputs: Sequence[np.ndarray], precision: str) -> float:
+        """Return what the rounding of a precision may do to what the fused network puts out for inputs."""
+        return rounding_bound(network, inputs, precision, self.names, self.output, self.options.normalization)
 
     @property
     def second(self) -> InputSpec | None:
@@ -119,10 +139,10 @@ def run_network(work: Work) -> None:
         work.left_out = left_out(outputs, work.output)
 
 
-def fused_form(work: Work) -> tuple[nn.Layer, RewriteReport]:
-    """Return the network as it is exported."""
+def fused_form(work: Work, form: str | None = None) -> tuple[nn.Layer, RewriteReport]:
+    """Return the network as it is exported, in a form of `forms_of` or its layers' own choice."""
     fixed_size = not work.options.dynamic_size
-    return reparameterize(work.model, fold_bn=True, input_spec=work.input_spec, fixed_size=fixed_size)
+    return reparameterize(work.model, fold_bn=True, input_spec=work.input_spec, fixed_size=fixed_size, form=form)
 
 
 def fuse(work: Work) -> None:
@@ -169,7 +189,7 @@ def describe(work: Work) -> None:
         "source": {"weights": {"name": str(work.weights), **work.source}},
         "input": {
             "shape": list(input_shapes(work.input_spec).values()),
-            "names": input_names(work.input_spec) if isinstance(work.input_spec, Mapping) else None,
+            "names": work.names,
             "dtype": options.input_dtype(work.model),
             "size": "dynamic" if options.dynamic_size else "fixed",
             "normalization": None if options.normalization is None else asdict(options.normalization),
@@ -204,6 +224,45 @@ def export(work: Work) -> None:
     work.fused = None
 
 
+def tune(work: Work) -> None:
+    """Export each form, try every way of running it, and move what the best form ships as into the folder."""
+    with tempfile.TemporaryDirectory(dir=work.folder) as temporary:
+        place, tuning = Path(temporary), work.tuning
+        tuner = Tuner(tuning, work.output, work.sizes["fused"].macs_per_image, place, work.progress)
+        forms = [None] if work.options.dynamic_size else [None, *forms_of(work.fused)]
+        folders = {form: place / f"form{number}" for number, form in enumerate(forms)}
+        bounds: dict[tuple[str | None, str], float] = {}
+
+        def bound(form: str | None, precision: str) -> float:
+            if (form, precision) not in bounds:
+                network = fused_form(work, form)[0]
+                bounds[form, precision] = work.rounding_bound(network, [tuner.some_images], precision)
+            return bounds[form, precision]
+
+        def attempt_all(forms: Sequence[str | None], int8: bool) -> None:
+            ways = [(form, runtime) for form in forms for runtime in tuner.runtimes(int8)]
+            for form, runtime in tuning.watch([way for way in ways if (way[0], way[1].name) != (None, BASELINE)]):
+                tuner.attempt(form, runtime, folders[form], functools.partial(bound, form))
+
+        for form, folder in folders.items():
+            if form is not None:
+                work.form, work.fused = form, fused_form(work, form)[0]
+                COMPARE_FUSED.do(work)
+            export_inference(work.fused, folder, work.input_spec, work.output, work.options)
+            work.fused = None
+            if tuner.reads_onnx() or work.options.onnx:
+                # Without ONNX there are fewer ways, each of which says so.
+                with contextlib.nullcontext() if work.options.onnx else contextlib.suppress(ReparamError):
+                    export_onnx(folder)
+        tuner.start(folders[None])
+        attempt_all(forms, int8=False)
+        # Ranges are measured on many images, which takes long: so for the best form alone.
+        attempt_all([tuner.best_form()], int8=True)
+        work.form, work.tuned = tuner.choose().form, tuner.report
+        for file in tuner.files_to_ship(folders[work.form], work.options.onnx):
+            file.rename(work.folder / file.name)
+
+
 def convert(work: Work) -> None:
     """Write the ONNX file."""
     export_onnx(work.folder)
@@ -225,13 +284,17 @@ def seal(work: Work) -> None:
     manifest, normalization = work.manifest, work.options.normalization
     scale = 1.0 if normalization else next(iter(work.of_export.values())).input_scale
     probe = probe_inputs(manifest["input"], scale)
-    write_probe(work.folder, probe_output(work.model, probe, manifest["input"]["names"], work.output, normalization))
+    expected = probe_output(work.model, probe, work.names, work.output, normalization)
+    write_probe(work.folder, expected)
     work.written[PROBE] = digest(work.folder / PROBE)
     manifest["probe"] = {
         "scale": scale,
         "input_sha256": probe_hash(probe),
         "tolerance": max(report.tolerance for report in work.of_export.values()),
     }
+    if work.tuned is not None:
+        manifest["tuning"] = {"form": work.form, **manifest_of(work.tuned)}
+        manifest["serving"] = serving(work, probe, expected)
     manifest["files"] = work.written
     manifest["checks"] = {name: report.to_dict() for name, report in work.checks.items()}
     write_manifest(work.folder, manifest)
@@ -240,13 +303,36 @@ def seal(work: Work) -> None:
         raise ReparamError(f"{changed[0]}: the file changed after it was written; the disk may be failing, run again")
 
 
+def serving(work: Work, probe: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """Return by which runtimes the release is to be used, and how far each may be off for the probe.
+
+    What is of 8 bits may be off by twice what it is off by here: its ranges are those of images, and the probe is none.
+    """
+    entries, tolerances = [], {"float32": work.manifest["probe"]["tolerance"]}
+    for way in work.tuned.serving:
+        runtime = get_runtime(way.runtime)
+        if runtime.precision == "bfloat16" and "bfloat16" not in tolerances:
+            tolerances["bfloat16"] = work.rounding_bound(fused_form(work, work.form)[0], probe, "bfloat16")
+        outputs = runtime.load(work.folder).run(*probe)
+        error, _ = compare_outputs(comparable(expected, work.output), comparable(outputs, work.output), tolerance=1.0)
+        tolerance = tolerances.get(runtime.precision, 2 * error)
+        if not error <= tolerance:
+            raise ReparamError(
+                f"{runtime.title} gives the probe with a relative error of {error:.1e} (tolerance {tolerance:.0e})"
+            )
+        entries.append({"runtime": way.runtime, "tolerance": tolerance})
+        give_back()
+    return entries
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Comparing
 
 
 def compare_fused(work: Work) -> dict[str, VerifyReport]:
     """Compare the fused network with the train form, layer by layer."""
-    return {"fused network": verify(work.model, work.fused, work.input_spec, tolerance=work.tolerance)}
+    name = "fused network" if work.form is None else f"fused network, {work.form}"
+    return {name: verify(work.model, work.fused, work.input_spec, tolerance=work.tolerance)}
 
 
 def compare_fused_larger(work: Work) -> dict[str, VerifyReport]:
@@ -304,11 +390,13 @@ def size_of(input_spec: InputSpec) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # In order
 
+COMPARE_FUSED = check("compare with the train form, layer by layer", compare_fused)
+
 STEPS = (
     Step("load the weights", load_weights),
     Step("run the network", run_network),
     Step("fuse", fuse),
-    check("compare with the train form, layer by layer", compare_fused),
+    COMPARE_FUSED,
     check("compare with the train form on larger images", compare_fused_larger, lambda work: work.second is not None),
     Step("count parameters and multiply-adds", count),
     Step("fuse without folding BNs, for the plain weight file", fuse_plain, lambda work: work.stock is not None),
@@ -316,8 +404,9 @@ STEPS = (
 )
 
 STEPS_IN_A_FOLDER = (
-    Step("export for Paddle Inference", export),
-    Step("convert to ONNX", convert, lambda work: work.options.onnx),
+    Step("export for Paddle Inference", export, lambda work: work.tuning is None),
+    Step("convert to ONNX", convert, lambda work: work.tuning is None and work.options.onnx),
+    Step("export, and try what is faster", tune, lambda work: work.tuning is not None),
     Step("write the other files", write_files),
     check("compare with the stock network, plain weights", compare_stock, lambda work: work.plain is not None),
     check("compare with what was exported, in every runtime", compare_export),

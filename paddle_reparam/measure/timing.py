@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,13 +136,28 @@ def memory_rate(threads: int = 1, size: int = 2**29) -> float:
     return sum(part.nbytes for part in parts) / timings["read"].median
 
 
-def in_new_process(function: Callable[..., Returned], *arguments: Any) -> Returned:
-    """Return what a function returns, or raise what it raises, in a Python started for it.
+def in_new_process(function: Callable[..., Returned], *arguments: Any, seconds: float | None = None) -> Returned:
+    """Return what a function returns, or raise what it raises, in a Python started for it; what it prints is lost.
 
-    Raises `ReparamError` where that Python dies.
+    Raises `ReparamError` where that Python dies, or takes more than so many seconds.
     """
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-    except BrokenProcessPool:
-        raise ReparamError(f"the process that was to run {function.__name__} ended before it did") from None
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        running = pool.submit(_without_output, function, *arguments)
+        try:
+            return running.result(seconds)
+        except BrokenProcessPool:
+            raise ReparamError("the process that was to run it ended before it had") from None
+        except TimeoutError:
+            if running.done():  # then the function has raised it
+                raise
+            for process in list(pool._processes.values()):
+                process.kill()
+            raise ReparamError(f"it was stopped, as it took more than {seconds:.0f} seconds") from None
+
+
+def _without_output(function: Callable[..., Returned], *arguments: Any) -> Returned:
+    # What dies says so at length, from below Python.
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 1)
+    os.dup2(nothing, 2)
+    return function(*arguments)

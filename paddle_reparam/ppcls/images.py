@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import paddle
 
+from ..deploy.outputs import Normalization
+from .errors import ConfigError
+
 
 @dataclass
 class Images:
@@ -55,6 +58,20 @@ def read_training_images(config: dict[str, Any], most: int) -> Images:
     transforms = sections["Eval"]["dataset"].get("transform_ops")
     sections["Eval"]["dataset"] = {**sections["Train"]["dataset"], "transform_ops": transforms}
     return read_validation_images(config, most)
+
+
+def require_classes_of(images: Images, activation: str | None) -> None:
+    """Raise `ConfigError` for images of several labels where the classes of a network exclude each other."""
+    if images.labels.ndim > 1 and activation != "sigmoid":
+        raise ConfigError(
+            "the images of DataLoader.Eval have several labels, and the classes of the released network exclude each "
+            "other; release it with Global.use_multilabel=True"
+        )
+
+
+def as_taken(pixels: np.ndarray, normalization: Normalization | None) -> np.ndarray:
+    """Return normalised images as an export takes them: as they are, or as the pixels that they were."""
+    return pixels if normalization is None else normalization.undo(pixels)
 
 
 def _validation_dataset(config: dict[str, Any]) -> Any:

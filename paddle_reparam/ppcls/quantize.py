@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _quantize(given: argparse.Namespace) -> None:
     setup().utils.logger.init_logger(log_level="WARNING")
-    from .images import read_training_images, validation_batches
+    from .images import as_taken, read_training_images, require_classes_of, validation_batches
 
     source = Path(given.release) / ONNX_FILE
     if not source.is_file():
@@ -73,21 +73,14 @@ def _quantize(given: argparse.Namespace) -> None:
     print(QuantizationReport([KernelRange(**kernel) for kernel in kernels]).worst(_WORST))
     normalization = Normalization.from_dict(manifest["input"]["normalization"])
 
-    def taken(pixels: np.ndarray) -> np.ndarray:
-        return pixels if normalization is None else normalization.undo(pixels)
-
     def measured() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for images in validation_batches(config):
-            if images.labels.ndim > 1 and manifest["output"]["activation"] != "sigmoid":
-                raise ConfigError(
-                    "the images of DataLoader.Eval have several labels, and the classes of the released network "
-                    "exclude each other; release it with Global.use_multilabel=True"
-                )
-            yield taken(images.pixels), images.labels
+            require_classes_of(images, manifest["output"]["activation"])
+            yield as_taken(images.pixels, normalization), images.labels
 
     pixels = read_training_images(config, given.images).pixels
     _refuse_another_network(config, manifest, given.release)
-    calibration = taken(pixels)
+    calibration = as_taken(pixels, normalization)
     # With the manifest in it the file can be used alone, as by tools/predict.py.
     facts = {MANIFEST: sealed(manifest)}
     print(f"\n{export_int8(source, given.output, calibration, measured(), given.largest_drop, facts)}")

@@ -8,20 +8,26 @@ import copy
 import functools
 import importlib.metadata
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import paddle
 from paddle import nn
+from tqdm import tqdm
 
 from ..deploy.export import ExportOptions
-from ..deploy.outputs import OutputSpec
+from ..deploy.outputs import Normalization, OutputSpec
 from ..deploy.programs import FORMATS
 from ..deploy.release import ReleaseReport, release
 from ..deploy.released import MANIFEST, check_release, read_manifest
+from ..deploy.runtimes.base import PRECISIONS
+from ..deploy.tuning import Tuning
 from ..errors import ReparamError, exit_code, one_sentence
 from ..files import digest
+from ..measure.timing import machine_facts
 from . import setup
 from .command import add_override, image_of, next_steps, options, read_config
 from .errors import ConfigError
@@ -48,6 +54,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="put the config's NormalizeImage into the export, which then takes RGB pixels 0..255 of this type",
     )  # fmt: skip
     parser.add_argument("--onnx", action="store_true", help="put an ONNX file beside the export, compared as well")
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        help="ship this one too, proven on the config's images (float32 always is)",
+    )
+    parser.add_argument(
+        "--tune", action="store_true",
+        help="try each form, runtime and precision that this machine can run, and ship the fastest that holds",
+    )  # fmt: skip
+    trying = parser.add_argument_group("with --tune or --precision")
+    trying.add_argument(
+        "--largest-drop", type=float, metavar="POINTS",
+        help=f"what may be lost of the validation images' accuracy, in percentage points ({Tuning.largest_drop:g})",
+    )  # fmt: skip
+    trying.add_argument("--batch", type=int, nargs="+", help="how many images it will be given at once (1)")
+    trying.add_argument("--threads", type=int, help="that it will be given (the cores of this machine)")
+    trying.add_argument(
+        "--tune-seconds", type=float, metavar="SECONDS",
+        help=f"no way is begun that many seconds after the first ({Tuning.seconds:g})",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="print each layer that was fused, or why it was not")
     parser.add_argument("--check", metavar="FOLDER", help="check a folder that was made before; takes no other option")
     given = parser.parse_args(arguments)
@@ -56,9 +82,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give -c, --weights and --output, or --check FOLDER")
     if given.check is not None and vars(given) != {**vars(parser.parse_args([])), "check": given.check}:
         parser.error("--check takes no other option")
+    _check_tuning(given, parser)
     with exit_code() as result:
         print(_release(given) if given.check is None else _check(given.check))
     return result[0]
+
+
+def _check_tuning(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """End with what is wrong with the options of a tuning."""
+    values = {
+        "--largest-drop": given.largest_drop, "--batch": given.batch, "--threads": given.threads,
+        "--tune-seconds": given.tune_seconds,
+    }  # fmt: skip
+    tries = given.tune or given.precision not in (None, "float32")
+    for option, value in values.items():
+        if value is None:
+            continue
+        smallest = 0 if option == "--largest-drop" else 1
+        if not tries:
+            parser.error(f"{option} says how something is tried; give --tune, or a --precision below float32")
+        if not all(smallest <= each < math.inf for each in np.atleast_1d(value)):
+            parser.error(f"{option} takes {smallest} or more, not {' '.join(map(str, np.atleast_1d(value)))}")
+    if given.dry_run and tries:
+        parser.error("what is tried is what is written; leave out --dry-run")
+
+
+def _tuning(
+    given: argparse.Namespace, config: dict[str, Any], output: OutputSpec, normalization: Normalization | None
+) -> Tuning | None:
+    """Return what is to be tried, on images of the config; None for nothing but float32."""
+    if not given.tune and given.precision in (None, "float32"):
+        return None
+    from .images import as_taken, read_training_images, read_validation_images, require_classes_of
+    from .validation import check_loader
+
+    for part in ("Eval", *(["Train"] if given.precision in (None, "int8") else [])):
+        check_loader(config, part)
+
+    def validation(most: int) -> tuple[np.ndarray, np.ndarray | None]:
+        images = read_validation_images(config, most)
+        if "features" in output.keys:
+            return as_taken(images.pixels, normalization), None
+        require_classes_of(images, output.activation)
+        return as_taken(images.pixels, normalization), images.labels
+
+    def training(most: int) -> np.ndarray:
+        return as_taken(read_training_images(config, most).pixels, normalization)
+
+    asked = {"largest_drop": given.largest_drop, "batches": given.batch, "seconds": given.tune_seconds,
+             "threads": given.threads or machine_facts()["cores"]}  # fmt: skip
+    return Tuning(
+        validation,
+        training,
+        PRECISIONS if given.precision is None else (given.precision,),
+        given.tune,
+        watch=functools.partial(tqdm, unit=" ways", leave=False, disable=None),
+        **{name: tuple(value) if name == "batches" else value for name, value in asked.items() if value is not None},
+    )
 
 
 def _release(given: argparse.Namespace) -> str:
@@ -125,6 +205,8 @@ def _released(given: argparse.Namespace, config: dict[str, Any]) -> ReleaseRepor
         },
         force=given.force,
         dry_run=given.dry_run,
+        tuning=_tuning(given, config, output, normalization),
+        progress=tqdm.write,
     )
 
 

@@ -17,8 +17,8 @@ from .base import Runtime
 #: In the order in which a release is compared in them: most memory first, as each leaves some behind.
 RUNTIMES: tuple[Runtime, ...] = (*paddle_inference.RUNTIMES, *executor.RUNTIMES, *onnx_runtime.RUNTIMES)
 
-#: Those that something is used in which does not say by which it is: the first of them that has a file there.
-SERVING: tuple[Runtime, ...] = (paddle_inference.WITH_ONEDNN, *onnx_runtime.RUNTIMES)
+#: Those that a release can be used in. Where it does not say by which it is, it is by the first that has a file there.
+SERVING: tuple[Runtime, ...] = (*paddle_inference.SERVING, *onnx_runtime.RUNTIMES)
 
 _by_name = Registry("runtime")
 for _runtime in RUNTIMES:

@@ -115,11 +115,11 @@ class PaddleInference:
         return LoadedPredictor(folder, self.onednn, threads, self.gpu, keep_shapes, self.precision == "bfloat16")
 
 
-WITH_ONEDNN = PaddleInference("onednn", "Predictor, oneDNN", onednn=True)
-
-RUNTIMES = (
-    WITH_ONEDNN,
+#: Those that are as fast as Paddle is.
+SERVING = (
+    PaddleInference("onednn", "Predictor, oneDNN", onednn=True),
     PaddleInference("onednn-bfloat16", "Predictor, oneDNN, bfloat16", onednn=True, precision="bfloat16"),
-    PaddleInference("no-onednn", "Predictor, no oneDNN"),
     PaddleInference("gpu", "Predictor, GPU, not tried yet", gpu=True, proves=False),
 )
+
+RUNTIMES = (*SERVING, PaddleInference("no-onednn", "Predictor, no oneDNN"))
