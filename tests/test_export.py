@@ -19,6 +19,7 @@ from paddle_reparam import check_release, release, save
 from paddle_reparam.deploy import export, runtimes
 from paddle_reparam.deploy.checks import check_export
 from paddle_reparam.deploy.export import ExportOptions, export_inference
+from paddle_reparam.deploy.nncf_int8 import quantize_openvino
 from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
 from paddle_reparam.deploy.onnx_export import export_onnx
 from paddle_reparam.deploy.outputs import OutputSpec
@@ -27,6 +28,7 @@ from paddle_reparam.deploy.quantization import quantize_onnx
 from paddle_reparam.deploy.runtimes.base import PRECISIONS
 from paddle_reparam.deploy.runtimes.executor import LoadedProgram
 from paddle_reparam.deploy.runtimes.onnx_runtime import INT8_ONNX_FILE, ONNX_FILE
+from paddle_reparam.deploy.runtimes.openvino import INT8_OPENVINO_FILE
 from paddle_reparam.deploy.runtimes.paddle_inference import LoadedPredictor
 from paddle_reparam.errors import NothingProven, ReparamError
 from paddle_reparam.surgery.flops import measure
@@ -37,7 +39,11 @@ from paddle_reparam.surgery.verify import verify
 SPEC = [[None, 3, 16, 16]]
 
 #: File of a folder -> what makes it of the ONNX file of float32, and of images.
-MADE_OF_ONNX = {ONNX_FILE: lambda *_: None, INT8_ONNX_FILE: quantize_onnx}
+MADE_OF_ONNX = {
+    ONNX_FILE: lambda *_: None,
+    INT8_ONNX_FILE: quantize_onnx,
+    INT8_OPENVINO_FILE: quantize_openvino,
+}
 
 
 def small_net(classes=5):

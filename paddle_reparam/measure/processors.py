@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Callable
 
 from ..errors import ReparamError
 
@@ -25,10 +26,15 @@ def let_amd_multiply_fast(processor_facts: Path = Path("/proc/cpuinfo")) -> None
         os.environ.setdefault(MKL_CODE, "5")
 
 
-def require_bfloat16(processor_facts: Path = Path("/proc/cpuinfo")) -> None:
-    """Raise `ReparamError` where this processor does not multiply in bfloat16, or does not say whether it does."""
-    facts = processor_facts.read_text(errors="replace") if processor_facts.is_file() else ""
-    if not _BFLOAT16 & set(facts.split()):
+def require_bfloat16(
+    otherwise: Callable[[], bool] = lambda: False, processor_facts: Path = Path("/proc/cpuinfo")
+) -> None:
+    """Raise `ReparamError` where this processor does not multiply in bfloat16.
+
+    Where the system has no list of what it can do, `otherwise` says whether it does.
+    """
+    listed = processor_facts.is_file()
+    if not (_BFLOAT16 & set(processor_facts.read_text(errors="replace").split()) if listed else otherwise()):
         raise ReparamError(
             "this processor does not multiply in bfloat16 (none of avx512_bf16, amx_bf16, bf16 is among its flags)"
         )

@@ -10,15 +10,20 @@ from collections.abc import Sequence
 
 from ...files import Folder
 from ...registry import Registry
-from . import executor, onnx_runtime, paddle_inference
+from . import executor, onnx_runtime, openvino, paddle_inference
 from .base import LoadedNetwork as LoadedNetwork
 from .base import Runtime
 
 #: In the order in which a release is compared in them: most memory first, as each leaves some behind.
-RUNTIMES: tuple[Runtime, ...] = (*paddle_inference.RUNTIMES, *executor.RUNTIMES, *onnx_runtime.RUNTIMES)
+RUNTIMES: tuple[Runtime, ...] = (
+    *paddle_inference.RUNTIMES,
+    *executor.RUNTIMES,
+    *openvino.RUNTIMES,
+    *onnx_runtime.RUNTIMES,
+)
 
 #: Those that a release can be used in. Where it does not say by which it is, it is by the first that has a file there.
-SERVING: tuple[Runtime, ...] = (*paddle_inference.SERVING, *onnx_runtime.RUNTIMES)
+SERVING: tuple[Runtime, ...] = (*paddle_inference.SERVING, *onnx_runtime.RUNTIMES, *openvino.RUNTIMES)
 
 _by_name = Registry("runtime")
 for _runtime in RUNTIMES:
