@@ -8,12 +8,16 @@ from helpers import draw_by_fan_in, missing_for_onnx, relative_error
 from paddle import nn
 from test_export import MADE_OF_ONNX
 
-from paddle_reparam.deploy.export import export_inference
+from paddle_reparam.deploy.export import ExportOptions, export_inference
+from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
 from paddle_reparam.deploy.onnx_export import export_onnx
 from paddle_reparam.deploy.outputs import Normalization, OutputSpec
 from paddle_reparam.deploy.precision import FACTOR, ROUNDED, agreement, rounding_bound
-from paddle_reparam.deploy.runtimes import RUNTIMES
+from paddle_reparam.deploy.programs import FORMATS, program_file
+from paddle_reparam.deploy.replacements import replaced_operators
+from paddle_reparam.deploy.runtimes import RUNTIMES, get_runtime
 from paddle_reparam.deploy.runtimes.onnx_runtime import ONNX_FILE
+from paddle_reparam.deploy.runtimes.paddle_inference import LoadedPredictor
 from paddle_reparam.errors import NothingProven, ReparamError, UsageError
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,3 +245,67 @@ def test_right_conversions_lie_under_the_bound_and_broken_ones_above(runtime, ex
     assert error("scale", images(16)) > bound
     if runtime.precision == "int8":
         assert error("right", images(16) * np.float32(0.1)) > bound, "a wrong calibration"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operators that Paddle Inference runs wrongly, and what stands for them
+
+
+class Behind(nn.Layer):
+    """A function or layer behind a convolution, and one more convolution behind that."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.function, self.last = nn.Conv2D(3, 16, 3, padding=1), function, nn.Conv2D(16, 8, 1)
+
+    def forward(self, x):
+        return self.last(self.function(self.first(x)))
+
+
+REPLACED = {
+    "leaky ReLU": lambda: nn.LeakyReLU(0.1),
+    "PReLU, one slope": lambda: nn.PReLU(1, 0.3),
+    "PReLU, a slope for each channel": lambda: nn.PReLU(16, 0.3),
+    "windows of one size": lambda: nn.AdaptiveAvgPool2D(5),
+    "windows of several sizes": lambda: nn.AdaptiveAvgPool2D([6, 5]),
+    "the largest of windows of several sizes": lambda: nn.AdaptiveMaxPool2D([6, None]),
+    "more pixels than there were": lambda: nn.AdaptiveAvgPool2D(21),
+}
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_paddle_inference_runs_wrongly_is_exported_as_something_else(name, file_format, tmp_path):
+    if file_format == "json" and not HAS_NEW_PROGRAMS:
+        pytest.skip("Paddle 2 writes .pdmodel only")
+    paddle.seed(0)
+    net = Behind(REPLACED[name]())
+    net.eval()
+    x = images()
+    expected = net(paddle.to_tensor(x))
+    export_inference(net, tmp_path, SPEC, options=ExportOptions(file_format))
+    # A .pdmodel names all operators that Paddle knows. What kills the process is not run.
+    program = program_file(tmp_path).read_bytes() if file_format == "json" else b""
+    assert not any(operator in program for operator in (b"leaky_relu", b"prelu"))
+    for onednn in (True, False):
+        assert relative_error(LoadedPredictor(tmp_path, onednn=onednn).run(x)[0], expected) < 2e-6
+    runtime = get_runtime("onednn-bfloat16")
+    try:
+        runtime.require()
+    except ReparamError:
+        return
+    assert relative_error(runtime.load(tmp_path).run(x)[0], expected) < rounding_bound(net, [x], "bfloat16")
+
+
+@pytest.mark.parametrize("size", [(8, 3), (7, 2), (7, 3), (12, 5), (5, 7), (9, 6)])
+def test_windows_are_those_of_adaptive_pooling(size):
+    side, out = size
+    x = paddle.randn([2, 3, side, side + 1])
+    for name in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):
+        expected = getattr(F, name)(x, out)
+        with replaced_operators():
+            assert relative_error(getattr(F, name)(x, out), expected) < 1e-6
+    mask = F.adaptive_max_pool2d(x, out, return_mask=True)[1]
+    with replaced_operators():
+        assert np.array_equal(F.adaptive_max_pool2d(x, out, return_mask=True)[1].numpy(), mask.numpy())
+        assert F.adaptive_avg_pool2d(x, out, data_format="NHWC").shape == [2, out, out, side + 1]

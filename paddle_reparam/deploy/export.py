@@ -24,6 +24,7 @@ from ..surgery.tracing import InputSpec, input_shapes, require_eval, walk
 from .old_programs import HAS_NEW_PROGRAMS
 from .outputs import AS_THE_NETWORK, Normalization, OutputSpec, first_of
 from .programs import FILE_NAME, FORMATS, WEIGHTS_SUFFIX, add_biases_by_axis, program_file, programs_of
+from .replacements import replaced_operators
 
 
 class ExportedNetwork(nn.Layer):
@@ -161,7 +162,7 @@ def export_inference(
     network = ExportedNetwork(_with_plain_weights(copy_model(model, share_tensors=True)), output, options.normalization)
     with one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with programs_of(options.file_format), _naming_inputs(input_spec):
+        with programs_of(options.file_format), _naming_inputs(input_spec), replaced_operators():
             paddle.jit.save(network, str(folder / FILE_NAME), input_spec=[specs])
     program = program_file(folder)
     # A pickle, for training on: `paddle.jit.load` would run what it says, Paddle Inference does not read it.
