@@ -16,7 +16,8 @@ from paddle import nn
 from paddle.nn.utils.spectral_norm_hook import SpectralNorm
 from paddle.nn.utils.weight_norm_hook import WeightNorm
 
-from ..arithmetic.tensors import type_name
+from ..arithmetic.geometry import ConvGeometry
+from ..arithmetic.tensors import assign, to_float64, type_name
 from ..errors import ReparamError, one_sentence
 from ..files import Folder
 from ..surgery.places import copy_model
@@ -64,6 +65,30 @@ class ExportedNetwork(nn.Layer):
             elif self.activation == "sigmoid":
                 outputs = F.sigmoid(outputs)
         return _apart(outputs, x)
+
+
+class _AddingConv2D(nn.Conv2D):
+    """`nn.Conv2D` that adds its bias as a parameter of the shape that this takes, `[1, C, 1, 1]`."""
+
+    # Paddle's own writes a reshape of `bias`, which is then made again in every run; in bfloat16 it stands between two
+    # conversions. Measured in Paddle Inference 3.3.1, bfloat16 on one thread, batch 1: ResNet50 with folded BNs is 63
+    # operators instead of 275, and takes 0.56 of the time. In float32 it takes 0.99.
+    def take_bias(self) -> None:
+        self.geometry = ConvGeometry.of(self)
+        self.__class__ = _AddingConv2D
+        self.added = self.create_parameter([1, self._out_channels, 1, 1], dtype=self.bias.dtype)
+        assign(self.added, to_float64(self.bias).reshape(self.added.shape))
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.geometry.convolve(x, self.weight, None) + self.added
+
+
+def _with_added_biases(model: nn.Layer) -> nn.Layer:
+    """Let the convolutions of a network, in place, add their biases where oneDNN takes them into the convolution."""
+    for _, layer in walk(model):
+        if type(layer) is nn.Conv2D and layer.bias is not None and layer._data_format == "NCHW":
+            _AddingConv2D.take_bias(layer)
+    return model
 
 
 @paddle.jit.not_to_static
@@ -159,7 +184,10 @@ def export_inference(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Paddle's tracing puts rewritten forward methods on the layers, so it gets copies of those.
-    network = ExportedNetwork(_with_plain_weights(copy_model(model, share_tensors=True)), output, options.normalization)
+    network = _with_plain_weights(copy_model(model, share_tensors=True))
+    if HAS_NEW_PROGRAMS and options.file_format != "pdmodel":
+        network = _with_added_biases(network)
+    network = ExportedNetwork(network, output, options.normalization)
     with one_sentence(f"{type(model).__name__} cannot be exported"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with programs_of(options.file_format), _naming_inputs(input_spec), replaced_operators():
