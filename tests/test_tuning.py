@@ -188,10 +188,10 @@ def test_too_few_images_are_a_sentence(trained, images, tmp_path, here):
         tuned(trained, images[:80], tmp_path / "out")
     assert not (tmp_path / "out").exists()
     few, many = tuning_on(images, None), tuning_on(images, None, largest_drop=0.1)
-    assert count_images(few, 10**12) == 100
-    assert count_images(few, 4 * 10**9) == 187
-    assert count_images(few, 10**6) == 1000
-    assert count_images(many, 10**12) == 1000
+    assert count_images(few, 10**12) == 112
+    assert count_images(few, 4 * 10**9) == 192
+    assert count_images(few, 10**6) == 1024
+    assert count_images(many, 10**12) == 1008
 
 
 def test_a_precision_that_was_asked_for_ships_or_nothing_does(trained, images, tmp_path, here, monkeypatch):

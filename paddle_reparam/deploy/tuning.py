@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ReparamError
-from ..measure.timing import alternate, in_new_process, machine_facts
+from ..measure.timing import in_new_process, machine_facts, time_beside
 from ..report import Report, format_table
 from ..surgery.verify import NETWORK_TOLERANCE, compare_outputs
 from .outputs import OutputSpec, comparable
@@ -32,7 +32,7 @@ BASELINE = SERVING[0].name
 #: Images that are labelled at once, and that ranges are measured on.
 _AT_ONCE, _CALIBRATION_IMAGES = 16, 256
 #: Images that answers are compared on: as many as take a good processor some seconds, within limits.
-_MULTIPLY_ADDS, _MOST_IMAGES = 7.5e11, 1000
+_MULTIPLY_ADDS, _MOST_IMAGES = 7.5e11, 1024
 #: Images that a precision's rounding is measured on.
 _IMAGES_OF_BOUND = 4
 #: Seconds that timing a way at one batch size takes at most, and a way is given at least.
@@ -133,7 +133,9 @@ class TuningReport(Report):
 def count_images(tuning: Tuning, multiply_adds: int) -> int:
     """Return on how many images a network of so many multiply-adds an image is to answer."""
     affordable = int(_MULTIPLY_ADDS / max(multiply_adds, 1))
-    return max(images_needed(tuning.largest_drop), min(affordable, _MOST_IMAGES))
+    count = max(images_needed(tuning.largest_drop), min(affordable, _MOST_IMAGES))
+    # Some runtimes compile the network anew for each number of images at once.
+    return -(-count // _AT_ONCE) * _AT_ONCE
 
 
 class Tuner:
@@ -305,14 +307,8 @@ def _tried(
     first = network if same or not batches else get_runtime(BASELINE).load(baseline, threads)
     for batch in batches:
         x = np.array(pixels[:batch])
-        calls = {"baseline": functools.partial(first.run, x), "way": functools.partial(network.run, x)}
-        timings = alternate(calls, seconds=_TIMED_SECONDS)
-        way = timings["way"]
-        base = way.median if same else timings["baseline"].median
-        times[batch] = {
-            "ratio": way.median / base, "low": way.low / base, "high": way.high / base,
-            "milliseconds": 1000 * way.median,
-        }  # fmt: skip
+        calls = [functools.partial(each.run, x) for each in (first, network)]
+        times[batch] = time_beside(*calls, seconds=_TIMED_SECONDS)
     return outputs, times, runtime.version()
 
 
