@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from ..deploy.onnx_export import export_onnx
-from ..deploy.quantization import quantize_onnx
 from ..deploy.runtimes import get_runtime
 from ..deploy.runtimes.base import Runtime
-from ..deploy.runtimes.onnx_runtime import INT8_ONNX_FILE, ONNX_FILE
+from ..deploy.runtimes.onnx_runtime import ONNX_FILE
+from ..deploy.tuning import INT8_FILES
 from ..errors import OutputExists, ReparamError, reason_of
 from ..report import Report, format_markdown, format_table
 from ..surgery.verify import NETWORK_TOLERANCE, relative_error
@@ -52,9 +52,6 @@ BOUNDED = ("bfloat16",)
 _COMPARED, _CALIBRATION = 2, 16
 #: A process that takes longer is stopped, or what it does is.
 _MOST_SECONDS = 600.0
-
-#: File of a folder -> what makes it of the ONNX file and of images.
-_INT8_FILES: dict[str, Callable[..., Any]] = {INT8_ONNX_FILE: quantize_onnx}
 
 
 def baseline_folder() -> Path:
@@ -270,7 +267,7 @@ def _write(file: Path, images: np.ndarray) -> None:
     if file.name == ONNX_FILE:
         export_onnx(file.parent)
     else:
-        _INT8_FILES[file.name](file.with_name(ONNX_FILE), file, images)
+        INT8_FILES[file.name](file.with_name(ONNX_FILE), file, images)
 
 
 def _too_far_off(way: Way, contender: Contender) -> str | None:
