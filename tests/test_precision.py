@@ -262,6 +262,14 @@ class Behind(nn.Layer):
         return self.last(self.function(self.first(x)))
 
 
+class TokensAndBack(nn.Layer):
+    """Maps as tokens, and maps again."""
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose([0, 2, 1])
+        return tokens.transpose([0, 2, 1]).reshape([-1, *x.shape[1:]])
+
+
 REPLACED = {
     "leaky ReLU": lambda: nn.LeakyReLU(0.1),
     "PReLU, one slope": lambda: nn.PReLU(1, 0.3),
@@ -270,6 +278,11 @@ REPLACED = {
     "windows of several sizes": lambda: nn.AdaptiveAvgPool2D([6, 5]),
     "the largest of windows of several sizes": lambda: nn.AdaptiveMaxPool2D([6, None]),
     "more pixels than there were": lambda: nn.AdaptiveAvgPool2D(21),
+    "nearest": lambda: nn.Upsample(scale_factor=2),
+    "nearest, by a broken factor": lambda: nn.Upsample(size=[24, 10]),
+    "bilinear": lambda: nn.Upsample(scale_factor=[2, 3], mode="bilinear"),
+    "bilinear, corners aligned": lambda: nn.Upsample(size=[21, 11], mode="bilinear", align_corners=True),
+    "tokens to maps": TokensAndBack,
 }
 
 
@@ -286,7 +299,7 @@ def test_what_paddle_inference_runs_wrongly_is_exported_as_something_else(name, 
     export_inference(net, tmp_path, SPEC, options=ExportOptions(file_format))
     # A .pdmodel names all operators that Paddle knows. What kills the process is not run.
     program = program_file(tmp_path).read_bytes() if file_format == "json" else b""
-    assert not any(operator in program for operator in (b"leaky_relu", b"prelu"))
+    assert not any(operator in program for operator in (b"leaky_relu", b"prelu", b"_interp"))
     for onednn in (True, False):
         assert relative_error(LoadedPredictor(tmp_path, onednn=onednn).run(x)[0], expected) < 2e-6
     runtime = get_runtime("onednn-bfloat16")
@@ -298,13 +311,24 @@ def test_what_paddle_inference_runs_wrongly_is_exported_as_something_else(name, 
 
 
 @pytest.mark.parametrize("size", [(8, 3), (7, 2), (7, 3), (12, 5), (5, 7), (9, 6)])
-def test_windows_are_those_of_adaptive_pooling(size):
+def test_what_is_replaced_is_the_same_function(size):
     side, out = size
     x = paddle.randn([2, 3, side, side + 1])
     for name in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):
         expected = getattr(F, name)(x, out)
         with replaced_operators():
             assert relative_error(getattr(F, name)(x, out), expected) < 1e-6
+    plain, corners, mode_1 = {}, {"align_corners": True}, {"align_mode": 1}
+    for mode, how in [("nearest", plain), ("bilinear", plain), ("bilinear", corners), ("bilinear", mode_1)]:
+        for wanted in (
+            {"size": [out, out]},
+            {"size": [2 * side, 5]},
+            {"scale_factor": [2, 1.5]},
+            {"scale_factor": 0.5},
+        ):
+            expected = F.interpolate(x, mode=mode, **wanted, **how)
+            with replaced_operators():
+                assert relative_error(F.interpolate(x, mode=mode, **wanted, **how), expected) < 1e-5
     mask = F.adaptive_max_pool2d(x, out, return_mask=True)[1]
     with replaced_operators():
         assert np.array_equal(F.adaptive_max_pool2d(x, out, return_mask=True)[1].numpy(), mask.numpy())

@@ -4,7 +4,10 @@ Each is the same function. Found with Paddle 3.3.1 and oneDNN, by each operator 
 
 * leaky ReLU behind a convolution ends the process where the program is a `.json`, in float32 too;
 * PReLU is silently wrong in bfloat16;
-* adaptive pooling to a size that does not divide the map raises in bfloat16, and is silently wrong in a `.pdmodel`.
+* adaptive pooling to a size that does not divide the map raises in bfloat16, and is silently wrong in a `.pdmodel`;
+* interpolation raises where the program is a `.json`, in float32 too, and takes other pixels in a `.pdmodel` where the
+  factor is not whole;
+* a reshape behind a transpose, to maps that a convolution reads, raises in bfloat16 where the program is a `.json`.
 """
 
 from __future__ import annotations
@@ -15,8 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
+from paddle import _C_ops
 
 
 @contextlib.contextmanager
@@ -25,6 +30,7 @@ def replaced_operators() -> Iterator[None]:
     with contextlib.ExitStack() as changes:
         for name, function in _REPLACED.items():
             changes.enter_context(patch.object(F, name, function))
+        changes.enter_context(patch.object(_C_ops, "reshape", _reshape(_C_ops.reshape)))
         yield
 
 
@@ -74,9 +80,59 @@ def _windows(size: int, out: int) -> Sequence[tuple[int, int]]:
     return [(i * size // out, -(-(i + 1) * size // out)) for i in range(out)]
 
 
+def _interpolate(original: Callable[..., Any]) -> Callable[..., Any]:
+    @paddle.jit.not_to_static
+    def interpolate(
+        x: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest", align_corners: bool = False,
+        align_mode: int = 0, data_format: str | None = "NCHW", **others: Any,
+    ) -> Any:  # fmt: skip
+        sizes, wanted = list(x.shape[2:]), size if scale_factor is None else scale_factor
+        wanted = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted] * 2
+        known = len(sizes) == 2 and min(sizes) > 0 and all(isinstance(each, (int, float)) for each in wanted)
+        plain = mode in ("nearest", "bilinear") and data_format in (None, "NCHW") and not any(others.values())
+        if not (known and plain):
+            return original(x, size, scale_factor, mode, align_corners, align_mode, data_format, **others)
+        for axis, length, each in zip((2, 3), sizes, wanted):
+            out = int(each) if scale_factor is None else int(length * each)
+            step = 1 / each if scale_factor is not None and not align_corners else length / out
+            places = _places(length, out, step, align_corners, mode == "bilinear" and align_mode == 0)
+            if mode == "nearest":
+                x = _pixels(x, np.floor(places + (0.5 if align_corners else 0.0)), length, axis)
+                continue
+            low, high = (_pixels(x, np.floor(places) + one, length, axis) for one in (0, 1))
+            share = paddle.to_tensor((places - np.floor(places)).reshape([-1, 1][: 4 - axis])).astype(x.dtype)
+            x = low + (high - low) * share
+        return x
+
+    return interpolate
+
+
+def _places(length: int, out: int, step: float, align_corners: bool, of_centres: bool) -> np.ndarray:
+    """Return where, in pixels of a side of `length`, the `out` new ones lie."""
+    if align_corners:
+        return np.arange(out) * ((length - 1) / (out - 1) if out > 1 else 0.0)
+    return np.maximum((np.arange(out) + 0.5) * step - 0.5, 0.0) if of_centres else np.arange(out) * step
+
+
+def _pixels(x: Any, indices: np.ndarray, length: int, axis: int) -> Any:
+    return paddle.gather(x, paddle.to_tensor(np.clip(indices, 0, length - 1).astype("int64")), axis)
+
+
+def _reshape(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reshape(x: Any, shape: Any, *others: Any) -> Any:
+        made_by = getattr(x, "get_defining_op", lambda: None)()
+        if made_by is not None and made_by.name() == "pd_op.transpose" and len(shape) == 4:
+            # Paddle Inference makes one operator of the transpose and what follows it: then of this one.
+            x = original(x, [0, -1])
+        return original(x, shape, *others)
+
+    return reshape
+
+
 _REPLACED = {
     "leaky_relu": _leaky_relu,
     "prelu": _prelu,
+    **{name: _interpolate(F.interpolate) for name in ("interpolate", "upsample")},
     "adaptive_avg_pool2d": _adaptive(F.avg_pool2d, F.adaptive_avg_pool2d, paddle.mean),
     "adaptive_max_pool2d": _adaptive(F.max_pool2d, F.adaptive_max_pool2d, paddle.max),
 }
