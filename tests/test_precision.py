@@ -6,6 +6,7 @@ import paddle.nn.functional as F
 import pytest
 from helpers import draw_by_fan_in, missing_for_onnx, relative_error
 from paddle import nn
+from paddle.nn.functional import upsample
 from test_export import MADE_OF_ONNX
 
 from paddle_reparam.deploy.export import ExportOptions, export_inference
@@ -333,3 +334,10 @@ def test_what_is_replaced_is_the_same_function(size):
     with replaced_operators():
         assert np.array_equal(F.adaptive_max_pool2d(x, out, return_mask=True)[1].numpy(), mask.numpy())
         assert F.adaptive_avg_pool2d(x, out, data_format="NHWC").shape == [2, out, out, side + 1]
+
+
+def test_what_a_module_imported_by_itself_is_replaced_too():
+    assert upsample is F.upsample
+    with replaced_operators():
+        assert upsample.__module__ == replaced_operators.__module__
+    assert upsample is F.upsample

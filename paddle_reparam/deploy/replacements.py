@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
@@ -26,10 +28,12 @@ from paddle import _C_ops
 
 @contextlib.contextmanager
 def replaced_operators() -> Iterator[None]:
-    """While the `with` block runs, let `paddle.nn.functional`, which layers call too, use operators that are right."""
+    """While the `with` block runs, let others stand for functions of Paddle, in whatever module holds these."""
+    originals = {id(getattr(F, name)): function for name, function in _REPLACED.items()}
     with contextlib.ExitStack() as changes:
-        for name, function in _REPLACED.items():
-            changes.enter_context(patch.object(F, name, function))
+        for module in [each for each in sys.modules.values() if isinstance(each, ModuleType)]:
+            for name in [name for name, value in vars(module).items() if id(value) in originals]:
+                changes.enter_context(patch.object(module, name, originals[id(vars(module)[name])]))
         changes.enter_context(patch.object(_C_ops, "reshape", _reshape(_C_ops.reshape)))
         yield
 
