@@ -20,12 +20,14 @@ from ..errors import ReparamError
 from ..measure.timing import in_new_process, machine_facts, time_beside
 from ..report import Report, format_table
 from ..surgery.verify import NETWORK_TOLERANCE, compare_outputs
+from .nncf_int8 import quantize_openvino
 from .outputs import OutputSpec, comparable
 from .precision import Agreement, agreement, images_needed, require_images
 from .quantization import quantize_onnx
 from .runtimes import SERVING, get_runtime
 from .runtimes.base import PRECISIONS, Runtime
 from .runtimes.onnx_runtime import INT8_ONNX_FILE, ONNX_FILE
+from .runtimes.openvino import INT8_OPENVINO_FILE
 
 #: What the other ways are compared with.
 BASELINE = SERVING[0].name
@@ -39,7 +41,10 @@ _IMAGES_OF_BOUND = 4
 _TIMED_SECONDS, _FEWEST_SECONDS = 4.0, 60.0
 
 #: File of a folder -> what makes it of the ONNX file and of training images, and says what it did.
-INT8_FILES: dict[str, Callable[[Path, Path, np.ndarray], dict[str, Any]]] = {INT8_ONNX_FILE: quantize_onnx}
+INT8_FILES: dict[str, Callable[[Path, Path, np.ndarray], dict[str, Any]]] = {
+    INT8_ONNX_FILE: quantize_onnx,
+    INT8_OPENVINO_FILE: quantize_openvino,
+}
 
 
 @dataclass(frozen=True)
