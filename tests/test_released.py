@@ -316,7 +316,7 @@ def test_an_onnx_file_holds_the_manifest_of_its_release(copied):
     changed_shape = text.replace('"dtype": "float32"', '"dtype": "float64"')
     assert changed_shape != text
     for wrong in (changed_shape, text + " ", "", "[]", "[" * 100000):
-        with pytest.raises(ReparamError, match="int8.onnx: the manifest in it is not as it was .*; quantise again"):
+        with pytest.raises(ReparamError, match="int8.onnx: the manifest in it is not as it was .*; release again"):
             read({MANIFEST: wrong})
     with pytest.raises(ReparamError, match="int8.onnx: it does not say what its input and its labels are"):
         read({})

@@ -98,14 +98,21 @@ _KERNEL = record({
     **{key: number(0.0) for key in ("largest", "spread", "error_per_tensor", "error_per_channel")},
 }, closed=True)  # fmt: skip
 
+_OUTPUT = record({
+    "activation": one_of(None, "softmax", "sigmoid", "identity"), "keys": list_of(text, 0, 64),
+    "left_out": list_of(text),
+})  # fmt: skip
+
+_LABELS = nothing_or(list_of(nothing_or(text)))
+
+#: What a single file says of itself, which is a part of what the manifest beside it says.
+DESCRIPTION_FORM = record({"input": _input, "output": _OUTPUT}, {"labels": _LABELS})
+
 MANIFEST_FORM = record(
     {
         "files": dict_of(plain_name, record({"bytes": whole(), "sha256": sha256}, closed=True)),
         "input": _input,
-        "output": record({
-            "activation": one_of(None, "softmax", "sigmoid", "identity"), "keys": list_of(text, 0, 64),
-            "left_out": list_of(text),
-        }),
+        "output": _OUTPUT,
         "plain_weights": record(
             {"file": nothing_or(plain_name), "why_none": nothing_or(text)}, {"arch": nothing_or(record({"name": text}))}
         ),
@@ -116,7 +123,7 @@ MANIFEST_FORM = record(
         "size": record({"train_form": _SIZE, "fused": _SIZE}),
     },
     {
-        "labels": nothing_or(list_of(nothing_or(text))),
+        "labels": _LABELS,
         # By which runtimes it is to be used, the fastest first, and how far each may be off for the probe.
         "serving": list_of(record({"runtime": text, "tolerance": number(1e-12, LARGEST_TOLERANCE)}), 1, 64),
     },

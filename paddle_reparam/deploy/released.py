@@ -18,12 +18,12 @@ from paddle import nn
 
 from ..errors import MissingFile, ReparamError, UnknownName, one_sentence
 from ..files import Folder, digest
-from ..forms import Misfit
+from ..forms import Form, Misfit
 from ..report import Report, format_table
 from ..surgery.tracing import unchanged
 from ..surgery.verify import compare_outputs
 from ..weights import checkpoints
-from .manifest_form import MANIFEST_FORM
+from .manifest_form import DESCRIPTION_FORM, MANIFEST_FORM
 from .outputs import Normalization, OfPixels, OutputSpec, comparable, reference_outputs
 from .runtimes import LoadedNetwork, Runtime, get_runtime, proving
 
@@ -44,24 +44,29 @@ def _text(manifest: Mapping[str, Any]) -> str:
     return json.dumps(manifest, indent=2, sort_keys=True) + "\n"
 
 
-def sealed(manifest: Mapping[str, Any]) -> str:
+def sealed(manifest: Mapping[str, Any], form: Form = MANIFEST_FORM) -> str:
     """Return the text of what describes a release, with the sha256 of all of it but that entry as `seal`.
 
-    The seal notices accidents. It is no signature: who changes a manifest can seal it again. Raises `Misfit` where
-    it would be refused when it is read.
+    The seal notices accidents. It is no signature: who changes a manifest can seal it again. Raises `ReparamError`
+    where it would be refused when it is read.
     """
     text = _text(manifest)
-    MANIFEST_FORM(json.loads(text), "")
+    try:
+        form(json.loads(text), "")
+    except Misfit as misfit:
+        raise ReparamError(f"{MANIFEST}: {misfit} is nothing that a manifest can hold") from misfit
     return _text({**manifest, "seal": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def description_for_a_file(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a file of a release says of itself, name -> text, by which it can be used alone."""
+    said = ("tool", "versions", "source", "input", "output", "labels")
+    return {MANIFEST: sealed({key: manifest[key] for key in said if key in manifest}, DESCRIPTION_FORM)}
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write what describes a release, sealed; raises `ReparamError` where `read_manifest` would refuse it."""
-    try:
-        text = sealed(manifest)
-    except Misfit as misfit:
-        raise ReparamError(f"{folder / MANIFEST}: {misfit} is nothing that a manifest can hold") from misfit
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(sealed(manifest), encoding="utf-8")
 
 
 def read_manifest(folder: Folder) -> dict[str, Any]:
@@ -84,27 +89,29 @@ def read_manifest(folder: Folder) -> dict[str, Any]:
 
 
 def manifest_of_onnx(model: LoadedNetwork) -> dict[str, Any]:
-    """Return the manifest of the release that an ONNX file was made of, which the file holds.
+    """Return what an ONNX file says of itself: `input`, `output` and `labels` of the manifest of its release.
 
-    Raises `ReparamError` for one without, and for a manifest that was changed.
+    Raises `ReparamError` for one that says nothing, and where that was changed.
     """
     text = model.metadata.get(MANIFEST)
     if text is None:
         raise ReparamError(
-            f"{model.name}: it does not say what its input and its labels are, as the files of tools/quantize.py do; "
+            f"{model.name}: it does not say what its input and its labels are, as the files of a release do; "
             "give the folder of the release, or such a file"
         )
-    return _unsealed(text, f"{model.name}: the manifest in it is not as it was written", "quantise again")
+    return _unsealed(
+        text, f"{model.name}: the manifest in it is not as it was written", "release again", DESCRIPTION_FORM
+    )
 
 
-def _unsealed(text: str, what: str, remedy: str) -> dict[str, Any]:
+def _unsealed(text: str, what: str, remedy: str, form: Form = MANIFEST_FORM) -> dict[str, Any]:
     place = ""
     try:
         manifest = json.loads(text)
         same = text == _text(manifest)
         seal = manifest.pop("seal")
         same = same and seal == hashlib.sha256(_text(manifest).encode()).hexdigest()
-        MANIFEST_FORM(manifest, "")
+        form(manifest, "")
     except Misfit as misfit:
         same, place = False, f" ({misfit})"
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError):

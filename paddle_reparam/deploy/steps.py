@@ -33,7 +33,16 @@ from .onnx_export import export_onnx, onnx_versions
 from .outputs import OutputSpec, comparable, left_out
 from .precision import rounding_bound
 from .quantization import quantization_report
-from .released import PLAIN_WEIGHTS, PROBE, probe_hash, probe_inputs, probe_output, write_manifest, write_probe
+from .released import (
+    PLAIN_WEIGHTS,
+    PROBE,
+    description_for_a_file,
+    probe_hash,
+    probe_inputs,
+    probe_output,
+    write_manifest,
+    write_probe,
+)
 from .runtimes import get_runtime
 from .tuning import BASELINE, Tuner, Tuning, TuningReport, manifest_of
 
@@ -253,7 +262,7 @@ def tune(work: Work) -> None:
             if tuner.reads_onnx() or work.options.onnx:
                 # Without ONNX there are fewer ways, each of which says so.
                 with contextlib.nullcontext() if work.options.onnx else contextlib.suppress(ReparamError):
-                    export_onnx(folder)
+                    export_onnx(folder, description_for_a_file(work.manifest))
         tuner.start(folders[None])
         attempt_all(forms, int8=False)
         # Ranges are measured on many images, which takes long: so for the best form alone.
@@ -264,8 +273,8 @@ def tune(work: Work) -> None:
 
 
 def convert(work: Work) -> None:
-    """Write the ONNX file."""
-    export_onnx(work.folder)
+    """Write the ONNX file, which says what a user of it has to know."""
+    export_onnx(work.folder, description_for_a_file(work.manifest))
 
 
 def write_files(work: Work) -> None:
