@@ -15,11 +15,12 @@ from PIL import Image
 from paddle_reparam import create_model, list_layers
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-#: The pages with commands and a picture; test_serving.py and test_tasks.py run theirs, the others describe the project.
+#: The pages with commands and a picture; test_serving.py, test_tasks.py and test_deploy.py run theirs, the others
+#: describe the project.
 TEXTS = {
     page.stem: page.read_text(encoding="utf-8")
     for page in PAGES
-    if page.stem not in ("serving", "tasks") and "```bash" in page.read_text("utf-8")
+    if page.stem not in ("serving", "tasks", "deploy") and "```bash" in page.read_text("utf-8")
 }
 PAPERS = sorted(TEXTS.keys() - {"monitor"})
 PREPARE = "python tools/prepare_data.py digits --output dataset/digits"

@@ -106,7 +106,7 @@ WRONG = [
     ("benchmark", "step --model SLaK_micro --output folder", 2),
     ("benchmark_pages", "--nothing", 2),
     ("baseline_exports", "--nothing", 2),
-    ("step_tables", "--nothing", 2),
+    ("measured_tables", "--nothing", 2),
     ("chinese_pages", "--nothing", 2),
     ("compare_refocus", "missing", 1),
     ("compare_refocus", "folder", 1),

@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import benchmark as tool
+import measured_tables
 import pytest
-import step_tables
 
 from paddle_reparam.errors import UnknownName, UsageError
 from paddle_reparam.layers.toeplitz import DepthwiseConv2D
@@ -115,13 +115,14 @@ def test_the_pages_show_what_was_measured(tmp_path):
     for page in (ROOT / "docs").glob("*.md"):
         shutil.copy(page, tmp_path)
     shutil.copytree(ROOT / "docs" / "measured", tmp_path / "measured")
-    pages = step_tables.write_pages(tmp_path)
+    pages = measured_tables.write_pages(tmp_path)
     assert pages
     for name in pages:
-        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), "run docs/make/step_tables.py"
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), "run docs/make/measured_tables.py"
     texts = "".join((ROOT / "docs" / name).read_text() for name in pages)
-    for file in (ROOT / "docs" / "measured").glob("step_*.json"):
-        assert step_tables.to_markdown(file) in texts, f"no page shows {file.name}"
+    measured = ROOT / "docs" / "measured"
+    for file in [*measured.glob("step_*.json"), *measured.glob("ways.json")]:
+        assert measured_tables.to_markdown(file) in texts, f"no page shows {file.name}"
         command = json.loads(file.read_text())["command"].split()
         given = tool.parser_of().parse_args(command[2:])
         assert [*command[:2], given.output] == ["python", "tools/benchmark.py", f"docs/measured/{file.name}"]
@@ -139,7 +140,7 @@ def test_a_table_is_written_between_its_lines(tmp_path):
     (tmp_path / "measured" / "step_a.json").write_text(json.dumps(result))
     (tmp_path / "page.md").write_text("before\n<!-- measured/step_a.json -->\nold\n<!-- end -->\nafter\n")
     (tmp_path / "other.md").write_text("nothing\n")
-    assert step_tables.write_pages(tmp_path) == ["page.md"]
+    assert measured_tables.write_pages(tmp_path) == ["page.md"]
     before, table, after = (tmp_path / "page.md").read_text().split("<!-- ")
     assert before == "before\n"
     assert "| plain | 2.000 | 1.500 to 2.500 | 1.000 | 0.50 |" in table
@@ -163,6 +164,6 @@ def test_kernels_are_measured_and_shown(monkeypatch, capsys, in_this_process, tm
     assert all(each["ratio"] > 0 for row in result["kernels"] for each in row["maps"])
     result["kernels"][1]["maps"][1]["ratio"] = 2.04
     output.write_text(json.dumps(result))
-    heads, _, _, last = [line for line in step_tables.to_markdown(output).splitlines() if line.startswith("|")]
+    heads, _, _, last = [line for line in measured_tables.to_markdown(output).splitlines() if line.startswith("|")]
     assert heads == "| kernel | 7x7 | 14x14 |"
     assert last.endswith("| 2.0 * |")

@@ -71,7 +71,7 @@ def parser_of() -> argparse.ArgumentParser:
         command.add_argument(
             "--size", type=positive, help="side of the images; else that of the folders and configs, or 224"
         )
-    for command, batches, runtimes in ((infer, [1], ["onednn"]), (table, [1, 8], [each.name for each in SERVING])):
+    for command, batches, runtimes in ((infer, [1], ["onednn"]), (table, [1, 8], None)):
         command.add_argument("--batch", type=positive, nargs="+", default=batches)
         command.add_argument(
             "--runtime", nargs="+", choices=[each.name for each in RUNTIMES], default=runtimes,
@@ -101,7 +101,7 @@ def add_table_arguments(table: argparse.ArgumentParser) -> None:
         f"docs/make/baseline_exports.py writes those of commit {ways.BASELINE[:7]} (%(default)s)",
     )  # fmt: skip
     table.add_argument("--size", type=positive, default=224, help="side of the images, as of the exports (224)")
-    table.add_argument("--seconds", type=positive, default=120, help="that timing a network takes, loading aside (120)")
+    table.add_argument("--seconds", type=positive, default=60, help="that timing a network takes, loading aside (60)")
 
 
 def add_step_arguments(step: argparse.ArgumentParser) -> None:
@@ -149,7 +149,7 @@ def check(given: argparse.Namespace) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--{option} {file}: its folder cannot be made: {error.strerror}") from error
-    for runtime in getattr(given, "runtime", []):
+    for runtime in getattr(given, "runtime", None) or []:
         with contenders.as_wrong_usage(f"--runtime {runtime}"):
             get_runtime(runtime).require()
 
@@ -191,8 +191,9 @@ def run_table(given: argparse.Namespace) -> Report:
     quiet()
     settings = {key: getattr(given, key) for key in ("threads", "rounds", "seconds", "size")}
     output = Path(given.output) if given.output else None
-    report = ways.begin({**settings, "batches": given.batch}, given.runtime, given.command_line, output)
-    contenders.time_networks(given.target, given.baseline, report, given.runtime, lambda part: write(part, given))
+    runtimes = given.runtime or [each.name for each in SERVING]
+    report = ways.begin({**settings, "batches": given.batch}, runtimes, given.command_line, output)
+    contenders.time_networks(given.target, given.baseline, report, runtimes, lambda part: write(part, given))
     return report
 
 

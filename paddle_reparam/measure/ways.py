@@ -148,7 +148,7 @@ class WaysReport(Report):
 
     def every_way(self) -> tuple[list[str], list[list[str]]]:
         """Return the head and the rows of the table of all ways: what each took, and how far off it is."""
-        names = list(dict.fromkeys(way.title for network in self.networks for way in network.ways))
+        names = dict.fromkeys(way.title for network in self.networks for way in network.ways if way.times)
         head = ["way", *(network.name for network in self.networks)]
         found = {(network.name, way.title): way for network in self.networks for way in network.ways}
         rows = [[name, *(self._took(found.get((network.name, name))) for network in self.networks)] for name in names]
@@ -161,9 +161,16 @@ class WaysReport(Report):
         return f"{ratios}, {way.error:.0e}" if way.why_not is None else f"({ratios}, {way.error:.0e})"
 
     def failures(self) -> list[str]:
-        """Return a sentence for each way that was not timed, or does not count."""
-        ways = [(network.name, way) for network in self.networks for way in network.ways]
-        return [f"{name}, {way.title}: {way.why_not}" for name, way in ways if way.why_not is not None]
+        """Return a sentence for each way that was not timed, or does not count, and of which networks that is so."""
+        found: dict[str, list[str]] = {}
+        for network in self.networks:
+            for way in network.ways:
+                if way.why_not is not None:
+                    found.setdefault(f"{way.title}: {way.why_not}", []).append(network.name)
+        return [
+            f"{why} ({'all networks' if len(names) == len(self.networks) else ', '.join(names)})"
+            for why, names in found.items()
+        ]
 
     def conditions(self) -> str:
         """Return what it was measured with and on, as a sentence."""
@@ -172,9 +179,10 @@ class WaysReport(Report):
         return "; ".join([*facts, *(f"{key}: {value}" for key, value in self.machine.items()), *versions]) + "."
 
     def to_markdown(self) -> str:
-        """Return both tables, and what was measured on, for a page."""
+        """Return both tables, what is missing there and why, and what was measured on, for a page."""
         tables = [format_markdown(self.columns(), self.rows()), format_markdown(*self.every_way())]
-        return "\n\n".join([*tables, *([f"`{self.command}`"] if self.command else []), self.conditions()])
+        failures = [f"Missing, or in brackets: {'; '.join(self.failures())}."] if self.failures() else []
+        return "\n\n".join([f"`{self.command}`", *tables, *failures, self.conditions()])
 
     def __str__(self) -> str:
         tables = [format_table(self.columns(), self.rows()), format_table(*self.every_way())]

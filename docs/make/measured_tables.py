@@ -1,4 +1,4 @@
-"""Write the tables of training steps on the pages of docs/, from what `tools/benchmark.py step` measured.
+"""Write the tables of training steps and of runtimes on the pages of docs/, as `tools/benchmark.py` measured them.
 
 A page shows `measured/NAME.json` between the lines `<!-- measured/NAME.json -->` and `<!-- end -->`.
 """
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
 from paddle_reparam.measure.steps import KernelReport, StepReport
+from paddle_reparam.measure.ways import WaysReport
 from paddle_reparam.report import format_markdown
 
 DOCS = Path(__file__).resolve().parents[1]
@@ -35,7 +36,8 @@ def write_pages(folder: Path) -> list[str]:
     found = []
     for page in sorted(folder.glob("*.md")):
         old = new = page.read_text(encoding="utf-8")
-        for file in sorted((folder / "measured").glob("step_*.json")):
+        measured = folder / "measured"
+        for file in sorted([*measured.glob("step_*.json"), *measured.glob("ways.json")]):
             before, begin, rest = new.partition(BEGIN.format(file.stem))
             if begin:
                 new = f"{before}{begin}\n{to_markdown(file)}\n{END}{rest.partition(END)[2]}"
@@ -48,6 +50,8 @@ def write_pages(folder: Path) -> list[str]:
 def to_markdown(file: Path) -> str:
     """Return what a file holds as a table for a page, with the command that wrote it."""
     measured = json.loads(file.read_text(encoding="utf-8"))
+    if "networks" in measured:
+        return WaysReport.from_dict(measured).to_markdown()
     report = (KernelReport if "kernels" in measured else StepReport)(**measured)
     table = format_markdown(report.columns(), report.rows())
     return f"`{report.command}`\n\n{table}\n\n{report.conditions()}"
