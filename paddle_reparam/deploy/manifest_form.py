@@ -28,6 +28,8 @@ from ..forms import (
 LARGEST_INPUT = 2**24
 #: What a release may call the same function, relative.
 LARGEST_TOLERANCE = 0.1
+#: What rounding to fewer bits may change of the probe's output, relative; from 1 on it proves nothing.
+_LARGEST_ROUNDING = 100.0
 _LARGEST_IMAGE = 2**13
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -125,6 +127,6 @@ MANIFEST_FORM = record(
     {
         "labels": _LABELS,
         # By which runtimes it is to be used, the fastest first, and how far each may be off for the probe.
-        "serving": list_of(record({"runtime": text, "tolerance": number(1e-12, LARGEST_TOLERANCE)}), 1, 64),
+        "serving": list_of(record({"runtime": text, "tolerance": number(1e-12, _LARGEST_ROUNDING)}), 1, 64),
     },
 )  # fmt: skip
