@@ -178,7 +178,7 @@ def test_a_network_that_takes_pixels_is_calibrated_on_pixels(network, trained, d
 )
 def test_what_int8_loses_is_never_negative(int8, drop, text):
     measured = Agreement("top-1", 200, 0.01, 1.0, 0.99, 0.75, int8)
-    report = Int8Report(measured, 8, 400, 100)
+    report = Int8Report(measured, 8, 400, 100, {"float32": []})
     assert measured.drop == drop
     assert str(report).splitlines()[-1] == f"{text}, on 200 images"
 
@@ -205,14 +205,16 @@ def test_what_loses_too_much_is_not_written(trained, digits, tmp_path):
     target.write_text("an older one")
     images, _ = digits
     # Calibrated on what is almost black, everything else is cut off.
-    with pytest.raises(ReparamError, match="int8 loses .* points of top-1 .* more than the 1 that are allowed"):
+    with pytest.raises(
+        ReparamError, match="int8 loses .* points with 1 of 3 layers in float32, more than the 1 that are"
+    ):
         export_int8(trained, target, images[:8] * 1e-3, batches(digits), largest_drop=1.0)
     with pytest.raises(UsageError, match="what may be lost is -1 percentage points; give 0 or more"):
         export_int8(trained, target, images[:8], batches(digits), largest_drop=-1.0)
     for calibration, measured, message in [
         (images[:0], batches(digits), "measured on images, and none was given"),
         (images[:8], [], "0 images cannot show a drop of 1 points: give 100 images or more$"),
-        (np.zeros([2, 3, 8, 8], "float32"), batches(digits), "onnxruntime cannot quantise it"),
+        (np.zeros([2, 3, 8, 8], "float32"), batches(digits), "inference.onnx: onnxruntime cannot run it"),
     ]:
         with pytest.raises(ReparamError, match=message):
             export_int8(trained, target, calibration, measured)

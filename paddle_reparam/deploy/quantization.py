@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Callable
 
 import numpy as np
 from paddle import nn
 
 from ..arithmetic.tensors import to_float64
-from ..errors import ReparamError, one_sentence
+from ..errors import ReparamError
 from ..files import Folder, atomic_write
 from ..report import Report, format_table
+from .int8_check import check_int8
+from .int8_onnx import write_int8
 from .precision import Agreement, agreement, require_drop, require_images
-from .runtimes.onnx_runtime import OnnxModel, need
+from .runtimes.onnx_runtime import OnnxModel
 
 #: A channel whose largest weight is so many times the median channel's stands out.
 OUTLIER = 10.0
 _LEVELS = 127
+#: Images on which a file's ranges are looked at again.
+_CHECKED_IMAGES = 8
 
 
 @dataclass
@@ -111,39 +115,53 @@ def _rounding_error(channels: np.ndarray, ranges: np.ndarray) -> float:
 
 
 def quantize_onnx(
-    source: Folder, target: Folder, images: np.ndarray, batch: int = 16, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write an ONNX file of float32 in int8, with the ranges that its activations have on images `[N, C, H, W]`.
+    source: Folder,
+    target: Folder,
+    images: np.ndarray,
+    metadata: Mapping[str, str] | None = None,
+    drop: Callable[[Path], float] | None = None,
+    largest_drop: float = 1.0,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Write an ONNX file of float32 in int8, calibrated on images `[N, C, H, W]`; return the settings that were chosen.
 
     Weights have a scale for each channel, activations one each; the numbers are those of ONNX' QuantizeLinear, which
-    any runtime can execute. The file says `metadata` of itself. Raises `ReparamError` without images, without the extra
-    `onnx`, and where onnxruntime cannot quantise the network.
+    any runtime can execute. Channels of very different size are equalised first. `drop` returns what a file loses, in
+    percentage points: while that is more than `largest_drop`, the layers by which the output changes most stay float32,
+    up to half of them. Without it all become int8. The file says `metadata` of itself, and has passed `check_int8`.
+
+    The settings can be dumped as JSON: "activations" (uint8 or int8), "ranges" (minmax or mse), "error" (of the output,
+    relative, on some of the images), "equalized" (tensors), "int8" and "float32" (layers; worst first those that
+    stayed), and "drop" (None without that function). Raises `ReparamError` without images, without the extra `onnx`,
+    where onnxruntime cannot quantise the network, and where it loses too much all the same.
     """
     if not len(images):
         raise ReparamError("the ranges of the activations are measured on images, and none was given")
-    runtime, tool = need("onnxruntime"), need("onnxruntime.quantization")
-    [name] = OnnxModel(source).inputs
+    settings = write_int8(source, target, images, metadata, drop, largest_drop, threads)
+    check_int8(source, target, images[:_CHECKED_IMAGES], threads)
+    return settings
 
-    class Reader(tool.CalibrationDataReader):
-        batches = iter([{name: images[i : i + batch]} for i in range(0, len(images), batch)])
 
-        def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.batches, None)
+def drop_on(
+    source: Folder, batches: Iterable[tuple[np.ndarray, np.ndarray]], largest_drop: float, threads: int = 1
+) -> Callable[[Path], Agreement]:
+    """Return what measures a file beside the float32 one, which is run on the images but once.
 
-    with tempfile.TemporaryDirectory() as folder, one_sentence(f"{source}: onnxruntime cannot quantise it"):
-        prepared = Path(folder) / "prepared.onnx"
-        runtime.set_default_logger_severity(3)  # errors; it would warn of each constant that nothing reads
-        # It folds constants into initialisers, which alone can be quantised.
-        tool.quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        tool.quantize_static(
-            str(prepared), str(target), Reader(), quant_format=tool.QuantFormat.QDQ, per_channel=True,
-            activation_type=tool.QuantType.QInt8, weight_type=tool.QuantType.QInt8,
-        )  # fmt: skip
-        if metadata:
-            onnx = need("onnx")
-            model = onnx.load(str(target))
-            onnx.helper.set_model_props(model, {**{each.key: each.value for each in model.metadata_props}, **metadata})
-            onnx.save(model, str(target))
+    `batches` are images with labels, as for `export_int8`. Raises `ReparamError` for too few images.
+    """
+    exact, images, outputs, labels = OnnxModel(source, threads), [], [], []
+    for pixels, of_pixels in batches:
+        images.append(pixels)
+        outputs.append(exact.run(pixels)[0])
+        labels.append(of_pixels)
+    require_images(sum(map(len, labels)), largest_drop)
+
+    def measured(file: Path) -> Agreement:
+        model = OnnxModel(file, threads)
+        found = np.concatenate([model.run(pixels)[0] for pixels in images])
+        return agreement(np.concatenate(outputs), found, np.concatenate(labels), largest_drop)
+
+    return measured
 
 
 @dataclass
@@ -154,6 +172,8 @@ class Int8Report(Report):
     calibration_images: int
     float_bytes: int
     int8_bytes: int
+    #: What `quantize_onnx` chose.
+    settings: dict[str, Any]
 
     def __str__(self) -> str:
         measured = self.measured
@@ -165,7 +185,12 @@ class Int8Report(Report):
             ],
         )
         changed = f"int8 {'loses' if measured.drop else 'gains'} {abs(measured.change):.2f} points"
-        return f"{table}\n{changed if measured.change else 'int8 is right as often'}, on {measured.images} images"
+        changed = changed if measured.change else "int8 is right as often"
+        kept = self.settings["float32"]
+        stayed = f"; in float32 stayed {', '.join(kept)}" if kept else ""
+        return (
+            f"{table}\n{changed if measured.change else 'int8 is right as often'}, on {measured.images} images{stayed}"
+        )
 
 
 def export_int8(
@@ -188,20 +213,12 @@ def export_int8(
     reports = []
 
     def write(temporary: Path) -> None:
-        quantize_onnx(source, temporary, calibration, metadata=metadata)
-        models = [OnnxModel(file) for file in (source, temporary)]
-        measured = [([model.run(pixels)[0] for model in models], labels) for pixels, labels in batches]
-        require_images(sum(len(labels) for _, labels in measured), largest_drop)
-        outputs = [np.concatenate(parts) for parts in zip(*(outputs for outputs, _ in measured))]
-        lost = agreement(*outputs, np.concatenate([labels for _, labels in measured]), largest_drop)
-        if not lost.passed:
-            raise ReparamError(
-                f"int8 loses {lost.drop:.2f} points of {lost.measure} ({lost.reference_accuracy:.2%} -> "
-                f"{lost.accuracy:.2%} on {lost.images} images), more than the {largest_drop:g} that are allowed; "
-                "nothing is written"
-            )
+        measure = drop_on(source, batches, largest_drop)
+        settings = quantize_onnx(
+            source, temporary, calibration, metadata, lambda file: measure(file).drop, largest_drop
+        )
         sizes = [file.stat().st_size for file in (source, temporary)]
-        reports.append(Int8Report(lost, len(calibration), *sizes))
+        reports.append(Int8Report(measure(temporary), len(calibration), *sizes, settings))
 
     atomic_write(target, write)
     return reports[0]
