@@ -1,6 +1,7 @@
 """Exports that are checked after they are written."""
 
 import gc
+import json
 import os
 import pickle
 import re
@@ -384,6 +385,23 @@ def test_a_bias_is_added_where_onednn_takes_it_into_the_convolution(tmp_path):
     else:
         assert ".reshape" not in program.read_text(encoding="utf-8")
     assert all(report.passed for report in check_export(tmp_path, net, SPEC).values())
+
+
+@pytest.mark.skipif(not HAS_NEW_PROGRAMS, reason="only the programs of Paddle 3 are fused by the order of a sum")
+def test_the_bias_of_a_large_depthwise_kernel_stays_apart_from_it(tmp_path):
+    """oneDNN has no fast kernel in bfloat16 for such a convolution with a bias."""
+    convs = [nn.Conv2D(4, 4, k, padding=[v // 2 for v in k], groups=4) for k in [(3, 3), (5, 27), (51, 5), (31, 31)]]
+    net = nn.Sequential(*convs, nn.Conv2D(4, 4, 1))
+    for conv in convs:
+        conv.bias.set_value(paddle.randn([4]))
+    net.eval()
+    export_inference(net, tmp_path, [[None, 4, 16, 16]])
+    program = json.loads(program_file(tmp_path).read_text(encoding="utf-8"))
+    operators = program["program"]["regions"][0]["blocks"][0]["ops"]
+    parameters = {op["O"]["%"] for op in operators if op["#"] == "p"}
+    sums = [op["I"] for op in operators if op["#"].endswith(".add")]
+    assert [first["%"] in parameters for first, _ in sums] == [False, True, True, True, False]
+    assert all(report.passed for report in check_export(tmp_path, net, [[None, 4, 16, 16]]).values())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

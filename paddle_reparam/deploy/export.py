@@ -67,20 +67,32 @@ class ExportedNetwork(nn.Layer):
         return _apart(outputs, x)
 
 
+#: Taps in a row, or in a column, from which on a depthwise convolution in bfloat16 has no fast kernel with a bias.
+_LARGE_KERNEL = 15
+
+
 class _AddingConv2D(nn.Conv2D):
     """`nn.Conv2D` that adds its bias as a parameter of the shape that this takes, `[1, C, 1, 1]`."""
 
     # Paddle's own writes a reshape of `bias`, which is then made again in every run; in bfloat16 it stands between two
     # conversions. Measured in Paddle Inference 3.3.1, bfloat16 on one thread, batch 1: ResNet50 with folded BNs is 63
     # operators instead of 275, and takes 0.56 of the time. In float32 it takes 0.99.
+    #
+    # With a bias, oneDNN 3.6 convolves large depthwise kernels in bfloat16 by a slow way: 31x31 on 128 maps of 28x28
+    # pixels takes 45 ms instead of 3.3, 5x27 8.4 instead of 1.1, 51x5 on 124 maps of 56x56 5.9 instead of 3.6; 13x13
+    # 1.5 instead of 2.0. Paddle leaves a bias apart that stands first in the sum: 3.7 ms for 31x31, 1.0 for 5x27.
     def take_bias(self) -> None:
         self.geometry = ConvGeometry.of(self)
         self.__class__ = _AddingConv2D
-        self.added = self.create_parameter([1, self._out_channels, 1, 1], dtype=self.bias.dtype)
+        # By a name of its own: what Paddle would call it may be taken in a network that was built in parts.
+        attributes = paddle.ParamAttr(name=f"{self.bias.name}.added")
+        self.added = self.create_parameter([1, self._out_channels, 1, 1], attributes, dtype=self.bias.dtype)
         assign(self.added, to_float64(self.bias).reshape(self.added.shape))
+        self.apart = self.geometry.is_depthwise and max(self.geometry.kernel_size) >= _LARGE_KERNEL
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.geometry.convolve(x, self.weight, None) + self.added
+        y = self.geometry.convolve(x, self.weight, None)
+        return self.added + y if self.apart else y + self.added
 
 
 def _with_added_biases(model: nn.Layer) -> nn.Layer:
