@@ -1,5 +1,7 @@
 """Fewer than 32 bits: what rounding may do, and what it costs on images."""
 
+import shutil
+
 import numpy as np
 import paddle
 import paddle.nn.functional as F
@@ -13,7 +15,7 @@ from paddle_reparam.deploy.export import ExportOptions, export_inference
 from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
 from paddle_reparam.deploy.onnx_export import export_onnx
 from paddle_reparam.deploy.outputs import Normalization, OutputSpec
-from paddle_reparam.deploy.precision import FACTOR, ROUNDED, agreement, rounding_bound
+from paddle_reparam.deploy.precision import FACTOR, LARGEST_BOUND, ROUNDED, agreement, rounding_bound
 from paddle_reparam.deploy.programs import FORMATS, program_file
 from paddle_reparam.deploy.replacements import replaced_operators
 from paddle_reparam.deploy.runtimes import RUNTIMES, get_runtime
@@ -177,6 +179,19 @@ def test_the_network_stays_as_it_was():
         rounding_bound(net, [images()], "float16")
 
 
+def test_what_is_off_by_half_is_wrong_whatever_rounding_does():
+    class Chaotic(nn.Layer):
+        def forward(self, x):
+            return paddle.sin(1e4 * x.flatten(1))
+
+    net = nn.Sequential(of_layers(), Chaotic())
+    net.eval()
+    assert rounding_bound(net, [images()], "bfloat16") == LARGEST_BOUND < 1
+    net[0][7].bias.set_value(net[0][7].bias / 0)
+    with pytest.raises(NothingProven, match="what the network puts out is not finite when it is rounded to int8"):
+        rounding_bound(net[0], [images()], "int8")
+
+
 def test_the_bound_is_that_of_what_is_exported():
     """Behind a normalisation and a softmax, whose logarithms count as well, as where an export is compared."""
     net = of_layers()
@@ -235,11 +250,12 @@ def test_right_conversions_lie_under_the_bound_and_broken_ones_above(runtime, ex
     bound = rounding_bound(net, [x], runtime.precision)
 
     def error(export, calibration):
-        file = exports[export]
+        folder = exports[export]
         if runtime.file_name is not None:
-            file = tmp_path / runtime.file_name
-            MADE_OF_ONNX[runtime.file_name](exports[export] / ONNX_FILE, file, calibration)
-        [output] = runtime.load(file).run(x)
+            folder = tmp_path
+            shutil.copy(exports[export] / ONNX_FILE, folder)
+            MADE_OF_ONNX[runtime.file_name](folder / ONNX_FILE, folder / runtime.file_name, calibration)
+        [output] = runtime.load(folder).run(x)
         return relative_error(output, exact)
 
     assert bound / (5 * FACTOR) < error("right", images(16)) < bound / 1.5, "what rounding does was not foreseen"

@@ -316,17 +316,20 @@ def seal(work: Work) -> None:
 def serving(work: Work, probe: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     """Return by which runtimes the release is to be used, and how far each may be off for the probe.
 
-    What is of 8 bits may be off by twice what it is off by here, if that is more than rounding does: its ranges are
-    those of images, and the probe is none.
+    Below float32 that is what rounding does, or twice what it is off by here, if that is more: the probe is noise, of
+    which a network need make nothing, and what serves has been proven on images.
     """
-    entries, tolerances = [], {"float32": work.manifest["probe"]["tolerance"]}
+    entries, bounds = [], {}
     for way in work.tuned.serving:
         runtime = get_runtime(way.runtime)
-        if runtime.precision not in tolerances:
-            tolerances[runtime.precision] = _rounding_of_probe(work, probe, runtime.precision)
         outputs = runtime.load(work.folder).run(*probe)
         error, _ = compare_outputs(comparable(expected, work.output), comparable(outputs, work.output), tolerance=1.0)
-        tolerance = max(tolerances[runtime.precision], 2 * error if runtime.precision == "int8" else 0.0)
+        tolerance = work.manifest["probe"]["tolerance"]
+        if runtime.precision != "float32":
+            if runtime.precision not in bounds:
+                fused, _ = fused_form(work, work.form)
+                bounds[runtime.precision] = work.rounding_bound(fused, probe, runtime.precision)
+            tolerance = max(bounds[runtime.precision], 2 * error)
         if not error <= tolerance < math.inf:
             raise ReparamError(
                 f"{runtime.file(work.folder).name}: {runtime.title} gives the probe with a relative error of "
@@ -335,14 +338,6 @@ def serving(work: Work, probe: Sequence[np.ndarray], expected: Sequence[np.ndarr
         entries.append({"runtime": way.runtime, "tolerance": tolerance})
         give_back()
     return entries
-
-
-def _rounding_of_probe(work: Work, probe: Sequence[np.ndarray], precision: str) -> float:
-    try:
-        return work.rounding_bound(fused_form(work, work.form)[0], probe, precision)
-    except NothingProven:
-        # The probe is noise, of which a network need make nothing; images have proven it.
-        return 1.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
