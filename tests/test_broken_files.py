@@ -1,15 +1,17 @@
 """Files that are broken while a release is made, so that no hash tells: each makes it fail, with what is broken."""
 
+import os
 import re
 import shutil
+import time
 
 import numpy as np
 import pytest
 from helpers import missing_for_onnx
-from test_tuning import SOFTMAX, SPEC, here, images, serve, trained, tuning_on  # noqa: F401
+from test_tuning import SOFTMAX, SPEC, Other, here, images, serve, trained, tuning_on  # noqa: F401
 
 from paddle_reparam import check_release, release
-from paddle_reparam.deploy import steps
+from paddle_reparam.deploy import steps, tuning
 from paddle_reparam.deploy.export import ExportOptions, export_inference
 from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
 from paddle_reparam.deploy.onnx_export import export_onnx
@@ -20,6 +22,7 @@ from paddle_reparam.deploy.runtimes.onnx_runtime import ONNX_FILE, need
 from paddle_reparam.deploy.tuning import INT8_FILES
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.files import digest
+from paddle_reparam.measure.timing import in_new_process
 from paddle_reparam.surgery.rewrite import reparameterize
 
 WEIGHTS = f"{FILE_NAME}{WEIGHTS_SUFFIX}"
@@ -228,3 +231,43 @@ def test_files_of_a_released_folder_that_were_broken(runtime, trained, images, a
         write_manifest(folder, manifest)
         with pytest.raises(ReparamError, match=rf"{path.stem}\.\w+ computes something else than the network that was"):
             check_release(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runtimes that end their process, or never come back
+
+
+def ends_its_process(*_):
+    """Stand for a runtime that meets an operator which it cannot bear."""
+    os._exit(9)
+
+
+def never_comes_back(*_):
+    """Stand for a runtime that waits for ever."""
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("does", "seconds", "message"),
+    [
+        (ends_its_process, 60, "the process that was to run it ended before it had"),
+        (never_comes_back, 8, "it was stopped, as it took more than 8 seconds"),
+    ],
+)
+def test_what_takes_its_process_along_is_survived(
+    does, seconds, message, trained, images, tmp_path, monkeypatch  # noqa: F811
+):  # fmt: skip
+    net, labels, file = trained
+
+    def in_process(function, name, *arguments, **_):
+        if name == "other":
+            return in_new_process(does, seconds=seconds)
+        return function(name, *arguments)
+
+    monkeypatch.setattr(tuning, "in_new_process", in_process)
+    serve(monkeypatch, get_runtime("onednn"), Other())
+    asked = tuning_on(images, labels, batches=(1,))
+    report = release(net, file, tmp_path / "out", SPEC, output=SOFTMAX, tuning=asked, progress=lambda line: None)
+    assert {way.runtime: way.why_not for way in report.tuned.ways} == {"onednn": None, "other": message}
+    assert [entry["runtime"] for entry in report.manifest["serving"]] == ["onednn"]
+    assert check_release(tmp_path / "out").errors

@@ -139,7 +139,7 @@ def test_a_rate_is_bytes_over_seconds():
 def test_a_process_that_dies_is_told():
     import os
 
-    with pytest.raises(ReparamError, match="the process that was to run abort ended before it did"):
+    with pytest.raises(ReparamError, match="the process that was to run it ended before it had"):
         in_new_process(os.abort)
     with pytest.raises(ReparamError, match="no such export: it must hold one exported program"):
         in_new_process(profiling._run, "no such export", np.ones([1]), 1, 1, True)
