@@ -95,6 +95,6 @@ def check_exports(model: nn.Layer, shape: Shape, folder: Path, forms: tuple[bool
         if with_onnx:
             export_onnx(target)
         reports = check_export(target, model, [shape])
-        assert len(reports) == (8 if with_onnx else 6)
+        assert len(reports) >= (8 if with_onnx else 6)  # more where OpenVINO is
         for name, report in reports.items():
             report.raise_if_failed(f"{name}, fixed_size={fixed_size}")
