@@ -218,7 +218,7 @@ def test_nothing_that_counts_is_a_dash():
 def test_ratios_are_those_of_the_rounds_and_threads_of_the_other_sleep(monkeypatch):
     # In every round the machine is twice as slow as in the one before. The second function takes three times as long;
     # the threads of the first disturb it for 0.2 seconds, and its own first call after a pause takes longer.
-    now, took, last, awake = [0.0], {"first": 0.01, "other": 0.03}, [""], [0.0]
+    now, took, last, awake = [0.0], {"first": 0.001, "other": 0.003}, [""], [0.0]
     called = []
 
     def sleep(seconds):
