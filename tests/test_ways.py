@@ -15,7 +15,7 @@ from test_benchmark import small_network
 from test_onnx import needs_onnx
 
 from paddle_reparam.deploy.runtimes import get_runtime
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import NothingProven, ReparamError
 from paddle_reparam.layers.base import InferenceForm
 from paddle_reparam.measure import benchmark, timing, ways
 from paddle_reparam.measure.timing import time_beside
@@ -132,6 +132,18 @@ def test_what_dies_and_what_is_wrong_says_so_and_the_others_go_on(baseline, tmp_
     runtimes["onednn"] = runtimes["dies"]
     with pytest.raises(ReparamError, match=f"{NAME} can be timed in no way: dies: the process"):
         ways.time_ways(forms, baseline / NAME, ["dies"], settings)
+
+
+@pytest.mark.parametrize("bound", [benchmark.LARGEST_BOUND, NothingProven("what the network puts out is not finite")])
+def test_where_rounding_changes_everything_there_is_no_bound(tmp_path, monkeypatch, bound):
+    def rounding_bound(*_):
+        if isinstance(bound, Exception):
+            raise bound
+        return bound
+
+    monkeypatch.setattr(benchmark, "rounding_bound", rounding_bound)
+    [contender] = exports(tmp_path, ["bfloat16"])
+    assert contender.bounds == {}
 
 
 class Named(InferenceForm):
