@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import paddle
 from paddle import nn
 
 from paddle_reparam.arithmetic.geometry import BATCH_NORMS
+from paddle_reparam.deploy.export import ExportOptions, export_inference
+from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
 from paddle_reparam.deploy.onnx_export import PACKAGES
+from paddle_reparam.deploy.programs import FORMATS
+from paddle_reparam.deploy.runtimes import get_runtime
 from paddle_reparam.deploy.runtimes.onnx_runtime import need
 from paddle_reparam.errors import ReparamError
 
@@ -74,6 +81,27 @@ def missing_for_onnx() -> str:
     except ReparamError as error:
         return str(error)
     return ""
+
+
+def check_in_bfloat16(network: nn.Layer, shape: Sequence[int], folder: Path, bound: float = 0.03) -> None:
+    """Paddle Inference computes a network in bfloat16, out of every kind of program, for a batch of 1 and one of 3.
+
+    Where this processor has no bfloat16 there is nothing to check.
+    """
+    runtime = get_runtime("onednn-bfloat16")
+    try:
+        runtime.require()
+    except ReparamError:
+        return
+    x = np.random.default_rng(0).standard_normal([3, *shape]).astype(np.float32)
+    for file_format in FORMATS if HAS_NEW_PROGRAMS else FORMATS[-1:]:
+        target = folder / file_format
+        export_inference(network, target, [[None, *shape]], options=ExportOptions(file_format))
+        loaded = runtime.load(target)
+        for batch in (1, 3):
+            expected = network(paddle.to_tensor(x[:batch]))
+            error = relative_error(loaded.run(x[:batch])[0], expected)
+            assert 1e-6 < error < bound, f"{file_format}, {batch} images: {error:.1e}"
 
 
 def smallest_manifest(files: dict) -> dict:

@@ -10,7 +10,7 @@ import contract
 import numpy as np
 import paddle
 import pytest
-from helpers import as_array, relative_error
+from helpers import as_array, check_in_bfloat16, relative_error
 from paddle import nn
 
 from paddle_reparam.deploy.export import export_inference
@@ -154,6 +154,16 @@ def test_the_form_for_onednn(name, tmp_path):
         for batch in (1, 3):
             [y] = model.run(x[:batch].astype("float32"))
             assert relative_error(y, expected[:batch]) < 1e-5, (onednn, batch)
+
+
+@pytest.mark.parametrize("name", ["several partitions", "not divisible", "with ReLU"])
+def test_both_forms_in_bfloat16(name, tmp_path):
+    sizes, options = FITTED[name]
+    fused = make(sizes, "float32", out_channels=8, **options).reparameterize()
+    for form in (fused, fused.for_size(*sizes[:2])):
+        host = nn.Sequential(nn.Conv2D(4, 4, 1), form, nn.Conv2D(8, 4, 1))
+        host.eval()
+        check_in_bfloat16(host, [4, *sizes[:2]], tmp_path / type(form).__name__)
 
 
 def test_groups_that_are_no_whole_vectors_stay_matrix_products():

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import paddle
 import pytest
-from helpers import as_array, randomise_batch_norms, relative_error
+from helpers import as_array, check_in_bfloat16, randomise_batch_norms, relative_error
 from network_contract import (
     check_exports,
     check_fused_is_the_same_function,
@@ -245,6 +245,15 @@ def test_what_of_a_unit_is_folded():
     assert [path for path, _ in report.skipped] == ["prebn1"]
     x = np.random.randn(2, 8, 4, 4).astype(np.float32)
     assert relative_error(outputs(fused, x), outputs(unit, x)) < 1e-5
+
+
+@pytest.mark.parametrize(("sets", "size"), [(1, 4), (4, 4), (4, 6)])
+def test_a_unit_in_bfloat16(sets, size, tmp_path):
+    unit = RepMLPNetUnit(8, 4, 4, (1, 3), 2, num_sharesets=sets)
+    randomise_batch_norms(unit)
+    unit.eval()
+    fused, _ = reparameterize(unit, fold_bn=True, input_spec=[[None, 8, size, size]], fixed_size=True)
+    check_in_bfloat16(fused, [8, size, size], tmp_path)
 
 
 def small_network() -> RepMLPNet:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import paddle
 import paddle.nn.functional as F
 
@@ -18,21 +20,41 @@ def pad_to_partitions(x: paddle.Tensor, height: int, width: int) -> paddle.Tenso
 
 
 def split_into_partitions(x: paddle.Tensor, height: int, width: int) -> paddle.Tensor:
-    """Return `[N, C, H, W]` as `[N, rows, columns, C, height, width]`; zeros fill up the last row and column."""
+    """Return `[N, C, H, W]` as `[N, C, rows * columns, height * width]`; zeros fill up the last row and column.
+
+    In no more than four axes, as all of this file: oneDNN moves six by its reference code, and in bfloat16 Paddle
+    Inference 3.3 raises where six lead into a convolution.
+    """
     rows, columns = partition_counts(x, height, width)
-    x = pad_to_partitions(x, height, width)
-    x = x.reshape([-1, x.shape[1], rows, height, columns, width])
-    return x.transpose([0, 2, 4, 1, 3, 5])
+    channels = x.shape[1]
+    x = pad_to_partitions(x, height, width).reshape([-1, height, columns, width])
+    return moved(x, [0, 2, 1, 3], [-1, channels, rows * columns, height * width])
 
 
-def join_partitions(parts: paddle.Tensor, height: int, width: int) -> paddle.Tensor:
-    """Return `[N, rows, columns, C, h, w]` as `[N, C, height, width]`, without what was filled up."""
-    _, rows, columns, channels, part_height, part_width = parts.shape
-    x = parts.transpose([0, 3, 1, 4, 2, 5]).reshape([-1, channels, rows * part_height, columns * part_width])
-    known = all(isinstance(side, int) for side in (rows, columns, height, width))
-    if known and (rows * part_height, columns * part_width) == (height, width):
+def join_partitions(
+    parts: paddle.Tensor, channels: int, partition: tuple[int, int], size: tuple[int, int]
+) -> paddle.Tensor:
+    """Return what holds a partition after the other, image by image and channel by channel, as `[N, channels, *size]`.
+
+    What was filled up is cut off again.
+    """
+    (height, width), (part_height, part_width) = size, partition
+    rows, columns = -(-height // part_height), -(-width // part_width)
+    x = parts.reshape([-1, columns, part_height, part_width])
+    x = moved(x, [0, 2, 1, 3], [-1, channels, rows * part_height, columns * part_width])
+    known = all(isinstance(side, int) for side in size)
+    if known and (rows * part_height, columns * part_width) == tuple(size):
         return x
     return x[:, :, :height, :width]
+
+
+def moved(x: paddle.Tensor, order: Sequence[int], shape: Sequence[int]) -> paddle.Tensor:
+    """Return `x.transpose(order).reshape(shape)`, as Paddle Inference 3.3 computes it in every precision.
+
+    With oneDNN it makes one operator of a transposition and a reshape right behind it. In bfloat16 that one has lost
+    the shape: what reads it then raises. So another operator stands between them, which costs nothing.
+    """
+    return paddle.flatten(x.transpose(order), x.ndim - 2, x.ndim - 1).reshape(shape)
 
 
 def partition_counts(x: paddle.Tensor, height: int, width: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from ..arithmetic.tensors import assign, to_float64
 from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import FLAG, POSITIVE, WHOLE, InferenceForm, ReparamLayer, or_none, several
-from .partitions import grouped_linear, join_partitions, pad_to_partitions, size_of, split_into_partitions
+from .partitions import grouped_linear, join_partitions, moved, pad_to_partitions, size_of, split_into_partitions
 
 #: Numbers in a processor's widest vector: in groups of no multiple of it oneDNN's convolution loses at larger batches.
 VECTOR = 16
@@ -60,22 +60,20 @@ class RepMLPFused(InferenceForm):
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         _check_size(x, self.size)
-        x = pad_to_partitions(x, *self.partition)
+        channels, (height, width) = x.shape[1], self.partition
         parts = split_into_partitions(x, *self.partition)
-        _, rows, columns, channels, height, width = parts.shape
+        count = parts.shape[2]
         if self.fc1 is not None:
-            averages = F.avg_pool2d(x, self.partition, self.partition)
-            values = _spread(self.fc2(F.relu(self.fc1(paddle.flatten(averages, 1)))), averages.shape)
-            # On three axes, because oneDNN adds on six by its reference code: measured in Paddle Inference 3.3.1 on one
-            # thread, 64 channels of 28x28 pixels, the layer takes 0.41 (AVX-512) and 0.52 (AVX2) of that time.
-            parts = parts.reshape([-1, channels, height * width]) + values.reshape([-1, channels, 1])
+            averages = F.avg_pool2d(pad_to_partitions(x, *self.partition), self.partition, self.partition)
+            values = self.fc2(F.relu(self.fc1(paddle.flatten(averages, 1))))
+            parts = parts + values.reshape([-1, channels, count, 1])
         groups, inputs, _ = self.weight.shape
-        out = paddle.matmul(parts.reshape([-1, groups, inputs]).transpose([1, 0, 2]), self.weight)
-        # The bias stands between the transpositions because Paddle Inference 3.3 with oneDNN loses a reshape to more
-        # axes between two of them, and 2.6 has no transposition of the seven axes that one alone would need.
-        out = out.transpose([1, 0, 2]) + self.bias
+        parts = parts.reshape([-1, groups, channels // groups, count, height * width])
+        out = paddle.matmul(moved(parts, [1, 0, 3, 2, 4], [groups, -1, inputs]), self.weight) + self.bias.unsqueeze(1)
         out = F.relu(out) if self.relu else out
-        return join_partitions(out.reshape([-1, rows, columns, self.out_channels, *self.partition]), *self.size)
+        out = out.reshape([groups, -1, count, self.out_channels // groups, height * width])
+        out = moved(out, [1, 0, 3, 2, 4], [-1, self.out_channels, count, height * width])
+        return join_partitions(out, self.out_channels, self.partition, self.size)
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel: the rows of FC3 and its bias take both."""
@@ -96,38 +94,51 @@ class RepMLPFitted(InferenceForm):
 
     FC3 is a 1x1 convolution in groups over one image, whose pixels are the partitions of all images. oneDNN lays the
     weights of a convolution out once, and copies those of a matrix product at every call; where FC3 is as slow as the
-    memory that it is read from, that is most of its time. FC1 is as large as the map of averages, FC2 1x1.
+    memory that it is read from, that is most of its time. FC1 is as large as the map of averages, FC2 1x1. What FC2
+    puts out, a number for all pixels of a partition's channel, is one more input of FC3 for each channel, whose
+    weights are the sums of those of the pixels.
     """
+
+    # Adding the numbers to the pixels raised in Paddle Inference's bfloat16, and a convolution of their own beside FC3
+    # did so in a .pdmodel. FC3 as a convolution with the kernel and the stride of a partition needs no first
+    # transposition, but took twice as long for 8 images (128 channels of 14x14 pixels, 4 groups, one thread: 49 ms
+    # instead of 24 in Paddle Inference, 46 instead of 23 in onnxruntime, 65 instead of 26 in OpenVINO); and OpenVINO
+    # 2026.4 in bfloat16 computed one of 8 groups of 8 channels wrongly.
 
     def __init__(self, fused: RepMLPFused) -> None:
         super().__init__()
         self.size, self.partition, self.relu = fused.size, fused.partition, fused.relu
-        groups, inputs, outputs = fused.weight.shape
+        groups, _, outputs = fused.weight.shape
         area = self.partition[0] * self.partition[1]
-        self.channels, self.out_channels = groups * inputs // area, fused.out_channels
-        self.counts = tuple(-(-side // part) for side, part in zip(self.size, self.partition))
+        self.out_channels = fused.out_channels
+        counts = tuple(-(-side // part) for side, part in zip(self.size, self.partition))
         dtype = fused.weight.dtype
+        weight = to_float64(fused.weight).reshape(groups, -1, area, outputs)
+        self.channels = groups * weight.shape[1]
         self.fc1 = self.fc2 = None
         if fused.fc1 is not None:
-            self.fc1 = _as_conv(to_float64(fused.fc1.weight), to_float64(fused.fc1.bias), dtype, self.counts)
+            self.fc1 = _as_conv(to_float64(fused.fc1.weight), to_float64(fused.fc1.bias), dtype, counts)
             self.fc2 = _as_conv(to_float64(fused.fc2.weight), to_float64(fused.fc2.bias), dtype)
-        weight = to_float64(fused.weight).transpose(1, 0, 2).reshape(inputs, groups * outputs)
+            weight = np.concatenate([weight, weight.sum(axis=2, keepdims=True)], axis=2)
+        weight = weight.transpose(1, 2, 0, 3).reshape(-1, groups * outputs)
         self.fc3 = _as_conv(weight, to_float64(fused.bias), dtype, groups=groups)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         _check_size(x, self.size)
-        (height, width), (rows, columns) = self.partition, self.counts
-        x = pad_to_partitions(x, height, width)
-        parts = x.reshape([-1, self.channels, rows, height, columns, width]).transpose([1, 3, 5, 0, 2, 4])
-        if self.fc1 is not None:
-            values = self.fc2(F.relu(self.fc1(F.avg_pool2d(x, self.partition, self.partition))))
-            parts = parts + values.reshape([-1, self.channels, 1, 1, rows, columns]).transpose([1, 2, 3, 0, 4, 5])
-        y = self.fc3(parts.reshape([1, self.channels * height * width, -1, 1]))
+        area = self.partition[0] * self.partition[1]
+        parts = split_into_partitions(x, *self.partition)
+        count, order, inputs = parts.shape[2], [1, 3, 0, 2], [1, self.fc3.weight.shape[1] * self.fc3._groups, -1, 1]
+        if self.fc1 is None:
+            rows = moved(parts, order, inputs)
+        else:
+            averages = F.avg_pool2d(pad_to_partitions(x, *self.partition), self.partition, self.partition)
+            values = self.fc2(F.relu(self.fc1(averages))).reshape([-1, self.channels, 1, count])
+            rows = paddle.concat([parts.transpose(order), values.transpose([1, 2, 0, 3])], axis=1).reshape(inputs)
+        y = self.fc3(rows)
         # Here, and not behind the transposition, oneDNN takes it into the convolution.
         y = F.relu(y) if self.relu else y
-        y = y.reshape([self.out_channels, height, width, -1, rows, columns]).transpose([3, 0, 4, 1, 5, 2])
-        y = y.reshape([-1, self.out_channels, rows * height, columns * width])
-        return y if (rows * height, columns * width) == self.size else y[:, :, : self.size[0], : self.size[1]]
+        y = moved(y.reshape([self.out_channels, area, -1, count]), [2, 0, 3, 1], [-1, self.out_channels, count, area])
+        return join_partitions(y, self.out_channels, self.partition, self.size)
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel: the rows of FC3 and its bias take both."""
@@ -264,18 +275,19 @@ class RepMLP(ReparamLayer):
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         _check_size(x, self.size)
-        x = pad_to_partitions(x, *self.partition)
         parts = split_into_partitions(x, *self.partition)
+        count, area = parts.shape[2:]
         if self.fc1_fc2 is not None:
-            averages = self.avg(x)
-            parts = parts + _spread(self.fc1_fc2(paddle.flatten(averages, 1)), averages.shape)
-        rows, columns = parts.shape[1:3]
-        parts = parts.reshape([-1, self.in_channels, *self.partition])
+            averages = self.avg(pad_to_partitions(x, *self.partition))
+            values = self.fc1_fc2(paddle.flatten(averages, 1))
+            parts = parts + values.reshape([-1, self.in_channels, count, 1])
+        parts = moved(parts, [0, 2, 1, 3], [-1, self.in_channels, *self.partition])
         out = self._partition_perceptron(parts)
         for k in self.reparam_conv_k:
             out = out + getattr(self, f"repconv{k}")(parts)
         out = F.relu(out) if self.relu else out
-        return join_partitions(out.reshape([-1, rows, columns, self.out_channels, *self.partition]), *self.size)
+        out = moved(out.reshape([-1, count, self.out_channels, area]), [0, 2, 1, 3], [-1, count, area])
+        return join_partitions(out, self.out_channels, self.partition, self.size)
 
     def _partition_perceptron(self, parts: paddle.Tensor) -> paddle.Tensor:
         """`[N, C, h, w]` to `[N, O, h, w]`."""
@@ -346,12 +358,6 @@ def _same_conv(in_channels: int, out_channels: int, k: int, groups: int) -> nn.C
     return nn.Conv2D(
         in_channels, out_channels, k, padding=k // 2, groups=groups, bias_attr=False, weight_attr=start
     )  # fmt: skip
-
-
-def _spread(values: paddle.Tensor, shape: Sequence[int]) -> paddle.Tensor:
-    """Return a value for each pixel of maps of `shape`, `[N, C * rows * columns]`, as `[N, rows, columns, C, 1, 1]`."""
-    _, channels, rows, columns = shape
-    return values.reshape([-1, channels, rows, columns, 1, 1]).transpose([0, 2, 3, 1, 4, 5])
 
 
 def _as_conv(

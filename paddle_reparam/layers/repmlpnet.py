@@ -18,7 +18,7 @@ from ..arithmetic.tensors import assign, to_float64
 from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import WHOLE, InferenceForm, ReparamLayer, or_none, several
-from .partitions import join_partitions, pad_to_partitions, partition_counts, size_of
+from .partitions import join_partitions, moved, partition_counts, size_of, split_into_partitions
 
 
 class GlobalPerceptron(nn.Layer):
@@ -337,13 +337,11 @@ def _rows_by_set(x: paddle.Tensor, sets: int, partition: tuple[int, int]) -> pad
     (image, run, partition).
     """
     h, w = partition
-    # The last step is to be a reshape, and there is to be but one transposition: Paddle Inference 3.3 with oneDNN loses
-    # a reshape between two, and draws a reshape and a transposition into the matrix product behind them the wrong way.
     if _is_one_partition(x, partition):
-        return x.reshape([-1, sets, h, w]).transpose([1, 0, 2, 3]).reshape([sets, -1, h * w])
+        return moved(x.reshape([-1, sets, h, w]), [1, 0, 2, 3], [sets, -1, h * w])
     rows, columns = partition_counts(x, h, w)
-    parts = pad_to_partitions(x, h, w).reshape([-1, sets, rows, h, columns, w])
-    return parts.transpose([1, 0, 2, 4, 3, 5]).reshape([sets, -1, h * w])
+    parts = split_into_partitions(x, h, w).reshape([-1, sets, rows * columns, h * w])
+    return moved(parts, [1, 0, 2, 3], [sets, -1, h * w])
 
 
 def _map_of_rows(
@@ -353,14 +351,14 @@ def _map_of_rows(
     (_, channels, height, width), (h, w) = x.shape, partition
     sets = rows_by_set.shape[0]
     if _is_one_partition(x, partition):
-        return rows_by_set.transpose([1, 0, 2]).reshape([-1, channels, h, w])
+        return moved(rows_by_set.reshape([sets, -1, h, w]), [1, 0, 2, 3], [-1, channels, h, w])
     rows, columns = partition_counts(x, h, w)
     if published_order:
         by_image = rows_by_set.reshape([sets, -1, channels // sets * rows * columns, h * w])
         rows_by_set = paddle.index_select(by_image, _published_order(x, channels // sets, partition), axis=2)
-    parts = rows_by_set.reshape([sets, -1, rows, columns, h, w])
-    y = parts.transpose([1, 0, 2, 4, 3, 5]).reshape([-1, channels, rows * h, columns * w])
-    return y[:, :, :height, :width]
+    parts = rows_by_set.reshape([sets, -1, rows * columns, h * w])
+    parts = moved(parts, [1, 0, 2, 3], [-1, rows * columns, h * w])
+    return join_partitions(parts, channels, partition, (height, width))
 
 
 def _map_of_parts(parts: paddle.Tensor, x: paddle.Tensor, published_order: bool) -> paddle.Tensor:
@@ -372,7 +370,8 @@ def _map_of_parts(parts: paddle.Tensor, x: paddle.Tensor, published_order: bool)
         if published_order:
             by_image = parts.reshape([-1, channels // sets * rows * columns, sets * h * w])
             parts = paddle.index_select(by_image, _published_order(x, channels // sets, (h, w)), axis=1)
-        parts = join_partitions(parts.reshape([-1, rows, columns, sets, h, w]), height, width)
+        parts = moved(parts.reshape([-1, rows * columns, sets, h * w]), [0, 2, 1, 3], [-1, rows * columns, h * w])
+        return join_partitions(parts, channels, (h, w), (height, width))
     return parts.reshape([-1, channels, height, width])
 
 
