@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 from collections.abc import Sequence
@@ -128,6 +129,15 @@ def test_what_dies_and_what_is_wrong_says_so_and_the_others_go_on(baseline, tmp_
     assert "ended before it had" in found[1].why_not
     assert "off by" in found[2].why_not
     assert Network(NAME, {}, found).best(1, lambda way: way.precision == "bfloat16").runtime == "like it"
+    # In int8 the form that is fastest without it is tried, and no other.
+    runtimes["int8"] = Broken("int8", dies)
+    runtimes["int8"].precision = "int8"
+    shapes = [forms[0], dataclasses.replace(forms[0], form="other")]
+    with monkeypatch.context() as patched:
+        patched.setattr(Network, "best", lambda network, batch: network.ways[-1])
+        again = ways.time_ways(shapes, baseline / NAME, ["like it", "int8"], settings)
+    assert [(way.runtime, way.form) for way in again][-2:] == [("like it", "other"), ("int8", "other")]
+    assert len(again) == 5
     runtimes["onednn"] = runtimes["dies"]
     with pytest.raises(ReparamError, match=f"{NAME} can be timed in no way: dies: the process"):
         ways.time_ways(forms, baseline / NAME, ["dies"], settings)

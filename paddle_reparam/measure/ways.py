@@ -103,7 +103,7 @@ def _float32(way: Way) -> bool:
     return way.precision == "float32"
 
 
-def _not_int8(way: Way) -> bool:
+def _not_int8(way: Way | Runtime) -> bool:
     return way.precision != "int8"
 
 
@@ -224,37 +224,42 @@ def time_ways(
 ) -> list[Way]:
     """Time the forms of a network, the first of them its own choice, in each runtime beside an earlier export.
 
+    In int8 only the form that is fastest without it is timed.
     `settings` are the `batches`, `threads`, `rounds`, and the `seconds` that timing all of them takes, besides what
     making files and loading takes. What cannot be made, loaded or run, or errs by more than its rounding may, says so
     in its `why_not`. Raises `ReparamError` where that is so of all.
     """
     batches = settings["batches"]
-    runtimes = list(dict.fromkeys([REFERENCE, *runtimes]))
-    seconds = settings["seconds"] / (len(contenders) * len(runtimes) * len(batches))
+    tried = [get_runtime(name) for name in dict.fromkeys([REFERENCE, *runtimes])]
+    seconds = settings["seconds"] / (len(contenders) * len(tried) * len(batches))
     missing: dict[Path, str] = {}
-    expected: np.ndarray | None = None
-    ways = []
-    for contender in contenders:
-        for runtime in map(get_runtime, runtimes):
-            way = Way(runtime.name, runtime.precision, contender.form)
-            progress(f"{contender.name}: {way.title}")
-            try:
-                runtime.require()
-                _make(runtime, contender, missing)
-                output, way.times = in_new_process(
-                    _beside, runtime.name, contender, baseline, batches, settings["threads"], settings["rounds"],
-                    seconds, seconds=_MOST_SECONDS,
-                )  # fmt: skip
-            except ReparamError as error:
-                way.why_not = str(error)
-            else:
-                expected = output if expected is None else expected
-                way.error = relative_error(expected, output)
-                way.why_not = _too_far_off(way, contender)
-            ways.append(way)
-    if not any(way.why_not is None for way in ways):
+    expected: list[np.ndarray] = []
+
+    def time_way(contender: Contender, runtime: Runtime) -> Way:
+        way = Way(runtime.name, runtime.precision, contender.form)
+        progress(f"{contender.name}: {way.title}")
+        try:
+            runtime.require()
+            _make(runtime, contender, missing)
+            output, way.times = in_new_process(
+                _beside, runtime.name, contender, baseline, batches, settings["threads"], settings["rounds"],
+                seconds, seconds=_MOST_SECONDS,
+            )  # fmt: skip
+        except ReparamError as error:
+            way.why_not = str(error)
+        else:
+            expected.append(output)
+            way.error = relative_error(expected[0], output)
+            way.why_not = _too_far_off(way, contender)
+        return way
+
+    ways = [time_way(each, runtime) for each in contenders for runtime in tried if _not_int8(runtime)]
+    best = Network(contenders[0].name, {}, ways).best(batches[0])
+    if best is None:
         raise ReparamError(f"{contenders[0].name} can be timed in no way: {ways[0].title}: {ways[0].why_not}")
-    return ways
+    fastest = next(each for each in contenders if each.form == best.form)
+    # Making a file of int8 takes as long as timing all else, so that it is made of one form.
+    return [*ways, *(time_way(fastest, runtime) for runtime in tried if not _not_int8(runtime))]
 
 
 def _make(runtime: Runtime, contender: Contender, missing: dict[Path, str]) -> None:
