@@ -117,6 +117,7 @@ WRONG = [
     ("draw_monitor", "--output x.png --panel curve a=missing", 1),
     ("draw_monitor", "--output x.png --panel curve a=taken", 1),
     ("draw_pictures", "nothing", 2),
+    ("int8_table", "--images missing --cache folder", 2),
     ("model_table", "--nothing", 2),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Write the tables of training steps and of runtimes on the pages of docs/, as `tools/benchmark.py` measured them.
+"""Write the tables of training steps, of runtimes and of int8 on the pages of docs/, as they were measured.
 
 A page shows `measured/NAME.json` between the lines `<!-- measured/NAME.json -->` and `<!-- end -->`.
 """
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import int8_table
 
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
@@ -37,7 +39,7 @@ def write_pages(folder: Path) -> list[str]:
     for page in sorted(folder.glob("*.md")):
         old = new = page.read_text(encoding="utf-8")
         measured = folder / "measured"
-        for file in sorted([*measured.glob("step_*.json"), *measured.glob("ways.json")]):
+        for file in sorted(file for name in ("step_*", "ways", "int8") for file in measured.glob(f"{name}.json")):
             before, begin, rest = new.partition(BEGIN.format(file.stem))
             if begin:
                 new = f"{before}{begin}\n{to_markdown(file)}\n{END}{rest.partition(END)[2]}"
@@ -50,6 +52,8 @@ def write_pages(folder: Path) -> list[str]:
 def to_markdown(file: Path) -> str:
     """Return what a file holds as a table for a page, with the command that wrote it."""
     measured = json.loads(file.read_text(encoding="utf-8"))
+    if "int8" in measured:
+        return int8_table.to_markdown(measured)
     if "networks" in measured:
         return WaysReport.from_dict(measured).to_markdown()
     report = (KernelReport if "kernels" in measured else StepReport)(**measured)
