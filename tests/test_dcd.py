@@ -22,6 +22,10 @@ from paddle import nn
 
 from paddle_reparam import models  # noqa: F401 - registers them
 from paddle_reparam.arithmetic.geometry import ConvGeometry
+from paddle_reparam.deploy.export import ExportOptions, export_inference
+from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
+from paddle_reparam.deploy.programs import FORMATS
+from paddle_reparam.deploy.runtimes import get_runtime
 from paddle_reparam.errors import CheckpointError, ReparamError, UnsupportedConv
 from paddle_reparam.layers.dcd import (
     DCDConv2D,
@@ -33,7 +37,7 @@ from paddle_reparam.layers.dcd import (
 from paddle_reparam.layers.dcd_fused import averages
 from paddle_reparam.layers.dcd_matrix import DCDDepthwiseConv2D, DCDMatrixConv2D, latent_dimension_of
 from paddle_reparam.registry import create_model, get_model
-from paddle_reparam.surgery.rewrite import replace
+from paddle_reparam.surgery.rewrite import reparameterize, replace
 from paddle_reparam.weights.published import convert_state
 
 EVEN_AND_ODD = [(8, 6), (7, 9)]
@@ -269,6 +273,49 @@ def test_what_the_contract_does_not_trace():
             x = paddle.randn([batch, 8, 7, 8])
             with paddle.no_grad():
                 assert relative_error(traced(x), form(x)) < 1e-5
+
+
+def test_the_branch_reads_what_q_squeezes():
+    """No average of all channels where q meets every pixel; its zero columns are what the kernels are tested with."""
+    inside = ready(DCDConv2D(8, 6, 3, latent_dimension=2, squeezed_width=3)).reparameterize()
+    assert (inside.q.weight.shape[0], inside.branch.squeeze) == (5, None)
+    for outside in (DCDConv2D(8, 6, 3, 2), DCDConv2D(8, 6, 1, pool_size=2), DCDMatrixConv2D(8, 6, 1, blocks=2)):
+        assert ready(outside).reparameterize().branch.squeeze is not None
+
+
+class _EveryForm(nn.Layer):
+    """A convolution, then dynamic ones of every form, and a dynamic classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [
+            DCDConv2D(8, 16, 1), DCDConv2D(16, 8, 3, 2), DCDConv2D(8, 24, 1, variant="mobilenet"),
+            DCDMatrixConv2D(24, 8, 1), DCDMatrixConv2D(8, 8, 3, blocks=2), DCDDepthwiseConv2D(8, 3),
+        ]  # fmt: skip
+        self.features = nn.Sequential(nn.Conv2D(3, 8, 3, padding=1), *layers)
+        self.classifier = DCDLinear(8, 10)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        for layer in self.features:
+            x = F.relu(layer(x))
+        return self.classifier(x.mean([2, 3]))
+
+
+@pytest.mark.parametrize("file_format", FORMATS[::-1] if HAS_NEW_PROGRAMS else ["pdmodel"])
+def test_bfloat16_takes_every_form(file_format, tmp_path):
+    runtime = get_runtime("onednn-bfloat16")
+    try:
+        runtime.require()
+    except ReparamError as lacking:
+        pytest.skip(str(lacking))
+    model = ready(_EveryForm(), "float32")
+    fused, _ = reparameterize(model, fixed_size=True, input_spec=[[None, 3, 14, 14]])
+    export_inference(fused, tmp_path, [[None, 3, 14, 14]], options=ExportOptions(file_format=file_format))
+    loaded = runtime.load(tmp_path)
+    for batch in (1, 3):
+        x = paddle.randn([batch, 3, 14, 14])
+        with paddle.no_grad():
+            assert relative_error(loaded(x)[0], model(x)) < 0.03
 
 
 # --- Starting from a convolution ----------------------------------------------------------------------------------

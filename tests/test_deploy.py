@@ -8,6 +8,7 @@ from paddle_reparam.deploy import tuning
 from paddle_reparam.deploy.released import read_manifest
 from paddle_reparam.deploy.runtimes import SERVING, get_runtime
 from paddle_reparam.deploy.runtimes.paddle_inference import SERVING as PADDLE
+from paddle_reparam.measure import timing
 
 PAGE = (ROOT / "docs" / "deploy.md").read_text(encoding="utf-8")
 
@@ -16,6 +17,7 @@ def test_every_block_of_the_page_runs_in_order(tmp_path, monkeypatch, capsys):
     # Another Python for each way would take seconds, and so would ONNX files; test_timing.py, test_tuning.py do that.
     monkeypatch.setattr(tuning, "SERVING", PADDLE)
     monkeypatch.setattr(tuning, "in_new_process", lambda function, *arguments, seconds: function(*arguments))
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ppcls_configs").symlink_to(ROOT / "ppcls_configs")
     for _, block in blocks_of(PAGE):

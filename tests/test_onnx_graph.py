@@ -132,6 +132,46 @@ def test_each_operator_is_what_paddle_computes(tmp_path, file_format):
     assert not wrong
 
 
+#: Operators of a `.pdmodel` that OpenVINO takes for others, without a message, and those that it refuses.
+MISREAD_BY_OPENVINO = {
+    "transposed, padded", "transposed, grouped", "means to [None, 1]", "means to 7 of one axis",
+    "maxima to 7 of one axis",
+}  # fmt: skip
+REFUSED_BY_OPENVINO = {
+    "hard tanh", "mish", "instance norm", "padding of all axes", "padding by the other end", "convolution, circular",
+    "pixel shuffle", "unfolding",
+}  # fmt: skip
+
+
+def by_openvino(names, folder):
+    """Return, for a map, what OpenVINO makes of each operator of a `.pdmodel`, and what Paddle does."""
+    import openvino
+
+    paddle.seed(0)
+    probe = Probe(names)
+    export_inference(probe, folder, [SHAPE], options=ExportOptions("pdmodel"))
+    x = paddle.randn([2, *SHAPE[1:]])
+    model = openvino.compile_model(folder / "inference.pdmodel", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return list(zip(names, model(x.numpy()).values(), probe(x)))
+
+
+@pytest.mark.skipif(not HAS_OPENVINO, reason="needs pip install 'paddle-reparam[openvino]'")
+def test_openvino_reads_a_program_of_paddle_but_for_these(tmp_path):
+    """Compared like docs/serving.md says: what it does not read rightly is in the ONNX file."""
+    read = sorted(set(OPERATORS) - ONLY_IN_JSON - MISREAD_BY_OPENVINO - REFUSED_BY_OPENVINO)
+    wrong = [
+        name
+        for name, actual, expected in by_openvino(read, tmp_path / "read")
+        if list(actual.shape) != expected.shape or not relative_error(actual, expected) < 1e-5
+    ]
+    assert not wrong
+    for name, actual, expected in by_openvino(sorted(MISREAD_BY_OPENVINO), tmp_path / "misread"):
+        assert list(actual.shape) != expected.shape, name
+    for name in sorted(REFUSED_BY_OPENVINO):
+        with pytest.raises(Exception, match="OpConversionFailure|convert pad3d|No creator found"):
+            by_openvino([name], tmp_path / name)
+
+
 class Small(nn.Sequential):
     def __init__(self):
         super().__init__(

@@ -105,6 +105,7 @@ class OfFunctions(nn.Layer):
     def __init__(self):
         super().__init__()
         generator = np.random.default_rng(0)
+        self.register_buffer("order", paddle.arange(16))
         self.kernel, self.matrix, self.head = (
             self.create_parameter(
                 shape, default_initializer=nn.initializer.Assign(generator.standard_normal(shape) / np.sqrt(fan_in))
@@ -114,7 +115,7 @@ class OfFunctions(nn.Layer):
 
     def forward(self, x):
         y = F.relu(F.conv2d(x, self.kernel, padding=1)).flatten(2)
-        y = F.relu(paddle.matmul(self.matrix, y)).mean(2)
+        y = F.relu(paddle.matmul(self.matrix, y)).mean(2).index_select(self.order, 1)
         return y @ self.head
 
 
@@ -287,6 +288,18 @@ class TokensAndBack(nn.Layer):
         return tokens.transpose([0, 2, 1]).reshape([-1, *x.shape[1:]])
 
 
+class PooledTokens(nn.Layer):
+    """The mean of all tokens, as maps of one pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool1D(1)
+
+    def forward(self, x):
+        tokens = F.relu(x.flatten(2).transpose([0, 2, 1]))
+        return self.pool(tokens.transpose([0, 2, 1])).unsqueeze(3)
+
+
 REPLACED = {
     "leaky ReLU": lambda: nn.LeakyReLU(0.1),
     "PReLU, one slope": lambda: nn.PReLU(1, 0.3),
@@ -300,6 +313,7 @@ REPLACED = {
     "bilinear": lambda: nn.Upsample(scale_factor=[2, 3], mode="bilinear"),
     "bilinear, corners aligned": lambda: nn.Upsample(size=[21, 11], mode="bilinear", align_corners=True),
     "tokens to maps": TokensAndBack,
+    "pooling of tokens": PooledTokens,
 }
 
 

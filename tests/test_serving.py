@@ -383,6 +383,10 @@ def test_the_programs_say_what_is_predicted_here(page, package, capsys, monkeypa
     label, number = printed.split()
     assert label == best
     assert float(number) == pytest.approx(probability, abs=1e-4)
+    if package == "onnxruntime":
+        # The file says itself what its input and its labels are.
+        [alone] = ImageClassifier(shutil.copy("output/digits/served/inference.onnx", "alone.onnx")).predict([image])
+        assert alone.labels[0] == (best, pytest.approx(probability, abs=1e-4))
 
 
 @pytest.mark.skipif(bool(WHY_NO_ONNX), reason=WHY_NO_ONNX or "ONNX is there")

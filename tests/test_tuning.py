@@ -20,6 +20,7 @@ from paddle_reparam.deploy.runtimes.paddle_inference import SERVING as PADDLE
 from paddle_reparam.deploy.tuning import Tuning, count_images
 from paddle_reparam.errors import NothingProven, ReparamError
 from paddle_reparam.layers.base import InferenceForm
+from paddle_reparam.measure import timing
 from paddle_reparam.measure.processors import require_bfloat16
 from paddle_reparam.weights import checkpoints
 
@@ -63,7 +64,8 @@ def trained(images, tmp_path_factory):
 
 @pytest.fixture
 def here(monkeypatch):
-    """Try ways in this process: another Python for each would take seconds."""
+    """Try ways in this process, without pauses: another Python for each would take seconds."""
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
     monkeypatch.setattr(tuning, "in_new_process", lambda function, *arguments, seconds: function(*arguments))
 
 

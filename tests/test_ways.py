@@ -16,9 +16,9 @@ from test_benchmark import small_network
 from test_onnx import needs_onnx
 
 from paddle_reparam.deploy.runtimes import get_runtime
-from paddle_reparam.errors import ReparamError
+from paddle_reparam.errors import NothingProven, ReparamError
 from paddle_reparam.layers.base import InferenceForm
-from paddle_reparam.measure import benchmark, ways
+from paddle_reparam.measure import benchmark, timing, ways
 from paddle_reparam.measure.timing import time_beside
 from paddle_reparam.measure.ways import Network, Way, WaysReport
 from paddle_reparam.ppcls import contenders
@@ -30,6 +30,7 @@ NAME = "small"
 def here(monkeypatch):
     """What a process of its own would do is done in this one; test_timing.py starts one that dies."""
     monkeypatch.setattr(ways, "in_new_process", lambda function, *arguments, seconds: function(*arguments))
+    monkeypatch.setattr(timing, "PAUSE", 0.0)
     monkeypatch.setattr(contenders, "contenders_of", lambda _name, place, *_, bounded: exports(place, bounded))
 
 
@@ -143,6 +144,18 @@ def test_what_dies_and_what_is_wrong_says_so_and_the_others_go_on(baseline, tmp_
         ways.time_ways(forms, baseline / NAME, ["dies"], settings)
 
 
+@pytest.mark.parametrize("bound", [benchmark.LARGEST_BOUND, NothingProven("what the network puts out is not finite")])
+def test_where_rounding_changes_everything_there_is_no_bound(tmp_path, monkeypatch, bound):
+    def rounding_bound(*_):
+        if isinstance(bound, Exception):
+            raise bound
+        return bound
+
+    monkeypatch.setattr(benchmark, "rounding_bound", rounding_bound)
+    [contender] = exports(tmp_path, ["bfloat16"])
+    assert contender.bounds == {}
+
+
 class Named(InferenceForm):
     """A layer with a form for another runtime."""
 
@@ -224,17 +237,30 @@ def test_nothing_that_counts_is_a_dash():
     assert empty.rows() == [["a", "-", "-", "-", "-", "-"]]
 
 
-def test_ratios_are_those_of_the_rounds():
-    # In every round the machine is twice as slow as in the one before; the second function takes three times as long.
-    now, took = [0.0], {"first": 1.0, "other": 3.0}
-    slower = iter(2.0 ** (i // 2) for i in range(1000))
+def test_ratios_are_those_of_the_rounds_and_threads_of_the_other_sleep(monkeypatch):
+    # In every round the machine is twice as slow as in the one before. The second function takes three times as long;
+    # the threads of the first disturb it for 0.2 seconds, and its own first call after a pause takes longer.
+    now, took, last, awake = [0.0], {"first": 0.001, "other": 0.003}, [""], [0.0]
+    called = []
+
+    def sleep(seconds):
+        now[0] += seconds
 
     def call(name):
-        now[0] += took[name] * next(slower)
+        slow = 2.0 ** (len(called) // 8)
+        disturbed = name == "other" and now[0] < awake[0]
+        cold = 2.0 if last[0] != name else 1.0
+        called.append(name)
+        now[0] += took[name] * slow * cold * (1.7 if disturbed else 1.0)
+        last[0] = name
+        if name == "first":
+            awake[0] = now[0] + 0.2
 
+    monkeypatch.setattr(timing, "PAUSE", 0.25)
+    monkeypatch.setattr(timing.time, "sleep", sleep)
     times = time_beside(lambda: call("first"), lambda: call("other"), rounds=6, clock=lambda: now[0])
-    assert (times["low"], times["ratio"], times["high"]) == (3.0, 3.0, 3.0)
-    assert times["milliseconds"] == 3 * times["milliseconds_of_first"]
+    assert [round(times[key], 9) for key in ("low", "ratio", "high")] == [3.0, 3.0, 3.0]
+    assert times["milliseconds"] == pytest.approx(3 * times["milliseconds_of_first"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from paddle_reparam.images import left_out_sentence, others_below
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, 1 where the release or an image is not what it should be."""
     parser = argparse.ArgumentParser(
-        description="Label images with a folder that tools/reparam.py made, or an int8 file of tools/quantize.py."
+        description="Label images with a folder that tools/reparam.py made, or an ONNX file of one, of float32 or int8."
     )
-    parser.add_argument("release", help="the released folder, or the int8 file")
+    parser.add_argument("release", help="the released folder, or the ONNX file")
     parser.add_argument("images", nargs="+", help="images, and folders of images")
     parser.add_argument("--top", type=int, help="how many labels an image gets (5)")
     parser.add_argument(

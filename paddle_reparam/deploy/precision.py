@@ -68,7 +68,7 @@ def rounding_bound(
     if precision not in ROUNDED:
         raise UsageError(f"there is no bound for {precision!r}; choose one of {', '.join(ROUNDED)}")
     exact = copy_model(network)
-    exact.to(dtype="float64")
+    exact._to_impl(dtype="float64", floating_only=True)  # `to` makes floats of integers as well
     with Hooks() as hooks:
         hooks.before(exact, lambda _layer, taken: tuple(map_tensors(_to_float64, taken)))
 

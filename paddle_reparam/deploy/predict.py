@@ -150,7 +150,7 @@ class _Read:
 
 
 class ImageClassifier:
-    """A released folder, or an int8 file made of one, that labels images.
+    """A released folder, or an ONNX file of one, that labels images.
 
     A folder's files are checked against their hashes first.
     """

@@ -7,7 +7,7 @@ Each is the same function. Found with Paddle 3.3.1 and oneDNN, by each operator 
 * adaptive pooling to a size that does not divide the map raises in bfloat16, and is silently wrong in a `.pdmodel`;
 * interpolation raises where the program is a `.json`, in float32 too, and takes other pixels in a `.pdmodel` where the
   factor is not whole;
-* a reshape behind a transpose, to maps that a convolution reads, raises in bfloat16 where the program is a `.json`.
+* a reshape behind a transpose, to maps for a convolution or pooling, raises in bfloat16 where the program is a `.json`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def replaced_operators() -> Iterator[None]:
         for module in [each for each in sys.modules.values() if isinstance(each, ModuleType)]:
             for name in [name for name, value in vars(module).items() if id(value) in originals]:
                 changes.enter_context(patch.object(module, name, originals[id(vars(module)[name])]))
-        changes.enter_context(patch.object(_C_ops, "reshape", _reshape(_C_ops.reshape)))
+        for name, function in {each: _behind_a_transpose(getattr(_C_ops, each)) for each in _RESHAPES}.items():
+            changes.enter_context(patch.object(_C_ops, name, function))
         yield
 
 
@@ -122,16 +123,21 @@ def _pixels(x: Any, indices: np.ndarray, length: int, axis: int) -> Any:
     return paddle.gather(x, paddle.to_tensor(np.clip(indices, 0, length - 1).astype("int64")), axis)
 
 
-def _reshape(original: Callable[..., Any]) -> Callable[..., Any]:
-    def reshape(x: Any, shape: Any, *others: Any) -> Any:
+def _behind_a_transpose(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a reshape or unsqueeze that gives maps for a convolution or pooling, and is none of a transpose itself."""
+    flat = _C_ops.reshape
+
+    def reshape(x: Any, sizes: Any, *others: Any) -> Any:
         made_by = getattr(x, "get_defining_op", lambda: None)()
-        if made_by is not None and made_by.name() == "pd_op.transpose" and len(shape) == 4:
+        if made_by is not None and made_by.name() == "pd_op.transpose" and (original is not flat or len(sizes) == 4):
             # Paddle Inference makes one operator of the transpose and what follows it: then of this one.
-            x = original(x, [0, -1])
-        return original(x, shape, *others)
+            x = flat(x, [0, -1] if original is flat else [*[0] * (len(x.shape) - 1), -1])
+        return original(x, sizes, *others)
 
     return reshape
 
+
+_RESHAPES = ("reshape", "unsqueeze")
 
 _REPLACED = {
     "leaky_relu": _leaky_relu,

@@ -14,11 +14,11 @@ from paddle import nn
 
 from ..deploy.export import ExportOptions, export_inference
 from ..deploy.onnx_export import export_onnx
-from ..deploy.precision import rounding_bound
+from ..deploy.precision import LARGEST_BOUND, rounding_bound
 from ..deploy.programs import WEIGHTS_SUFFIX, program_file
 from ..deploy.runtimes import get_runtime
 from ..deploy.runtimes.paddle_inference import LoadedPredictor
-from ..errors import ReparamError, one_sentence
+from ..errors import NothingProven, ReparamError, one_sentence
 from ..files import Folder
 from ..report import Report, format_table
 from ..surgery.flops import ModelSize, measure
@@ -44,7 +44,7 @@ class Contender:
     their dtype, and its sizes and error where they are known.
 
     `difference` is the relative error of its output from the train form's, measured on what is timed; `bounds` says of
-    a precision by how much its rounding may change the output for `images(2)`.
+    a precision by how much its rounding may change the output for `images(2)`, where that is less than all of it.
     """
 
     name: str
@@ -150,7 +150,10 @@ def prepare(
             size = measure(network, input_spec)
         contender = Contender(name, form, target, shape, size=size, difference=difference)
         for precision in bounded:
-            contender.bounds[precision] = rounding_bound(network, [contender.images(2)], precision)
+            # With weights that nothing has trained, rounding alone may change all of an output; that is no bound.
+            with contextlib.suppress(NothingProven):
+                bound = rounding_bound(network, [contender.images(2)], precision)
+                contender.bounds.update({precision: bound} if bound < LARGEST_BOUND else {})
         yield contender
 
 

@@ -20,6 +20,9 @@ from ..errors import ReparamError
 
 #: Rounds below which quartiles say nothing.
 FEWEST_ROUNDS = 5
+#: Seconds for which the threads of another runtime are left to fall asleep: those of Paddle's OpenMP take 0.2.
+PAUSE = 0.25
+_CALLS_OF_A_TURN = 3
 
 Returned = TypeVar("Returned")
 
@@ -46,7 +49,17 @@ def alternate(
     Every second round goes in the opposite order. Rounds stop early when the timed ones have taken `seconds`, but not
     before there are five. Raises `ReparamError` for no function and for fewer than five rounds.
     """
-    took = _in_turns(functions, rounds, warm_up, seconds, clock)
+
+    def timed(function: Callable[[], Any]) -> Callable[[], float]:
+        def call() -> float:
+            started = clock()
+            function()
+            return clock() - started
+
+        return call
+
+    calls = {name: timed(function) for name, function in functions.items()}
+    took = _in_turns(calls, rounds, warm_up, seconds, clock)
     return {name: _timing(values) for name, values in took.items()}
 
 
@@ -57,12 +70,27 @@ def time_beside(
     seconds: float = float("inf"),
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Return how long a function takes as a share of what the first takes, called in turns as in `alternate`.
+    """Return how long a function takes as a share of what the first takes, in turns, though they are two runtimes'.
 
-    `ratio`, `low` and `high` are the median and the quartiles of the rounds' own ratios, so that a machine that becomes
-    slower for a while changes none of them; `milliseconds` and `milliseconds_of_first` are medians.
+    A turn is a pause of `PAUSE`, a call that is not timed, and some that are: the threads of a runtime go on asking for
+    work when it has none, and would take a core from the other. `ratio`, `low` and `high` are the median and the
+    quartiles of the rounds' own ratios, so that a machine that becomes slower for a while changes none of them;
+    `milliseconds` and `milliseconds_of_first` are medians.
     """
-    took = _in_turns({"first": first, "other": other}, rounds, 3, seconds, clock)
+
+    def turn(function: Callable[[], Any]) -> Callable[[], float]:
+        def timed() -> float:
+            time.sleep(PAUSE)
+            function()
+            started = clock()
+            for _ in range(_CALLS_OF_A_TURN):
+                function()
+            return (clock() - started) / _CALLS_OF_A_TURN
+
+        return timed
+
+    turns = {"first": turn(first), "other": turn(other)}
+    took = _in_turns(turns, rounds, 1, seconds, clock)
     low, ratio, high = np.percentile(np.divide(took["other"], took["first"]), [25, 50, 75])
     medians = {name: 1000 * float(np.median(values)) for name, values in took.items()}
     return {
@@ -72,12 +100,13 @@ def time_beside(
 
 
 def _in_turns(
-    functions: Mapping[str, Callable[[], Any]],
+    functions: Mapping[str, Callable[[], float]],
     rounds: int,
     warm_up: int,
     seconds: float,
     clock: Callable[[], float],
 ) -> dict[str, list[float]]:
+    """Return what each function returned in each of its turns: how long it took."""
     if not functions or rounds < FEWEST_ROUNDS:
         raise ReparamError(
             f"{len(functions)} functions in {rounds} rounds: give one or more, and {FEWEST_ROUNDS} rounds"
@@ -92,9 +121,7 @@ def _in_turns(
         if number >= FEWEST_ROUNDS and clock() - begin > seconds:
             break
         for name in names if number % 2 == 0 else reversed(names):
-            started = clock()
-            functions[name]()
-            took[name].append(clock() - started)
+            took[name].append(functions[name]())
     return took
 
 
