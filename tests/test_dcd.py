@@ -275,14 +275,6 @@ def test_what_the_contract_does_not_trace():
                 assert relative_error(traced(x), form(x)) < 1e-5
 
 
-def test_the_branch_reads_what_q_squeezes():
-    """No average of all channels where q meets every pixel; its zero columns are what the kernels are tested with."""
-    inside = ready(DCDConv2D(8, 6, 3, latent_dimension=2, squeezed_width=3)).reparameterize()
-    assert (inside.q.weight.shape[0], inside.branch.squeeze) == (5, None)
-    for outside in (DCDConv2D(8, 6, 3, 2), DCDConv2D(8, 6, 1, pool_size=2), DCDMatrixConv2D(8, 6, 1, blocks=2)):
-        assert ready(outside).reparameterize().branch.squeeze is not None
-
-
 class _EveryForm(nn.Layer):
     """A convolution, then dynamic ones of every form, and a dynamic classifier."""
 

@@ -22,7 +22,7 @@ from ..arithmetic.tensors import assign, to_float64, type_name
 from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import WHOLE, ReparamLayer, one_of, or_none
-from .dcd_fused import Affine, Branch, DCDConv2DFused, Sizes, at_centre, pooled
+from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, at_centre, pooled
 
 INITS = ("random", "zero")
 
@@ -100,12 +100,13 @@ class _ReleasedDCD(ReparamLayer):
         # relu6 stays, the thirds of both h and their 3s go into the weights around it.
         gate = to_float64(self.fc[1].fc[0].weight).T
         factors = to_float64(self.fc_scale.weight).T
-        branch = Branch(
+        branch = DynamicBranch(
             self.sizes,
             squeeze=Affine(to_float64(self.fc[0].weight).T, None),
             gate=Affine(gate, np.full(len(gate), 3.0)),
             matrices=Affine(phi / 3.0, np.eye(latent).reshape(-1)),
             factors=Affine(factors / 3.0, np.full(len(factors), 3.0)),
+            dtype=geometry.dtype,
         )
         static = Affine(static.kernel / 3.0, None if static.bias is None else static.bias / 3.0)
         q = Affine(*kernels.fold_affine(q, None, *read_bn_affine(self.bn1)))

@@ -30,68 +30,32 @@ class Affine(NamedTuple):
     bias: np.ndarray | None
 
 
-class Branch(NamedTuple):
-    """A dynamic branch as matrices: `squeeze` `[squeezed, C * pool_size^2]`, then an activation, then `matrices`
-    `[blocks * L * L, squeezed]` and `factors` `[out, squeezed]`.
-
-    With a gate `[squeezed, squeezed]` the activation is y * relu6(gate(y)) and the factors are relu6 of what comes out,
-    without one it is ReLU. Without `factors` the static kernel is left as it is.
-    """
-
-    sizes: Sizes
-    squeeze: Affine
-    gate: Affine | None
-    matrices: Affine
-    factors: Affine | None
-
-    def behind(self, latent: int) -> Branch:
-        """Return the branch behind its own `squeeze`, which reads `latent` channels more in front of its features.
-
-        They count for nothing, and its matrices are `[L, L + squeezed]`: what they mix may have the features behind it.
-        """
-        gate = self.gate and Affine(
-            np.pad(self.gate.kernel, ((latent, 0), (latent, 0))),
-            None if self.gate.bias is None else np.pad(self.gate.bias, (latent, 0)),
-        )
-        # Rows of the matrices grow by columns for the squeezed features, in the weights by rows of zeros.
-        rows = self.matrices.kernel.reshape(latent, latent, -1)
-        rows = np.pad(rows, ((0, 0), (0, self.sizes.squeezed), (latent, 0)))
-        bias = self.matrices.bias
-        if bias is not None:
-            bias = np.pad(bias.reshape(latent, latent), ((0, 0), (0, self.sizes.squeezed))).reshape(-1)
-        factors = self.factors and Affine(np.pad(self.factors.kernel, ((0, 0), (latent, 0))), self.factors.bias)
-        return self._replace(gate=gate, matrices=Affine(rows.reshape(-1, rows.shape[2]), bias), factors=factors)
-
-
 class DynamicBranch(nn.Layer):
-    """A fused dynamic branch: `[N, C, H, W]` to dynamic matrices `[N * blocks, L, columns]` and one factor for each
-    output channel, `[N, out, 1, 1]`, which is None where the static kernel is left as it is.
+    """A fused dynamic branch: `[N, C, H, W]` to dynamic matrices `[N * blocks, L, L]` and one factor for each output
+    channel, `[N, out, 1, 1]`, which is None where the static kernel is left as it is.
 
-    Average pooling, then the steps of `Branch` as 1x1 convolutions but for `squeeze`, whose kernel is as large as what
-    was pooled, and which is left out where the maps are those of squeezed features.
+    Average pooling, `squeeze`, an activation, then `excite` for the matrices and `factors`. With a gate the activation
+    is y * relu6(gate(y)) and the factors are relu6 of what comes out, without one it is ReLU. All are 1x1 convolutions
+    but for the first, whose kernel is as large as what was pooled.
     """
 
     # On maps of one pixel, and not on features, because each step more takes Paddle Inference 10 to 40 us: the branch
-    # takes 0.82 to 1.03 of the time of the same with linear layers, one of them split in two (3.3.1, one thread). The
-    # factors are a product of their own, whose relu6 runs inside of it; to cut them off another takes two steps more.
-    def __init__(self, branch: Branch, dtype: str, squeezes: bool = True) -> None:
+    # takes 0.82 to 1.03 of the time of the same with linear layers, one of them split in two (3.3.1, one thread).
+    def __init__(
+        self, sizes: Sizes, squeeze: Affine, gate: Affine | None, matrices: Affine, factors: Affine | None, dtype: str
+    ) -> None:
         super().__init__()
-        self.pool_size, self.latent = branch.sizes.pool_size, branch.sizes.latent
-        self.columns = self.latent if squeezes else self.latent + branch.sizes.squeezed
-        self.squeeze = None
-        if squeezes:
-            window = branch.squeeze.kernel.reshape(len(branch.squeeze.kernel), -1, self.pool_size, self.pool_size)
-            self.squeeze = _make_conv(Affine(window, branch.squeeze.bias), dtype)
-        self.gate = None if branch.gate is None else _make_conv(branch.gate, dtype)
-        self.excite = _make_conv(branch.matrices, dtype)
-        self.factors = None if branch.factors is None else _make_conv(branch.factors, dtype)
+        self.pool_size, self.latent = sizes.pool_size, sizes.latent
+        window = squeeze.kernel.reshape(len(squeeze.kernel), -1, sizes.pool_size, sizes.pool_size)
+        self.squeeze = _make_conv(Affine(window, squeeze.bias), dtype)
+        self.gate = None if gate is None else _make_conv(gate, dtype)
+        self.excite = _make_conv(matrices, dtype)
+        self.factors = None if factors is None else _make_conv(factors, dtype)
 
     def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
-        y = averages(x, self.pool_size)
-        if self.squeeze is not None:
-            y = self.squeeze(y)
+        y = self.squeeze(averages(x, self.pool_size))
         y = F.relu(y) if self.gate is None else y * F.relu6(self.gate(y))
-        matrices = self.excite(y).reshape([-1, self.latent, self.columns])
+        matrices = self.excite(y).reshape([-1, self.latent, self.latent])
         if self.factors is None:
             return matrices, None
         factors = self.factors(y)
@@ -102,8 +66,7 @@ class DCDConv2DFused(InferenceForm):
     """A fused dynamic convolution: out = scale(x) * conv(x) + p(A(x) q(x)), `[N, C, H, W]` in and out.
 
     `conv` is static; q and p are 1x1 with as many groups as there are blocks, q at the centre tap of `conv`, and the
-    dynamic matrices A(x) mix the latent channels of each block. Where q meets every pixel, and all channels at once,
-    the squeezed features of the branch are channels of q: the average of a product is the product of the average.
+    dynamic matrices A(x) mix the latent channels of each block.
     """
 
     # Measured in Paddle Inference 3.3.1 on one thread at batch 1, AVX-512 / AVX2, the layers of ResNet50's blocks at
@@ -111,29 +74,26 @@ class DCDConv2DFused(InferenceForm):
     # (which oneDNN does in another layout than convolutions), although that takes fewer multiply-adds; 0.94 to 1.05 /
     # 0.82 to 1.02 of the time with q stacked on a 1x1 `conv` and split off again. As a whole, with the branch as it is,
     # ResNet50 takes 0.88 / 0.93 of the time with those kernels, MobileNetV2 0.93 / 0.85.
+    # With the squeezed features as channels of q, which takes no average of all channels, ResNet50 takes 1.02 to 1.04.
     def __init__(
-        self, geometry: ConvGeometry, static: Affine, q: Affine, p: Affine, branch: Branch, blocks: int = 1
+        self, geometry: ConvGeometry, static: Affine, q: Affine, p: Affine, branch: DynamicBranch, blocks: int = 1
     ) -> None:
         super().__init__()
         latent = len(q.kernel)
         self.conv = geometry.make_conv(*_with_bias(static))
-        squeezes = blocks > 1 or branch.sizes.pool_size > 1 or tuple(geometry.stride) != (1, 1)
-        if not squeezes:
-            q, branch = _stacked(q, branch.squeeze), branch.behind(latent)
-        self.q = at_centre(geometry, geometry.in_channels, len(q.kernel), blocks).make_conv(*_with_bias(q))
+        self.q = at_centre(geometry, geometry.in_channels, latent, blocks).make_conv(*_with_bias(q))
         after = at_centre(dataclasses.replace(geometry, stride=(1, 1)), latent, geometry.out_channels, blocks)
         self.p = after.make_conv(*_with_bias(p))
-        self.branch = DynamicBranch(branch, geometry.dtype, squeezes)
+        self.branch = branch
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return self.run(x)
 
     def run(self, x: paddle.Tensor) -> paddle.Tensor:
         """Compute `forward`; the tracer of Paddle 2.6 knows no super(), by which a subclass would call that."""
-        z = self.q(x)
-        matrices, scale = self.branch(z if self.branch.squeeze is None else x)
+        matrices, scale = self.branch(x)
         static = self.conv(x)
-        return self.p(mixed(matrices, z)) + (static if scale is None else scale * static)
+        return self.p(mixed(matrices, self.q(x))) + (static if scale is None else scale * static)
 
     def absorb_affine(self, scale: np.ndarray, shift: np.ndarray) -> None:
         """Make this layer compute scale * out + shift per channel: `conv` and p take the scale."""
@@ -166,13 +126,12 @@ def averages(x: paddle.Tensor, size: int) -> paddle.Tensor:
 
 @paddle.jit.not_to_static
 def mixed(matrices: paddle.Tensor, z: paddle.Tensor) -> paddle.Tensor:
-    """Return the dynamic matrices `[N * blocks, L, K]` times the channels of z `[N, blocks * K, H, W]`, by blocks."""
-    latent, columns = matrices.shape[1:]
-    channels, height, width = z.shape[1:]
+    """Return the dynamic matrices `[N * blocks, L, L]` times the channels of z `[N, blocks * L, H, W]`, by blocks."""
+    latent, channels, height, width = matrices.shape[1], z.shape[1], z.shape[2], z.shape[3]
     if min(height, width) < 0:
         height, width = paddle.shape(z)[2], paddle.shape(z)[3]
-    rows = paddle.matmul(matrices, z.reshape([-1, columns, height * width]))
-    return rows.reshape([-1, channels // columns * latent, height, width])
+    rows = paddle.matmul(matrices, z.reshape([-1, latent, height * width]))
+    return rows.reshape([-1, channels, height, width])
 
 
 def _with_bias(affine: Affine) -> Affine:
@@ -181,12 +140,6 @@ def _with_bias(affine: Affine) -> Affine:
     In a `.pdmodel` under bfloat16 what a convolution without a bias puts out is float32, and multiplying it raises.
     """
     return affine if affine.bias is not None else Affine(affine.kernel, np.zeros(len(affine.kernel)))
-
-
-def _stacked(first: Affine, second: Affine) -> Affine:
-    """Return one affine of 1x1 kernels with the outputs of both, those of the first first."""
-    kernels, biases = zip(*(_with_bias(each) for each in (first, second)))
-    return Affine(np.concatenate([kernel.reshape(len(kernel), -1, 1, 1) for kernel in kernels]), np.concatenate(biases))
 
 
 def _make_conv(affine: Affine, dtype: str) -> nn.Conv2D:

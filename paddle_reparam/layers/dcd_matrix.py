@@ -21,7 +21,7 @@ from ..errors import UnsupportedConv
 from ..registry import register_layer
 from .base import FLAG, WHOLE, InferenceForm, ReparamLayer, one_of, or_none
 from .dcd import INITS, make_convs, refuse_without_centre
-from .dcd_fused import Affine, Branch, DCDConv2DFused, DynamicBranch, Sizes, mixed, pooled
+from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, mixed, pooled
 
 
 def latent_dimension_of(channels: int) -> int:
@@ -61,9 +61,9 @@ class _MatrixDCD(ReparamLayer):
         phi = self.fc_phi(y).reshape([-1, self.sizes.latent, self.sizes.latent])
         return phi, None if self.fc_scale is None else self.fc_scale(y)
 
-    def _fused_branch(self) -> Branch:
+    def _fused_branch(self, dtype: str) -> DynamicBranch:
         factors = None if self.fc_scale is None else _affine_of(self.fc_scale)
-        return Branch(self.sizes, _affine_of(self.fc[0]), None, _affine_of(self.fc_phi), factors)
+        return DynamicBranch(self.sizes, _affine_of(self.fc[0]), None, _affine_of(self.fc_phi), factors, dtype)
 
 
 @register_layer
@@ -149,7 +149,7 @@ class DCDMatrixConv2D(_MatrixDCD):
         """Return the inference form, which takes in the BN that follows."""
         geometry = ConvGeometry.of(self.conv)
         static, q, p = (Affine(to_float64(c.weight), to_float64(c.bias)) for c in (self.conv, self.q, self.p))
-        return DCDConv2DFused(geometry, static, q, p, self._fused_branch(), self.blocks)
+        return DCDConv2DFused(geometry, static, q, p, self._fused_branch(geometry.dtype), self.blocks)
 
     def extra_repr(self) -> str:
         return f"{ConvGeometry.of(self.conv)}, {self.sizes}, blocks={self.blocks}"
@@ -167,7 +167,7 @@ class DCDDepthwiseConv2DFused(InferenceForm):
 
     def __init__(
         self, geometry: ConvGeometry, kernel: np.ndarray, bias: np.ndarray, p: np.ndarray, r: np.ndarray,
-        branch: Branch,
+        branch: DynamicBranch,
     ) -> None:  # fmt: skip
         super().__init__()
         self.geometry = geometry
@@ -176,7 +176,7 @@ class DCDDepthwiseConv2DFused(InferenceForm):
             parameter = self.create_parameter(list(array.shape), dtype=geometry.dtype)
             assign(parameter, array)
             setattr(self, name, parameter)
-        self.branch = DynamicBranch(branch, geometry.dtype)
+        self.branch = branch
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         matrices, scale = self.branch(x)
@@ -290,7 +290,7 @@ class DCDDepthwiseConv2D(_MatrixDCD):
             np.zeros(len(kernel)) if bias is None else bias,
             to_float64(self.p),
             to_float64(self.r),
-            self._fused_branch(),
+            self._fused_branch(geometry.dtype),
         )
 
     def extra_repr(self) -> str:
