@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# OpenVINO drops the bias and the scale of a convolution in int8 whose output is put out as well.
+# OpenVINO computes something else behind a convolution in int8 whose output is put out as well.
 #
 # A network is quantised by NNCF. Where what one of its convolutions gives before the bias is made an output more, the
 # first output, which nobody changed, is another one. In float32 it stays the same, and so it does where the output is
