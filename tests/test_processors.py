@@ -6,7 +6,7 @@ import pytest
 
 from paddle_reparam import ppcls
 from paddle_reparam.measure import steps
-from paddle_reparam.measure.processors import MKL_CODE, let_amd_multiply_fast
+from paddle_reparam.measure.processors import MKL_CODE, lacks_vnni, let_amd_multiply_fast
 
 AMD = "vendor_id\t: AuthenticAMD\nflags\t\t: fpu sse2 avx avx2 bmi2\n"
 
@@ -53,3 +53,13 @@ def test_whoever_trains_is_let_multiply_fast(monkeypatch):
 
 def stop(*_):
     raise ZeroDivisionError
+
+
+@pytest.mark.parametrize(
+    ("flags", "lacks"),
+    [("avx2 avx512f", True), ("avx2 avx512_vnni", False), ("avx2 avx_vnni", False), ("asimd", False)],
+)
+def test_a_processor_without_vnni_is_known(tmp_path, flags, lacks):
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}")
+    assert lacks_vnni(tmp_path / "cpuinfo") is lacks
+    assert not lacks_vnni(tmp_path / "none")

@@ -38,3 +38,12 @@ def require_bfloat16(
         raise ReparamError(
             "this processor does not multiply in bfloat16 (none of avx512_bf16, amx_bf16, bf16 is among its flags)"
         )
+
+
+def lacks_vnni(processor_facts: Path = Path("/proc/cpuinfo")) -> bool:
+    """Tell whether an x86 processor has no VNNI, which sums products of eight bits without overflow."""
+    try:
+        text = processor_facts.read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx2" in text and "vnni" not in text

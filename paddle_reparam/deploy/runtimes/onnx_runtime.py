@@ -11,6 +11,7 @@ import numpy as np
 
 from ...errors import ReparamError, one_sentence
 from ...files import Folder
+from ...measure.processors import lacks_vnni
 from ..programs import FILE_NAME, in_order
 from .base import LoadedNetwork, file_of
 
@@ -41,8 +42,10 @@ class OnnxModel(LoadedNetwork):
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = threads
             options.log_severity_level = 3
-            # Without it, sums of products of eight bits overflow on processors before AVX512-VNNI.
-            options.add_session_config_entry("session.x64quantprecision", "1")
+            if lacks_vnni():
+                # Without it, sums of products of eight bits overflow there. With VNNI it is not needed, and onnxruntime
+                # 1.32 cannot load some graphs of signed activations with it.
+                options.add_session_config_entry("session.x64quantprecision", "1")
             self._session = onnxruntime.InferenceSession(
                 model if isinstance(model, bytes) else name, options, providers=["CPUExecutionProvider"]
             )
