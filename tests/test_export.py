@@ -387,6 +387,20 @@ def test_a_bias_is_added_where_onednn_takes_it_into_the_convolution(tmp_path):
     assert all(report.passed for report in check_export(tmp_path, net, SPEC).values())
 
 
+def test_a_network_is_exported_twice_and_one_beside_it_that_has_its_names(tmp_path):
+    """Biases get names in an export, and Paddle takes a name once."""
+    nets = []
+    for _ in range(2):
+        with paddle.utils.unique_name.guard():
+            nets.append(nn.Sequential(nn.Conv2D(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2D(3, 4, 3)))
+    assert nets[0][0].bias.name == nets[1][0].bias.name
+    x = paddle.randn([2, *SPEC[0][1:]])
+    for number, net in enumerate([*nets, nets[0]]):
+        net.eval()
+        export_inference(net, tmp_path / str(number), SPEC)
+        assert relative_error(LoadedPredictor(tmp_path / str(number)).run(x.numpy())[0], net(x)) < 1e-5
+
+
 @pytest.mark.skipif(not HAS_NEW_PROGRAMS, reason="only the programs of Paddle 3 are fused by the order of a sum")
 def test_the_bias_of_a_large_depthwise_kernel_stays_apart_from_it(tmp_path):
     """oneDNN has no fast kernel in bfloat16 for such a convolution with a bias."""

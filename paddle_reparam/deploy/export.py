@@ -81,11 +81,11 @@ class _AddingConv2D(nn.Conv2D):
     # With a bias, oneDNN 3.6 convolves large depthwise kernels in bfloat16 by a slow way: 31x31 on 128 maps of 28x28
     # pixels takes 45 ms instead of 3.3, 5x27 8.4 instead of 1.1, 51x5 on 124 maps of 56x56 5.9 instead of 3.6; 13x13
     # 1.5 instead of 2.0. Paddle leaves a bias apart that stands first in the sum: 3.7 ms for 31x31, 1.0 for 5x27.
-    def take_bias(self) -> None:
+    def take_bias(self, number: int) -> None:
         self.geometry = ConvGeometry.of(self)
         self.__class__ = _AddingConv2D
         # By a name of its own: what Paddle would call it may be taken in a network that was built in parts.
-        attributes = paddle.ParamAttr(name=f"{self.bias.name}.added")
+        attributes = paddle.ParamAttr(name=f"{self.bias.name}.added{number}")
         self.added = self.create_parameter([1, self._out_channels, 1, 1], attributes, dtype=self.bias.dtype)
         assign(self.added, to_float64(self.bias).reshape(self.added.shape))
         self.apart = self.geometry.is_depthwise and max(self.geometry.kernel_size) >= _LARGE_KERNEL
@@ -97,9 +97,11 @@ class _AddingConv2D(nn.Conv2D):
 
 def _with_added_biases(model: nn.Layer) -> nn.Layer:
     """Let the convolutions of a network, in place, add their biases where oneDNN takes them into the convolution."""
-    for _, layer in walk(model):
-        if type(layer) is nn.Conv2D and layer.bias is not None and layer._data_format == "NCHW":
-            _AddingConv2D.take_bias(layer)
+    # Paddle keeps a list of the names that were given, and in here another one: a network may be exported again.
+    with paddle.utils.unique_name.guard():
+        for number, (_, layer) in enumerate(walk(model)):
+            if type(layer) is nn.Conv2D and layer.bias is not None and layer._data_format == "NCHW":
+                _AddingConv2D.take_bias(layer, number)
     return model
 
 

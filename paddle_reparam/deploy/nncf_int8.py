@@ -49,6 +49,7 @@ def quantize_openvino(
     metadata: Mapping[str, str] | None = None,
     drop: Callable[[Path], float] | None = None,
     largest_drop: float = 1.0,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """Write an ONNX file of float32 in int8 for OpenVINO, calibrated on images `[N, C, H, W]`; return the settings.
 
@@ -63,7 +64,7 @@ def quantize_openvino(
     need_openvino("nncf").set_log_level(logging.ERROR)
     target = Path(target)
     with one_sentence(f"{source}: NNCF cannot quantise it"), contextlib.redirect_stdout(io.StringIO()):
-        network = _Network(source, images)
+        network = _Network(source, images, threads)
         settings = network.best_settings()
         quantized = network.quantized(settings)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -86,12 +87,12 @@ def quantize_openvino(
 class _Network:
     """A network in float32, its calibration images, and what it puts out for some of them."""
 
-    def __init__(self, source: Folder, images: np.ndarray) -> None:
-        self.source = source
+    def __init__(self, source: Folder, images: np.ndarray, threads: int) -> None:
+        self.source, self.threads = source, threads
         self.batches = [np.array(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
         self.compared = np.array(images[:: -(-len(images) // _COMPARED)])
         self.model = self._read()
-        [self.expected] = _outputs(self.model, [self.compared])[:1]
+        [self.expected] = _outputs(self.model, [self.compared], self.threads)[:1]
 
     def _read(self) -> Any:
         # Not by `read_model`: it leaves the kernels of grouped convolutions behind a reshape, and NNCF then measures
@@ -133,16 +134,17 @@ class _Network:
         return best
 
     def _error(self, settings: _Settings) -> float:
-        return _relative(_outputs(self.quantized(settings), [self.compared])[0], self.expected)
+        return _relative(_outputs(self.quantized(settings), [self.compared], self.threads)[0], self.expected)
 
     def worst_first(self, quantized: Any) -> list[str]:
         """Return the layers in int8, by how much farther from float32 their outputs are than their inputs."""
         layers = {op.friendly_name: op for op in self.model.get_ops() if op.get_type_name() in _ARITHMETIC}
         images = self.compared[:_COMPARED_BY_LAYER]
-        exact = _maps(self.model, list(layers), images)
+        exact = _maps(self.model, list(layers), images, self.threads)
         # One after the other: where OpenVINO 2026.4 puts out what a convolution in int8 gives before its bias, all that
         # comes behind that convolution is wrong.
-        errors = {name: _relative(_maps(quantized, [name], images)[name], exact[name]) ** 2 for name in layers}
+        maps = {name: _maps(quantized, [name], images, self.threads)[name] for name in layers}
+        errors = {name: _relative(maps[name], exact[name]) ** 2 for name in layers}
         growth = {name: errors[name] - max((errors[each] for each in _before(op)), default=0.0)
                   for name, op in layers.items()}  # fmt: skip
         return sorted(growth, key=lambda name: -growth[name])
@@ -163,18 +165,19 @@ def _before(layer: Any) -> set[str]:
     return found
 
 
-def _maps(model: Any, layers: Sequence[str], images: np.ndarray) -> dict[str, np.ndarray]:
+def _maps(model: Any, layers: Sequence[str], images: np.ndarray, threads: int) -> dict[str, np.ndarray]:
     """Return what layers of a model put out for images."""
     model = model.clone()
     model.add_outputs([(name, 0) for name in layers])
     # What a model puts out anyway is not there twice.
     made_by = [each.node.input_value(0).get_node().friendly_name for each in model.outputs]
-    return {name: output for name, output in zip(made_by, _outputs(model, [images])) if name in layers}
+    return {name: output for name, output in zip(made_by, _outputs(model, [images], threads)) if name in layers}
 
 
-def _outputs(model: Any, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _outputs(model: Any, batches: Sequence[np.ndarray], threads: int) -> list[np.ndarray]:
     """Return what a model puts out in float32, or in int8 where it has that, for batches of images."""
-    request = need_openvino().Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
+    request = need_openvino().Core().compile_model(model, "CPU", options)
     parts = [list(request(batch).to_tuple()) for batch in batches]
     return [np.concatenate(each) for each in zip(*parts)]
 

@@ -24,7 +24,7 @@ from .nncf_int8 import quantize_openvino
 from .outputs import OutputSpec, comparable
 from .precision import Agreement, agreement, images_needed, require_images
 from .quantization import quantize_onnx
-from .runtimes import SERVING, get_runtime
+from .runtimes import SERVING, LoadedNetwork, get_runtime
 from .runtimes.base import PRECISIONS, Runtime
 from .runtimes.onnx_runtime import INT8_ONNX_FILE, ONNX_FILE
 from .runtimes.openvino import INT8_OPENVINO_FILE
@@ -41,7 +41,7 @@ _IMAGES_OF_BOUND = 4
 _TIMED_SECONDS, _FEWEST_SECONDS = 4.0, 60.0
 
 #: File of a folder -> what makes it of the ONNX file and of training images, and says what it did.
-INT8_FILES: dict[str, Callable[[Path, Path, np.ndarray], dict[str, Any]]] = {
+INT8_FILES: dict[str, Callable[..., dict[str, Any]]] = {
     INT8_ONNX_FILE: quantize_onnx,
     INT8_OPENVINO_FILE: quantize_openvino,
 }
@@ -196,7 +196,7 @@ class Tuner:
         try:
             runtime.require()
             if runtime.file_name in INT8_FILES:
-                way.settings = self._quantize(folder, runtime.file_name)
+                way.settings = self._quantize(folder, runtime.name)
             if runtime.file(folder) is None:
                 return self._done(way, f"not tried: there is no {runtime.file_name}")
             way.bound = 10 * NETWORK_TOLERANCE if runtime.precision == "float32" else bound(runtime.precision)
@@ -205,10 +205,13 @@ class Tuner:
         return self._run(way, folder)
 
     def _quantize(self, folder: Path, name: str) -> dict[str, Any]:
-        images = self.place / "calibration.npy"
-        if not images.is_file():
-            np.save(images, self.tuning.calibration(_CALIBRATION_IMAGES))
-        return in_new_process(_quantized, name, folder, images, seconds=self._remaining())
+        calibration = self.place / "calibration.npy"
+        if not calibration.is_file():
+            np.save(calibration, self.tuning.calibration(_CALIBRATION_IMAGES))
+        return in_new_process(
+            _quantized, name, folder, calibration, self._images, self.reference[0], self.labels,
+            self.tuning.largest_drop, self.tuning.threads, seconds=self._remaining(),
+        )  # fmt: skip
 
     def _remaining(self) -> float:
         return max(_FEWEST_SECONDS, self.deadline - time.monotonic())
@@ -295,8 +298,32 @@ def companion_of(file: Path) -> str:
     return file.with_suffix(".xml").name if file.suffix == ".bin" else file.name
 
 
-def _quantized(name: str, folder: Path, images: Path) -> dict[str, Any]:
-    return INT8_FILES[name](folder / ONNX_FILE, folder / name, np.load(images, mmap_mode="r"))
+def _quantized(
+    name: str,
+    folder: Path,
+    calibration: Path,
+    images: Path,
+    reference: np.ndarray,
+    labels: np.ndarray | None,
+    largest_drop: float,
+    threads: int,
+) -> dict[str, Any]:
+    """Write the file of int8 that a runtime loads, by what it loses on the images; return how it was made."""
+    runtime = get_runtime(name)
+
+    def drop(file: Path) -> float:
+        outputs = _outputs_of(runtime.load(file, threads), np.load(images, mmap_mode="r"))
+        return agreement(reference, outputs[0], labels, largest_drop).drop
+
+    return INT8_FILES[runtime.file_name](
+        folder / ONNX_FILE, folder / runtime.file_name, np.load(calibration, mmap_mode="r"), drop=drop,
+        largest_drop=largest_drop, threads=threads,
+    )  # fmt: skip
+
+
+def _outputs_of(network: LoadedNetwork, images: np.ndarray) -> list[np.ndarray]:
+    parts = [network.run(np.array(images[i : i + _AT_ONCE])) for i in range(0, len(images), _AT_ONCE)]
+    return [np.concatenate(each) for each in zip(*parts)]
 
 
 def _tried(
@@ -305,8 +332,7 @@ def _tried(
     """Return what a runtime gives for the images, its times beside the float32 export's, and its version."""
     runtime, pixels = get_runtime(name), np.load(images, mmap_mode="r")
     network = runtime.load(folder, threads)
-    parts = [network.run(np.array(pixels[i : i + _AT_ONCE])) for i in range(0, len(pixels), _AT_ONCE)]
-    outputs = [np.concatenate(each) for each in zip(*parts)]
+    outputs = _outputs_of(network, pixels)
     times = {}
     same = (name, folder) == (BASELINE, baseline)
     first = network if same or not batches else get_runtime(BASELINE).load(baseline, threads)
