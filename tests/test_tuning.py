@@ -122,9 +122,12 @@ def test_the_fastest_that_holds_ships_and_the_manifest_has_the_whole_table(train
     report = tuned(trained, images, tmp_path / "out", batches=(1, 3))
     manifest = read_manifest(tmp_path / "out")
     ways = manifest["tuning"]["ways"]
-    # What has a file of int8 comes last.
-    expected = sorted(runtimes.SERVING, key=lambda runtime: runtime.precision == "int8")
-    assert [way["runtime"] for way in ways] == [runtime.name for runtime in expected]
+    # Behind the baseline, what is most often the fastest comes first: the time may be used up before the last.
+    assert [way["runtime"] for way in ways] == [
+        "onednn", "openvino-bfloat16", "onednn-bfloat16", "openvino-int8", "onnxruntime-int8", "openvino",
+        "onnxruntime", "gpu",
+    ]  # fmt: skip
+    assert {way["runtime"] for way in ways} == {runtime.name for runtime in runtimes.SERVING}
     assert manifest["tuning"]["images"] == len(images)
     assert manifest["tuning"]["machine"]["processor"]
     assert manifest["tuning"]["threads"] == 1
@@ -267,11 +270,11 @@ def test_each_form_is_tried_and_the_best_one_ships(images, tmp_path, here, monke
         tuning=tuning_on(images, labels), progress=lambda line: None,
     )  # fmt: skip
     assert [(way.form, way.runtime) for way in report.tuned.ways] == [
-        (None, "onednn"), (None, "other"), ("halves", "onednn"), ("halves", "other"),
+        (None, "onednn"), (None, "other"), ("halves", "other"), ("halves", "onednn"),
     ]  # fmt: skip
     manifest = read_manifest(tmp_path / "out")
     assert manifest["tuning"]["form"] == "halves"
-    assert [entry["runtime"] for entry in manifest["serving"]] == ["onednn", "other"]
+    assert [entry["runtime"] for entry in manifest["serving"]] == ["other", "onednn"]
     assert "fused network, halves" in report.checks
     expected = nn.functional.softmax(net(paddle.to_tensor(images[:4])))
     assert relative_error(InferenceModel(tmp_path / "out").run(images[:4])[0], expected) < 1e-5

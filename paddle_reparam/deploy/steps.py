@@ -249,11 +249,6 @@ def tune(work: Work) -> None:
                 bounds[form, precision] = work.rounding_bound(network, [tuner.some_images], precision)
             return bounds[form, precision]
 
-        def attempt_all(forms: Sequence[str | None], int8: bool) -> None:
-            ways = [(form, runtime) for form in forms for runtime in tuner.runtimes(int8)]
-            for form, runtime in tuning.watch([way for way in ways if (way[0], way[1].name) != (None, BASELINE)]):
-                tuner.attempt(form, runtime, folders[form], functools.partial(bound, form))
-
         for form, folder in folders.items():
             if form is not None:
                 work.form, work.fused = form, fused_form(work, form)[0]
@@ -265,9 +260,12 @@ def tune(work: Work) -> None:
                 with contextlib.nullcontext() if work.options.onnx else contextlib.suppress(ReparamError):
                     export_onnx(folder, description_for_a_file(work.manifest))
         tuner.start(folders[None])
-        attempt_all(forms, int8=False)
-        # Ranges are measured on many images, which takes long: so for the best form alone.
-        attempt_all([tuner.best_form()], int8=True)
+        # Ranges of int8 are measured on many images, which takes long: so for the best form alone.
+        counts = [(each, 1 if each.precision == "int8" else len(forms)) for each in tuner.runtimes()]
+        for runtime, number in tuning.watch([(each, number) for each, count in counts for number in range(count)]):
+            form = tuner.best_form() if runtime.precision == "int8" else forms[number]
+            if (runtime.name, form) != (BASELINE, None):
+                tuner.attempt(form, runtime, folders[form], functools.partial(bound, form))
         work.form, work.tuned = tuner.choose().form, tuner.report
         for file in tuner.files_to_ship(folders[work.form], work.options.onnx):
             file.rename(work.folder / file.name)
