@@ -196,7 +196,7 @@ def test_a_file_of_int8_that_is_broken_while_it_is_written(
 ):  # fmt: skip
     quantize = INT8_FILES[runtime.file_name]
 
-    def write_broken(source, target, calibration):
+    def write_broken(source, target, calibration, **_):
         settings = quantize(source, target, calibration * np.float32(0.05 if break_it == "calibration" else 1.0))
         if break_it != "calibration":
             break_it(target, trained[0])

@@ -15,6 +15,7 @@ from ..errors import ReparamError, one_sentence
 from ..files import Folder
 from .calibration import Activation, copy_of, largest_by_channel, measure
 from .equalization import arrays_of, equalize, exponents_of, links_of
+from .outputs import error_beside_spread
 from .runtimes.onnx_runtime import OnnxModel, need
 
 #: What an int8 file says of the channels that were equalised in it.
@@ -142,7 +143,7 @@ class QuantizedNetwork:
 
     def error_of(self, model: Any) -> float:
         """Return how far a graph's first output is from that in float32, relative, as roots of mean squares."""
-        return _relative(self._outputs(model), self.expected)
+        return error_beside_spread(self._outputs(model), self.expected)
 
     def choose(self) -> tuple[tuple[str, str], Any, float]:
         """Return the ranges and the activations that are best here, the graph with them, and its error."""
@@ -183,14 +184,8 @@ class QuantizedNetwork:
                 on = np.array([tensor in touched for tensor in tensors])
                 if on.any():
                     output = running.outputs_of({self.model.graph.input[0].name: images, _SWITCHES: on})[0]
-                    changes[node.name] = _relative(output, self.expected[:_COMPARED_BY_LAYER])
+                    changes[node.name] = error_beside_spread(output, self.expected[:_COMPARED_BY_LAYER])
         return sorted(changes, key=lambda name: -changes[name])
-
-
-def _relative(outputs: np.ndarray, expected: np.ndarray) -> float:
-    expected = expected.astype(np.float64)
-    power = np.square(expected - expected.mean()).sum()
-    return float(np.sqrt(np.square(outputs - expected).sum() / power)) if power else 0.0
 
 
 def _add_switches(model: Any, arrays: Mapping[str, np.ndarray]) -> list[str]:

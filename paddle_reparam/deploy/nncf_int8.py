@@ -17,6 +17,7 @@ import numpy as np
 
 from ..errors import ReparamError, one_sentence
 from ..files import Folder
+from .outputs import error_beside_spread
 from .runtimes.openvino import METADATA, need_openvino
 
 #: Operators that multiply, and are worth eight bits.
@@ -134,7 +135,7 @@ class _Network:
         return best
 
     def _error(self, settings: _Settings) -> float:
-        return _relative(_outputs(self.quantized(settings), [self.compared], self.threads)[0], self.expected)
+        return error_beside_spread(_outputs(self.quantized(settings), [self.compared], self.threads)[0], self.expected)
 
     def worst_first(self, quantized: Any) -> list[str]:
         """Return the layers in int8, by how much farther from float32 their outputs are than their inputs."""
@@ -144,7 +145,7 @@ class _Network:
         # One after the other: where OpenVINO 2026.4 puts out what a convolution in int8 gives before its bias, all that
         # comes behind that convolution is wrong.
         maps = {name: _maps(quantized, [name], images, self.threads)[name] for name in layers}
-        errors = {name: _relative(maps[name], exact[name]) ** 2 for name in layers}
+        errors = {name: error_beside_spread(maps[name], exact[name]) ** 2 for name in layers}
         growth = {name: errors[name] - max((errors[each] for each in _before(op)), default=0.0)
                   for name, op in layers.items()}  # fmt: skip
         return sorted(growth, key=lambda name: -growth[name])
@@ -180,13 +181,6 @@ def _outputs(model: Any, batches: Sequence[np.ndarray], threads: int) -> list[np
     request = need_openvino().Core().compile_model(model, "CPU", options)
     parts = [list(request(batch).to_tuple()) for batch in batches]
     return [np.concatenate(each) for each in zip(*parts)]
-
-
-def _relative(outputs: np.ndarray, expected: np.ndarray) -> float:
-    """Return how far outputs are from the expected ones, beside how far these are from their mean; roots of squares."""
-    expected = expected.astype(np.float64)
-    power = np.square(expected - expected.mean()).sum()
-    return float(np.sqrt(np.square(outputs - expected).sum() / power)) if power else 0.0
 
 
 def _save(quantized: Any, path: Path, metadata: Mapping[str, str]) -> None:

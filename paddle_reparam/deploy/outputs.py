@@ -165,6 +165,13 @@ def comparable(outputs: Sequence[np.ndarray], output: OutputSpec) -> list[np.nda
     return [*outputs, *logarithms]
 
 
+def error_beside_spread(outputs: np.ndarray, expected: np.ndarray) -> float:
+    """Return how far outputs are from the expected ones, beside how far these are from their mean; roots of squares."""
+    expected = expected.astype(np.float64)
+    power = np.square(expected - expected.mean()).sum()
+    return float(np.sqrt(np.square(outputs - expected).sum() / power)) if power else 0.0
+
+
 class OfPixels(nn.Layer):
     """A network behind a normalisation of its own, computed as PaddleClas does."""
 

@@ -140,7 +140,7 @@ def release(
         _refuse_to_replace(target, folder, force)
     work = Work(
         model, weights, input_spec, output, options, load, stock, why_no_stock, texts or {}, facts or {}, tolerance,
-        tuning, lambda line: progress(f"          {line}"),
+        tuning, lambda line: progress(f"    {line}"),
     )  # fmt: skip
     for step in STEPS:
         _do(step, work, progress)

@@ -314,20 +314,17 @@ def seal(work: Work) -> None:
 def serving(work: Work, probe: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     """Return by which runtimes the release is to be used, and how far each may be off for the probe.
 
-    Below float32 that is what rounding does, or twice what it is off by here, if that is more: the probe is noise, of
-    which a network need make nothing, and what serves has been proven on images.
+    Below float32 that is what rounding does to images, or twice what it is off by here, if that is more: the probe is
+    noise, of which a network need make nothing, and what serves has been proven on images.
     """
-    entries, bounds = [], {}
+    entries = []
     for way in work.tuned.serving:
         runtime = get_runtime(way.runtime)
         outputs = runtime.load(work.folder).run(*probe)
         error, _ = compare_outputs(comparable(expected, work.output), comparable(outputs, work.output), tolerance=1.0)
         tolerance = work.manifest["probe"]["tolerance"]
         if runtime.precision != "float32":
-            if runtime.precision not in bounds:
-                fused, _ = fused_form(work, work.form)
-                bounds[runtime.precision] = work.rounding_bound(fused, probe, runtime.precision)
-            tolerance = max(bounds[runtime.precision], 2 * error)
+            tolerance = max(way.bound, 2 * error)
         if not error <= tolerance < math.inf:
             raise ReparamError(
                 f"{runtime.file(work.folder).name}: {runtime.title} gives the probe with a relative error of "

@@ -38,7 +38,7 @@ _MULTIPLY_ADDS, _MOST_IMAGES = 7.5e11, 1024
 #: In which order precisions are tried: the time may be used up before the last.
 _FASTEST_FIRST = ("bfloat16", "int8", "float32")
 #: Images that a precision's rounding is measured on.
-_IMAGES_OF_BOUND = 4
+_IMAGES_OF_BOUND = 2
 #: Seconds that timing a way at one batch size takes at most, and a way is given at least.
 _TIMED_SECONDS, _FEWEST_SECONDS = 4.0, 60.0
 
@@ -182,7 +182,7 @@ class Tuner:
 
     def start(self, folder: Path) -> Way:
         """Take an export as what the others are compared with, and return it as a way."""
-        self.baseline = folder
+        self.baseline, self.before = folder, time.monotonic()
         way = self._run(Way(None, BASELINE, "float32"), folder)
         if way.why_not is not None:
             raise ReparamError(f"the float32 export cannot be run: {way.why_not}")
@@ -250,7 +250,9 @@ class Tuner:
         way.why_not = why_not
         self.report.ways.append(way)
         ratio = "" if way.ratio is None else f": {way.ratio:.2f} of the float32 export's time"
-        self.said(f"{way.title}{ratio}" + ("" if why_not is None else f"; {why_not}"))
+        now = time.monotonic()
+        self.said(f"{now - self.before:6.1f} s  {way.title}{ratio}" + ("" if why_not is None else f"; {why_not}"))
+        self.before = now
         return way
 
     def best_form(self) -> str | None:
