@@ -92,6 +92,8 @@ class _Network:
         self.source, self.threads = source, threads
         self.batches = [np.array(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
         self.compared = np.array(images[:: -(-len(images) // _COMPARED)])
+        #: Those that ranges are measured on while settings are compared.
+        self.few = [self.compared[i : i + _BATCH] for i in range(0, len(self.compared), _BATCH)]
         self.model = self._read()
         [self.expected] = _outputs(self.model, [self.compared], self.threads)[:1]
 
@@ -100,16 +102,17 @@ class _Network:
         # another range for each column of a kernel and leaves the convolution in float32.
         return need_openvino().convert_model(str(self.source))
 
-    def quantized(self, settings: _Settings) -> Any:
-        """Return the network in int8."""
+    def quantized(self, settings: _Settings, batches: Sequence[np.ndarray] | None = None) -> Any:
+        """Return the network in int8, with ranges measured on batches, or on all images."""
+        batches = self.batches if batches is None else batches
         nncf = need_openvino("nncf")
         # The quick way to correct biases, which is the default, made the error of networks 4 times as large.
         ranges = need_openvino("nncf.quantization.range_estimator").RangeEstimatorParametersSet
         presets = nncf.QuantizationPreset
         return nncf.quantize(
             self._read(),
-            nncf.Dataset(self.batches),
-            subset_size=len(self.batches),
+            nncf.Dataset(batches),
+            subset_size=len(batches),
             preset=presets.MIXED if settings.zero_points else presets.PERFORMANCE,
             fast_bias_correction=False,
             ignored_scope=nncf.IgnoredScope(names=list(settings.float_layers)),
@@ -135,7 +138,8 @@ class _Network:
         return best
 
     def _error(self, settings: _Settings) -> float:
-        return error_beside_spread(_outputs(self.quantized(settings), [self.compared], self.threads)[0], self.expected)
+        quantized = self.quantized(settings, self.few)
+        return error_beside_spread(_outputs(quantized, [self.compared], self.threads)[0], self.expected)
 
     def worst_first(self, quantized: Any) -> list[str]:
         """Return the layers in int8, by how much farther from float32 their outputs are than their inputs."""

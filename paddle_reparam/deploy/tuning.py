@@ -64,7 +64,7 @@ class Tuning:
     timed: bool = True
     batches: tuple[int, ...] = (1,)
     threads: int = 1
-    seconds: float = 240.0
+    seconds: float = 180.0
     largest_drop: float = 1.0
     #: Given the ways before they are tried, it returns them again, and may show how far they are.
     watch: Callable[[Sequence[Any]], Iterable[Any]] = iter
