@@ -188,9 +188,7 @@ class Int8Report(Report):
         changed = changed if measured.change else "int8 is right as often"
         kept = self.settings["float32"]
         stayed = f"; in float32 stayed {', '.join(kept)}" if kept else ""
-        return (
-            f"{table}\n{changed if measured.change else 'int8 is right as often'}, on {measured.images} images{stayed}"
-        )
+        return f"{table}\n{changed}, on {measured.images} images{stayed}"
 
 
 def export_int8(

@@ -162,7 +162,6 @@ class Tuner:
         #: Those on which a precision's rounding is measured.
         self.some_images = images[:_IMAGES_OF_BOUND]
         np.save(self._images, images)
-        self.shape = images.shape[1:]
         self.report = TuningReport(machine_facts(), {}, len(images), tuning.threads, [])
         self.reference: list[np.ndarray] = []
         self.baseline: Path | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Protocol
@@ -49,6 +50,25 @@ def file_of(place: Folder, name: str) -> Path | None:
     """Return the file of that name in a folder, or the place itself where it is a file of that kind; else None."""
     path = Path(place) / name if Path(place).is_dir() else Path(place)
     return path if path.is_file() and path.suffix == Path(name).suffix else None
+
+
+@dataclass(frozen=True)
+class OfOneFile:
+    """What runtimes share that load one file of a folder, in one precision."""
+
+    name: str
+    title: str
+    precision: str
+    file_name: str
+    proves = True
+
+    def file(self, folder: Folder) -> Path | None:
+        """Return the file of a folder that it loads, or the file itself; None where there is none."""
+        return file_of(folder, self.file_name)
+
+    def place(self, folder: Folder) -> Path:
+        """Return the file that it is to load, whether it is there or not."""
+        return self.file(folder) or Path(folder) / self.file_name
 
 
 class Runtime(Protocol):

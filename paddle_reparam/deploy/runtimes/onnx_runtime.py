@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -13,7 +11,7 @@ from ...errors import ReparamError, one_sentence
 from ...files import Folder
 from ...measure.processors import lacks_vnni
 from ..programs import FILE_NAME, in_order
-from .base import LoadedNetwork, file_of
+from .base import LoadedNetwork, OfOneFile
 
 ONNX_FILE = f"{FILE_NAME}.onnx"
 INT8_ONNX_FILE = f"{FILE_NAME}_int8.onnx"
@@ -59,15 +57,8 @@ class OnnxModel(LoadedNetwork):
         return self._session.run(None, inputs)
 
 
-@dataclass(frozen=True)
-class OnnxRuntime:
+class OnnxRuntime(OfOneFile):
     """onnxruntime on the CPU, with the file of one precision."""
-
-    name: str
-    title: str
-    precision: str
-    file_name: str
-    proves = True
 
     def version(self) -> str:
         """Return the package that runs it, with its version; raises `ReparamError` where it is missing."""
@@ -77,13 +68,9 @@ class OnnxRuntime:
         """Raise `ReparamError` where onnxruntime is missing."""
         need("onnxruntime")
 
-    def file(self, folder: Folder) -> Path | None:
-        """Return the ONNX file of a folder, or a file itself; None where there is none."""
-        return file_of(folder, self.file_name)
-
     def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> OnnxModel:
         """Load the ONNX file of a folder, or a file; raises `ReparamError` where it cannot be loaded."""
-        return OnnxModel(self.file(folder) or Path(folder) / self.file_name, threads)
+        return OnnxModel(self.place(folder), threads)
 
 
 RUNTIMES = (

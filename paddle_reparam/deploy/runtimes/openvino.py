@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +14,7 @@ from ...errors import ReparamError, one_sentence
 from ...files import Folder
 from ...measure.processors import require_bfloat16
 from ..programs import FILE_NAME, in_order
-from .base import LoadedNetwork, file_of
+from .base import LoadedNetwork, OfOneFile
 from .onnx_runtime import ONNX_FILE
 
 #: The network in int8; its weights are in the file of the same name that ends in `.bin`.
@@ -115,15 +114,8 @@ class OpenVinoModel(LoadedNetwork):
         return self._core.compile_model(model, "CPU", self._options).create_infer_request()
 
 
-@dataclass(frozen=True)
-class OpenVino:
+class OpenVino(OfOneFile):
     """OpenVINO on the CPU, in one precision."""
-
-    name: str
-    title: str
-    precision: str
-    file_name: str
-    proves = True
 
     def version(self) -> str:
         """Return the package that runs it, with its version; raises `ReparamError` where it is missing."""
@@ -135,13 +127,9 @@ class OpenVino:
         if self.precision == "bfloat16":
             _require_bfloat16()
 
-    def file(self, folder: Folder) -> Path | None:
-        """Return the file of a folder that it loads, or the file itself; None where there is none."""
-        return file_of(folder, self.file_name)
-
     def load(self, folder: Folder, threads: int = 1, keep_shapes: bool = True) -> OpenVinoModel:
         """Load the file of a folder, or a file; raises `ReparamError` where it cannot be loaded."""
-        path = self.file(folder) or Path(folder) / self.file_name
+        path = self.place(folder)
         return OpenVinoModel(path, self._hint(), threads, keep_shapes)
 
     def _hint(self) -> str:
