@@ -159,8 +159,8 @@ class Tuner:
         self.deadline = time.monotonic() + tuning.seconds
         images, self.labels = tuning.images(count_images(tuning, multiply_adds))
         require_images(len(images), tuning.largest_drop)
-        #: Those on which a precision's rounding is measured.
-        self.some_images = images[:_IMAGES_OF_BOUND]
+        #: Those on which a precision's rounding is measured; a view would keep all of them.
+        self.some_images = np.array(images[:_IMAGES_OF_BOUND])
         np.save(self._images, images)
         self.report = TuningReport(machine_facts(), {}, len(images), tuning.threads, [])
         self.reference: list[np.ndarray] = []
@@ -194,13 +194,16 @@ class Tuner:
             return self._done(way, f"not tried: the {self.tuning.seconds:g} seconds are used up")
         try:
             runtime.require()
+        except ReparamError as error:
+            return self._done(way, f"not tried: {error}")
+        try:
             if runtime.file_name in INT8_FILES:
                 way.settings = self._quantize(folder, runtime.name)
             if runtime.file(folder) is None:
                 return self._done(way, f"not tried: there is no {runtime.file_name}")
             way.bound = 10 * NETWORK_TOLERANCE if runtime.precision == "float32" else bound(runtime.precision)
         except ReparamError as error:
-            return self._done(way, f"not tried: {error}")
+            return self._done(way, f"fails: {error}")
         return self._run(way, folder)
 
     def _quantize(self, folder: Path, name: str) -> dict[str, Any]:
