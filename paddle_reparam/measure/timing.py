@@ -22,6 +22,8 @@ from ..errors import ReparamError
 FEWEST_ROUNDS = 5
 #: Seconds for which the threads of another runtime are left to fall asleep: those of Paddle's OpenMP take 0.2.
 PAUSE = 0.25
+#: What takes so long is called once a turn, as a pause is nothing beside it; else so often.
+_LONG = 0.1
 _CALLS_OF_A_TURN = 3
 
 Returned = TypeVar("Returned")
@@ -81,11 +83,13 @@ def time_beside(
     def turn(function: Callable[[], Any]) -> Callable[[], float]:
         def timed() -> float:
             time.sleep(PAUSE)
+            begin = clock()
             function()
             started = clock()
-            for _ in range(_CALLS_OF_A_TURN):
+            calls = _CALLS_OF_A_TURN if started - begin < _LONG else 1
+            for _ in range(calls):
                 function()
-            return (clock() - started) / _CALLS_OF_A_TURN
+            return (clock() - started) / calls
 
         return timed
 
