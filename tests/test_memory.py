@@ -7,11 +7,13 @@ import tempfile
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 from paddle import nn
 
 from paddle_reparam import replace
 from paddle_reparam.deploy.old_programs import HAS_NEW_PROGRAMS
+from paddle_reparam.deploy.tuning import Tuning
 from paddle_reparam.measure.memory import give_back, only_new_objects, own_peak
 from paddle_reparam.measure.timing import in_new_process
 from paddle_reparam.surgery.verify import settle_batch_norms
@@ -32,7 +34,7 @@ def make():
     return net
 
 
-def peak_of_release():
+def peak_of_release(tuned=False):
     """Return the bytes of a network's weights, and the most that its release held beyond what Paddle itself does."""
     give_back()
     before = own_peak()
@@ -45,18 +47,31 @@ def peak_of_release():
         give_back()
         Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
         # The package has a function of the same name.
-        importlib.import_module("paddle_reparam.deploy.release").release(net, weights, Path(folder, "out"), SPEC)
+        importlib.import_module("paddle_reparam.deploy.release").release(
+            net, weights, Path(folder, "out"), SPEC, tuning=tuning_on_noise() if tuned else None
+        )
     return bytes_of_weights, own_peak() - before
+
+
+def tuning_on_noise():
+    """Return what to try: all runtimes of two precisions, each in a process that holds what it loads."""
+    images = np.random.default_rng(0).standard_normal([112, *SPEC[0][1:]]).astype("float32")
+    asked = {"precisions": ("bfloat16",), "largest_drop": 100.0, "timed": False}
+    return Tuning(lambda most: (images[:most], np.zeros(len(images[:most]), int)), lambda most: images, **asked)
 
 
 @pytest.mark.skipif(
     sys.platform != "linux", reason="how much of the freed memory a process keeps depends on the system"
 )
-def test_a_release_holds_few_copies_of_the_weights():
-    bytes_of_weights, peak = in_new_process(peak_of_release)
-    print(f"weights {bytes_of_weights / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB, {peak / bytes_of_weights:.2f} times")
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_release_holds_few_copies_of_the_weights(tuned):
+    bytes_of_weights, peak = in_new_process(peak_of_release, tuned)
+    times = peak / bytes_of_weights
+    print(f"weights {bytes_of_weights / MIB:.0f} MiB, peak {peak / MIB:.0f} MiB, {times:.2f} times")
     assert bytes_of_weights > 75 * MIB
-    assert peak < COPIES * bytes_of_weights + 150 * MIB
+    # A network without weights to speak of takes 165 MiB where it is tuned: OpenVINO and onnxruntime are libraries of
+    # some size, and fused, this one has 12 MiB more of weights than in train form.
+    assert peak < (COPIES + tuned) * bytes_of_weights + (200 if tuned else 150) * MIB
 
 
 def test_only_new_objects_are_looked_through_and_all_of_them_again_afterwards():

@@ -69,7 +69,7 @@ def test_float32_is_named_and_every_shape_is_right(exported):
         for batch, size in [(2, 16), (1, 16), (3, 24), (1, 33), (2, 40), (1, 17), (2, 16)]:
             x = images(batch, size)
             assert relative_error(model.run(x)[0], net(paddle.to_tensor(x))) < 1e-5
-        assert len(model._compiled) == (5 if keep_shapes else 2)
+        assert len(model._compiled) == (5 if keep_shapes else 1)
 
 
 @needs_onnx

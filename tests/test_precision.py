@@ -180,6 +180,15 @@ def test_the_network_stays_as_it_was():
         rounding_bound(net, [images()], "float16")
 
 
+@pytest.mark.parametrize("precision", ROUNDED)
+def test_large_weights_are_rounded_part_by_part_as_they_are_at_once(monkeypatch, precision):
+    net, x = of_layers(), [images()]
+    at_once = rounding_bound(net, x, precision)
+    monkeypatch.setattr("paddle_reparam.deploy.precision._LARGE", 24)
+    assert rounding_bound(net, x, precision) == pytest.approx(at_once, rel=1e-9)
+    assert all(weight.dtype == paddle.float32 for weight in net.parameters())
+
+
 def test_what_is_off_by_half_is_wrong_whatever_rounding_does():
     class Chaotic(nn.Layer):
         def forward(self, x):

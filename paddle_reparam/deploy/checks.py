@@ -83,6 +83,7 @@ def check_export(
             continue
         # One after the other, as each holds the weights.
         compared = _Comparable(runtime.load(folder, keep_shapes=False), _exported_outputs, output, taken)
+        give_back()  # what loading took beside
         for size in batch_sizes:
             reports[f"{runtime.title}, batch {size}"] = verify(
                 reference, lambda *inputs, f=compared: f(*inputs), input_spec, 2, size, tolerance, must_depend

@@ -39,6 +39,8 @@ FACTOR = 3.0
 LARGEST_BOUND = 0.5
 #: Runs with rounded numbers: one to the nearest, the others shifted.
 _DRAWS = 3
+#: Weights of more numbers are not held in float64 all the time.
+_LARGE = 2**18
 _LEVELS = 127
 #: Images without which nothing is said where no answer at all may be lost.
 FEWEST_IMAGES = 100
@@ -62,26 +64,36 @@ def rounding_bound(
     to 8 significant bits, "int8" to a scale for each channel of a weight and one for each other operand, and all the
     rest to bfloat16. The largest difference, as `compare_outputs` measures it, times `FACTOR` is the bound, up to
     `LARGEST_BOUND`. It belongs to these inputs, `output` and `normalization`; `names` are those of the inputs for a
-    network that takes one dict. Beside the network a copy with twice its bytes is held. Raises `UsageError` for another
-    precision, and `NothingProven` where what is put out is not finite.
+    network that takes one dict. Large weights are turned to float64 one at a time, where they are multiplied. Raises
+    `UsageError` for another precision, and `NothingProven` where what is put out is not finite.
     """
     if precision not in ROUNDED:
         raise UsageError(f"there is no bound for {precision!r}; choose one of {', '.join(ROUNDED)}")
-    exact = copy_model(network)
-    exact._to_impl(dtype="float64", floating_only=True)  # `to` makes floats of integers as well
+    exact = _in_float64(network)
     with Hooks() as hooks:
         hooks.before(exact, lambda _layer, taken: tuple(map_tensors(_to_float64, taken)))
 
-        def outputs() -> list[np.ndarray]:
-            return comparable(probe_output(exact, inputs, names, output, normalization), output)
+        def outputs(precision: str | None = None, seed: int = 0) -> list[np.ndarray]:
+            with _computing(exact, precision, seed):
+                return comparable(probe_output(exact, inputs, names, output, normalization), output)
 
-        expected, errors = outputs(), []
-        for seed in range(_DRAWS):
-            with _rounded(exact, precision, seed):
-                errors.append(compare_outputs(expected, outputs(), tolerance=1.0)[0])
+        expected = outputs()
+        errors = [compare_outputs(expected, outputs(precision, seed), tolerance=1.0)[0] for seed in range(_DRAWS)]
     if not math.isfinite(max(errors)):
         raise NothingProven(f"what the network puts out is not finite when it is rounded to {precision}")
     return min(FACTOR * max(errors), LARGEST_BOUND)
+
+
+def _in_float64(network: nn.Layer) -> nn.Layer:
+    """Return a copy of a network whose numbers are in float64, but for its large weights: those it shares with it."""
+    copied = copy_model(network, share_tensors=True)
+    for _, layer in walk(copied):
+        for tensors in (layer._parameters, layer._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor.size <= _LARGE:
+                    tensors[name] = _to_float64(tensor)
+                    tensors[name].persistable = tensor.persistable
+    return copied
 
 
 def _to_float64(tensor: paddle.Tensor) -> paddle.Tensor:
@@ -89,46 +101,70 @@ def _to_float64(tensor: paddle.Tensor) -> paddle.Tensor:
 
 
 @contextlib.contextmanager
-def _rounded(network: nn.Layer, precision: str, seed: int) -> Iterator[None]:
-    """While the `with` block runs, let a network in float64 compute with rounded numbers; to the nearest for seed 0."""
+def _computing(network: nn.Layer, precision: str | None, seed: int) -> Iterator[None]:
+    """While the `with` block runs, let a network compute in float64; with a precision, with rounded numbers.
+
+    For seed 0 they are rounded to the nearest.
+    """
     generator = np.random.default_rng(seed) if seed else None
 
-    def to_bfloat16(x: paddle.Tensor) -> paddle.Tensor:
+    def rounded(x: paddle.Tensor, step: paddle.Tensor | None = None) -> paddle.Tensor:
+        """Return numbers in float64; with a precision rounded, to multiples of a step or to bfloat16."""
+        x = x.astype("float64")
+        if precision is None:
+            return x
+        shift = None if generator is None else _uniform(generator, x)
+        if step is not None:
+            return paddle.round(x / step if shift is None else x / step + 0.5 * shift) * step
         # Up to half of a step away, so that what is rounded already stays as it is.
-        shifted = x if generator is None else x * (1.0 + 2.0**-8 * _uniform(generator, x))
+        shifted = x if shift is None else x * (1.0 + 2.0**-8 * shift)
         # To the nearest number of 8 significant bits, by Veltkamp's splitting; Paddle 2 casts in another way.
         high = shifted * (2.0**45 + 1.0)
         return high - (high - shifted)
 
-    def to_int8(x: paddle.Tensor, channel: int | None) -> paddle.Tensor:
-        if channel is None:
-            step = (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / (2 * _LEVELS + 1) or 1.0
-        else:
-            largest = x.abs().amax([axis for axis in range(x.ndim) if axis != channel % x.ndim], keepdim=True)
-            step = paddle.where(largest > 0, largest, paddle.ones_like(largest)) / _LEVELS
-        steps = x / step
-        return paddle.round(steps if generator is None else steps + 0.5 * _uniform(generator, x)) * step
+    def operand(x: paddle.Tensor, channel: int | None) -> paddle.Tensor:
+        step = _step(x, channel) if precision == "int8" else None
+        if x.size <= _LARGE:
+            return rounded(x, step)
+        # Part by part: what is made on the way is several times as large as the weights.
+        result = paddle.empty(x.shape, "float64")
+        rows = max(1, _LARGE * x.shape[0] // x.size)
+        for begin in range(0, x.shape[0], rows):
+            part = slice(begin, begin + rows)
+            result[part] = rounded(x[part], step[part] if step is not None and step.shape[0] > 1 else step)
+        return result
 
-    def rounding(operation: Callable[..., Any], _rule: Callable[..., tuple]) -> Callable[..., Any]:
+    def computing(operation: Callable[..., Any], _rule: Callable[..., tuple]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
             operands = [key for key, value in given.items() if isinstance(value, paddle.Tensor)][:2]
             for position, key in enumerate(operands):
                 x = given[key]
-                channel = _channel_axis(operation.__name__, position, given) if x.persistable else None
-                given[key] = to_bfloat16(x) if precision == "bfloat16" else to_int8(x, channel)
+                given[key] = operand(x, _channel_axis(operation.__name__, position, given) if x.persistable else None)
             args = tuple(given.pop(key) for key in range(len(args)))
-            return to_bfloat16(operation(*args, **given))
+            return rounded(operation(*args, **given))
 
         return run
 
     def of_layer(_layer: nn.Layer, _inputs: Any, output: Any) -> Any:
-        return map_tensors(lambda x: to_bfloat16(x) if x.is_floating_point() else x, output)
+        return map_tensors(lambda x: rounded(x) if x.is_floating_point() else x, output)
 
-    with Hooks() as hooks, in_place_of_products(rounding):
+    with Hooks() as hooks, in_place_of_products(computing):
         for layer in {id(layer): layer for _, layer in walk(network)}.values():
             hooks.after(layer, of_layer)
         yield
+
+
+def _step(x: paddle.Tensor, channel: int | None) -> paddle.Tensor:
+    """Return what a step of int8 is, in a shape that broadcasts: for a weight's channels, or of all that x holds."""
+    axes = [axis for axis in range(x.ndim) if channel is None or axis != channel % x.ndim]
+    low, high = (each(axes, keepdim=True).astype("float64") for each in (x.amin, x.amax))
+    zero = paddle.zeros_like(high)
+    if channel is None:
+        step = (paddle.maximum(high, zero) - paddle.minimum(low, zero)) / (2 * _LEVELS + 1)
+    else:
+        step = paddle.maximum(high, -low) / _LEVELS
+    return paddle.where(step > 0, step, paddle.ones_like(step))
 
 
 def _uniform(generator: np.random.Generator, like: paddle.Tensor) -> paddle.Tensor:

@@ -16,7 +16,7 @@ from paddle import nn
 
 from ..errors import BY_FORCE, OutputExists, one_sentence
 from ..files import Folder, new_folder
-from ..measure.memory import give_back, only_new_objects
+from ..measure.memory import give_back, large_blocks_apart, only_new_objects
 from ..report import Report, format_table
 from ..surgery.flops import ModelSize
 from ..surgery.places import RewriteReport
@@ -97,6 +97,7 @@ class ReleaseReport(Report):
 
 
 @only_new_objects()
+@large_blocks_apart()
 def release(
     model: nn.Layer,
     weights: Folder,

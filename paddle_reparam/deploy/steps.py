@@ -320,7 +320,9 @@ def serving(work: Work, probe: Sequence[np.ndarray], expected: Sequence[np.ndarr
     entries = []
     for way in work.tuned.serving:
         runtime = get_runtime(way.runtime)
-        outputs = runtime.load(work.folder).run(*probe)
+        network = runtime.load(work.folder)
+        give_back()  # what loading took beside
+        outputs = network.run(*probe)
         error, _ = compare_outputs(comparable(expected, work.output), comparable(outputs, work.output), tolerance=1.0)
         tolerance = work.manifest["probe"]["tolerance"]
         if runtime.precision != "float32":
@@ -331,6 +333,7 @@ def serving(work: Work, probe: Sequence[np.ndarray], expected: Sequence[np.ndarr
                 f"{error:.1e} (tolerance {tolerance:.0e})"
             )
         entries.append({"runtime": way.runtime, "tolerance": tolerance})
+        del network
         give_back()
     return entries
 

@@ -60,8 +60,9 @@ def _require_bfloat16() -> None:
 class OpenVinoModel(LoadedNetwork):
     """A network on the CPU, run by OpenVINO.
 
-    It is compiled for each shape of the inputs, which is up to 1.5 times as fast as one form for all of them: for a few
-    shapes, or with `keep_shapes=False` for the first one. All that come later share a form that takes every shape.
+    It is compiled for each shape of the inputs, which is up to 1.5 times as fast as one form for all of them, for a few
+    shapes; all that come later share a form that takes every shape. With `keep_shapes=False` there is one at a time, as
+    each holds the weights: that of the first shape until another comes, and then the one for all.
     """
 
     runtime = "OpenVINO"
@@ -82,7 +83,7 @@ class OpenVinoModel(LoadedNetwork):
             told = self._model.get_rt_info([METADATA]).value if self._model.has_rt_info([METADATA]) else {}
             self.metadata = {name: self._model.get_rt_info([METADATA, name]).astype(str) for name in told}
             names = [each.node.friendly_name for each in self._model.inputs]
-        self._most_shapes = _MOST_SHAPES if keep_shapes else 1
+        self._keep_shapes = keep_shapes
         self._compiled: dict[tuple[tuple[int, ...], ...] | None, Any] = {}
         super().__init__(str(path), in_order(names))
 
@@ -98,9 +99,11 @@ class OpenVinoModel(LoadedNetwork):
             if array.dtype != each.element_type.to_dtype():
                 raise ReparamError(f"{self.name}: it takes {each.element_type.to_dtype()}, not {array.dtype}")
         shapes = tuple(array.shape for array in arrays)
-        if shapes not in self._compiled and len(self._compiled) >= self._most_shapes:
+        if shapes not in self._compiled and len(self._compiled) >= (_MOST_SHAPES if self._keep_shapes else 1):
             shapes = None
         if shapes not in self._compiled:
+            if not self._keep_shapes:
+                self._compiled.clear()
             self._compiled[shapes] = self._compile(shapes)
         results = self._compiled[shapes].infer(arrays, share_inputs=True, share_outputs=False)
         return [results[index] for index in range(len(self._model.outputs))]
