@@ -309,6 +309,17 @@ class PooledTokens(nn.Layer):
         return self.pool(tokens.transpose([0, 2, 1])).unsqueeze(3)
 
 
+class ProductOfMaps(nn.Layer):
+    """Each row of a map times a matrix, and a matrix times each, of maps as they are and behind what changes numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix = self.create_parameter([16, 16])
+
+    def forward(self, x):
+        return paddle.matmul(self.matrix, x) + F.relu(2.0 * x) @ self.matrix
+
+
 REPLACED = {
     "leaky ReLU": lambda: nn.LeakyReLU(0.1),
     "PReLU, one slope": lambda: nn.PReLU(1, 0.3),
@@ -323,6 +334,7 @@ REPLACED = {
     "bilinear, corners aligned": lambda: nn.Upsample(size=[21, 11], mode="bilinear", align_corners=True),
     "tokens to maps": TokensAndBack,
     "pooling of tokens": PooledTokens,
+    "products of maps": ProductOfMaps,
 }
 
 

@@ -7,7 +7,9 @@ Each is the same function. Found with Paddle 3.3.1 and oneDNN, by each operator 
 * adaptive pooling to a size that does not divide the map raises in bfloat16, and is silently wrong in a `.pdmodel`;
 * interpolation raises where the program is a `.json`, in float32 too, and takes other pixels in a `.pdmodel` where the
   factor is not whole;
-* a reshape behind a transpose, to maps for a convolution or pooling, raises in bfloat16 where the program is a `.json`.
+* a reshape behind a transpose, to maps for a convolution or pooling, raises in bfloat16 where the program is a `.json`;
+* a matrix product that reads a convolution's or pooling's maps, as they are or behind what works number by number, is
+  silently wrong, in float32 too.
 """
 
 from __future__ import annotations
@@ -24,18 +26,22 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import _C_ops
+from paddle.base.framework import Variable
 
 
 @contextlib.contextmanager
 def replaced_operators() -> Iterator[None]:
     """While the `with` block runs, let others stand for functions of Paddle, in whatever module holds these."""
     originals = {id(getattr(F, name)): function for name, function in _REPLACED.items()}
+    originals[id(paddle.matmul)] = _of_maps(paddle.matmul)
     with contextlib.ExitStack() as changes:
         for module in [each for each in sys.modules.values() if isinstance(each, ModuleType)]:
             for name in [name for name, value in vars(module).items() if id(value) in originals]:
                 changes.enter_context(patch.object(module, name, originals[id(vars(module)[name])]))
         for name, function in {each: _behind_a_transpose(getattr(_C_ops, each)) for each in _RESHAPES}.items():
             changes.enter_context(patch.object(_C_ops, name, function))
+        for traced, name in [(each, name) for each in _TRACED for name in ("matmul", "__matmul__")]:
+            changes.enter_context(patch.object(traced, name, _of_maps(getattr(traced, name))))
         yield
 
 
@@ -136,6 +142,54 @@ def _behind_a_transpose(original: Callable[..., Any]) -> Callable[..., Any]:
 
     return reshape
 
+
+def _of_maps(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a matrix product that reads maps in the order of their axes, and not in oneDNN's."""
+
+    @paddle.jit.not_to_static
+    def matmul(x: Any, y: Any, *others: Any, **named: Any) -> Any:
+        return original(*(_in_order(each) if _are_maps(each) else each for each in (x, y)), *others, **named)
+
+    return matmul
+
+
+def _in_order(maps: Any) -> Any:
+    *first, height, width = maps.shape
+    if height < 0 and width < 0:
+        return maps  # an export for all sizes is compared with the network all the same
+    return maps.flatten(2).reshape([*(0 for _ in first), height, width])
+
+
+def _are_maps(value: Any) -> bool:
+    """Tell whether a value of a program is a convolution's or pooling's, or made of one number by number."""
+    open_ends, seen = [value], set()
+    while open_ends:
+        value = open_ends.pop()
+        if not isinstance(value, _TRACED) or len(value.shape) != 4:
+            continue
+        operator, kind, inputs = _made_by(value)
+        if operator in seen:
+            continue
+        seen.add(operator)
+        if "conv" in kind or "pool" in kind:
+            return True
+        open_ends += [each for each in inputs if list(each.shape) == list(value.shape)]
+    return False
+
+
+def _made_by(value: Any) -> tuple[int | None, str, list[Any]]:
+    """Return the number and the name of the operator that puts a value out, and what it reads."""
+    if not isinstance(value, Variable):
+        made_by = value.get_defining_op()
+        return (None, "", []) if made_by is None else (made_by.id(), made_by.name(), made_by.operands_source())
+    made_by = next((each for each in value.block.ops if value.name in each.output_arg_names), None)
+    if made_by is None:
+        return None, "", []
+    return made_by.idx, made_by.type, [value.block.var(name) for name in made_by.input_arg_names]
+
+
+#: What stands for a tensor while a network is traced, in a `.json` and in a `.pdmodel`.
+_TRACED = (paddle.pir.Value, Variable)
 
 _RESHAPES = ("reshape", "unsqueeze")
 
