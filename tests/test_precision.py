@@ -310,7 +310,7 @@ class PooledTokens(nn.Layer):
 
 
 class ProductOfMaps(nn.Layer):
-    """Each row of a map times a matrix, and a matrix times each, of maps as they are and behind what changes numbers."""
+    """Products of maps and a matrix: of maps as they are, and behind what changes their numbers."""
 
     def __init__(self):
         super().__init__()
