@@ -148,6 +148,23 @@ def test_every_weight_is_stored_in_eight_bits(images, tmp_path):
     assert {node.op_type for node in graph.node if "scores" in node.output} == {"Gemm"}
 
 
+def test_averages_of_windows_are_not_held_in_the_range_of_what_they_average(images, tmp_path):
+    import onnx
+    from onnx import helper
+
+    model = onnx.load(str(network(tmp_path / "plain.onnx")))
+    graph, sizes = model.graph, {"kernel_shape": [4, 4], "strides": [4, 4]}
+    graph.node.insert(2, helper.make_node("AveragePool", ["stem.relu"], ["windows"], name="windows", **sizes))
+    graph.node[3].input[0] = "windows"
+    graph.node.remove(next(node for node in graph.node if node.name == "sum"))
+    next(node for node in graph.node if node.name == "pooled").input[0] = "last.out"
+    onnx.save(model, str(tmp_path / "averages.onnx"))
+    # Noise, of which the averages of 16 are a fourth in size and more.
+    quantize(tmp_path / "averages.onnx", tmp_path / "int8.onnx", images)
+    [expected], [outputs] = (OnnxModel(tmp_path / f"{name}.onnx").run(images) for name in ("averages", "int8"))
+    assert relative_error(outputs, expected) < 0.03
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The search
 

@@ -22,10 +22,11 @@ from .runtimes.onnx_runtime import OnnxModel, need
 EQUALIZED = "paddle_reparam.equalized"
 #: Operators with weights, in the graphs that are quantised.
 WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-#: What onnxruntime's CPU kernels compute in eight bits, or pass on unseen; all the rest is computed in float32.
+#: What onnxruntime's CPU kernels compute in eight bits, or pass on unseen; all the rest is computed in float32. So are
+#: averages of windows: its quantiser would give them the range of what they average, which is several times as wide.
 _QUANTIZED = (
-    *WEIGHTED, "Add", "Mul", "Concat", "Relu", "Clip", "LeakyRelu", "MaxPool", "AveragePool", "GlobalAveragePool",
-    "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Resize", "Pad",
+    *WEIGHTED, "Add", "Mul", "Concat", "Relu", "Clip", "LeakyRelu", "MaxPool", "GlobalAveragePool", "Reshape",
+    "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Split", "Gather", "Resize", "Pad",
 )  # fmt: skip
 #: Those of them that round by themselves.
 _ARITHMETIC = (*WEIGHTED, "Add", "Mul", "Concat")
