@@ -9,6 +9,7 @@ import pytest
 from helpers import missing_for_onnx, relative_error
 from paddle import nn
 
+from paddle_reparam.deploy import nncf_int8
 from paddle_reparam.deploy.export import export_inference
 from paddle_reparam.deploy.nncf_int8 import quantize_openvino
 from paddle_reparam.deploy.onnx_export import export_onnx
@@ -128,6 +129,22 @@ def test_layers_stay_in_float32_while_too_much_is_lost(exported, tmp_path):
     assert json.loads(json.dumps(settings))["ranges"] in ("largest", "mean")
     assert len(kernels_of_int8(target)) == 2
     assert lost == []
+
+
+@needs_onnx
+@pytest.mark.parametrize(("most", "tried"), [(0, 0), (128, 1)])
+def test_biases_of_networks_of_many_layers_are_left_alone(exported, tmp_path, monkeypatch, most, tried):
+    settings = []
+    quantized = nncf_int8._Network.quantized
+
+    def watched(network, given, batches=None):
+        settings.append(given)
+        return quantized(network, given, batches)
+
+    monkeypatch.setattr(nncf_int8._Network, "quantized", watched)
+    monkeypatch.setattr(nncf_int8, "_MOST_CORRECTED", most)
+    quantize_openvino(exported[0] / ONNX_FILE, tmp_path / INT8_OPENVINO_FILE, CALIBRATION)
+    assert sum(each.corrected for each in settings[:-1]) == tried, "the last ones are those that were chosen"
 
 
 @needs_onnx

@@ -26,6 +26,8 @@ _ARITHMETIC = ("Convolution", "GroupConvolution", "MatMul")
 _BATCH, _COMPARED, _COMPARED_BY_LAYER = 16, 32, 4
 #: Zero points take time where they are not needed: they have to take so much of the error away.
 _WORTH_ZERO_POINTS = 0.9
+#: Biases are corrected one layer after the other, each with what comes before it: of more layers that takes minutes.
+_MOST_CORRECTED = 128
 
 
 @dataclass(frozen=True)
@@ -128,9 +130,9 @@ class _Network:
         """Return the settings by which the output changes least, tried one after the other."""
         best = _Settings()
         least = self._error(best)
-        for change, worth in [
-            ({"ranges": "mean"}, 1.0), ({"zero_points": True}, _WORTH_ZERO_POINTS), ({"corrected": True}, 1.0),
-        ]:  # fmt: skip
+        changes = [({"ranges": "mean"}, 1.0), ({"zero_points": True}, _WORTH_ZERO_POINTS), ({"corrected": True}, 1.0)]
+        layers = sum(op.get_type_name() in _ARITHMETIC for op in self.model.get_ops())
+        for change, worth in changes if layers <= _MOST_CORRECTED else changes[:-1]:
             settings = replace(best, **change)
             error = self._error(settings)
             if error < worth * least:
