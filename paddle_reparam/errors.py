@@ -36,6 +36,10 @@ class NothingProven(ReparamError):
     """A comparison that would pass whatever was wrong, because the output hardly depends on the input."""
 
 
+class NothingToFuse(ReparamError):
+    """A network in which fusing would change nothing, although that is what was asked for."""
+
+
 class CheckpointError(ReparamError):
     """A weight file that cannot be read, or whose keys and shapes are not those of the model."""
 

@@ -225,11 +225,27 @@ def test_a_precision_that_was_asked_for_ships_or_nothing_does(trained, images, t
         assert InferenceModel(tmp_path / "first").runtime == "Predictor, oneDNN"
 
 
-def test_nothing_is_begun_when_the_time_is_used_up(trained, images, tmp_path, here, monkeypatch):
+def test_a_network_with_nothing_to_fuse_ships_in_what_is_faster(images, tmp_path, here, monkeypatch):
+    serve(monkeypatch, PADDLE[0], Other())
+    paddle.seed(0)
+    net = nn.Sequential(nn.Conv2D(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2D(1), nn.Flatten(), nn.Linear(8, 5))
+    net.eval()
+    file = tmp_path / "plain.pdparams"
+    checkpoints.save(net.state_dict(), file)
+    plain = net, net(paddle.to_tensor(images)).numpy().argmax(1), file
+    with pytest.raises(ReparamError, match=r"has nothing to fuse.*may be faster \(--tune, --precision\)$"):
+        release(net, file, tmp_path / "fused", SPEC, progress=lambda line: None)
+    report = tuned(plain, images, tmp_path / "tuned")
+    assert {way.runtime for way in report.tuned.serving} == {"onednn", "other"}
+    assert not check_release(tmp_path / "tuned").not_run
+
+
+def test_no_second_way_is_begun_when_the_time_is_used_up(trained, images, tmp_path, here, monkeypatch):
     serve(monkeypatch, *PADDLE)
     report = tuned(trained, images, tmp_path / "out", seconds=0.001)
-    assert {way.why_not for way in report.tuned.ways[1:]} == {"not tried: the 0.001 seconds are used up"}
-    assert [way.runtime for way in report.tuned.serving] == ["onednn"]
+    baseline, first, *others = report.tuned.ways
+    assert (baseline.runtime, first.error is not None) == ("onednn", True)
+    assert {way.why_not for way in others} == {"not tried: the 0.001 seconds are used up"}
 
 
 class TwoForms(InferenceForm):

@@ -19,11 +19,11 @@ from paddle import nn
 
 from .. import __version__
 from ..arithmetic.geometry import BATCH_NORMS
-from ..errors import NothingProven, ReparamError
+from ..errors import NothingProven, NothingToFuse, ReparamError
 from ..files import Folder, digest
 from ..measure.memory import give_back
 from ..surgery.flops import ModelSize, measure
-from ..surgery.places import RewriteReport
+from ..surgery.places import RewriteReport, copy_model
 from ..surgery.rewrite import forms_of, reparameterize
 from ..surgery.tracing import InputSpec, input_shapes, sample_inputs, unchanged, walk
 from ..surgery.verify import VerifyReport, compare_outputs, verify
@@ -150,9 +150,19 @@ def run_network(work: Work) -> None:
 
 
 def fused_form(work: Work, form: str | None = None) -> tuple[nn.Layer, RewriteReport]:
-    """Return the network as it is exported, in a form of `forms_of` or its layers' own choice."""
+    """Return the network as it is exported, in a form of `forms_of` or its layers' own choice.
+
+    Where there is nothing to fuse it is the network itself, if it is to ship in another runtime or precision.
+    """
     fixed_size = not work.options.dynamic_size
-    return reparameterize(work.model, fold_bn=True, input_spec=work.input_spec, fixed_size=fixed_size, form=form)
+    try:
+        return reparameterize(work.model, fold_bn=True, input_spec=work.input_spec, fixed_size=fixed_size, form=form)
+    except NothingToFuse as error:
+        if work.tuning is None:
+            raise NothingToFuse(f"{error}; another runtime or precision may be faster (--tune, --precision)") from error
+        network = copy_model(work.model)
+        network.eval()
+        return network, RewriteReport()
 
 
 def fuse(work: Work) -> None:

@@ -165,6 +165,7 @@ class Tuner:
         self.report = TuningReport(machine_facts(), {}, len(images), tuning.threads, [])
         self.reference: list[np.ndarray] = []
         self.baseline: Path | None = None
+        self.tried = 0
 
     @property
     def _images(self) -> Path:
@@ -190,7 +191,8 @@ class Tuner:
     def attempt(self, form: str | None, runtime: Runtime, folder: Path, bound: Callable[[str], float]) -> Way:
         """Try a way; `bound` returns what a precision's rounding may do. What it cannot do it says in `why_not`."""
         way = Way(form, runtime.name, runtime.precision)
-        if time.monotonic() > self.deadline:
+        # One of them is always tried: making the files may have taken all the time that there was.
+        if time.monotonic() > self.deadline and self.tried > 1:
             return self._done(way, f"not tried: the {self.tuning.seconds:g} seconds are used up")
         try:
             runtime.require()
@@ -221,6 +223,7 @@ class Tuner:
     def _run(self, way: Way, folder: Path) -> Way:
         tuning = self.tuning
         timed = tuning.batches if tuning.timed else ()
+        self.tried += 1
         try:
             outputs, way.times, version = in_new_process(
                 _tried, way.runtime, folder, self.baseline, self._images, timed, tuning.threads,

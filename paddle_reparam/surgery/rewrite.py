@@ -14,7 +14,7 @@ from ..arithmetic.geometry import (
     ConvGeometry,
     is_convolution,
 )
-from ..errors import ReparamError, UnsupportedConv, UsageError
+from ..errors import NothingToFuse, ReparamError, UnsupportedConv, UsageError
 from ..layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from ..registry import get_layer
 from . import masks
@@ -253,7 +253,7 @@ def reparameterize(
     if fixed_size:
         _fit_to_size(fused, report, inputs, form)
     if not report.touched:
-        raise ReparamError(
+        raise NothingToFuse(
             f"{type(model).__name__} has nothing to fuse: no layer of this library or of PaddleClas in train form"
             + (
                 ", and no BN that could be folded" + "".join(f"; {path}: {why}" for path, why in report.skipped[:5])
