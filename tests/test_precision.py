@@ -236,9 +236,8 @@ def exports(tmp_path_factory):
     for name in ("right", "scale"):
         folders[name] = tmp_path_factory.mktemp(name)
         if name == "scale":
-            net[2].weight.set_value(
-                net[2].weight * paddle.where(paddle.arange(32) == 3, 16.0, 1.0).reshape([-1, 1, 1, 1])
-            )
+            factors = np.where(np.arange(32) == 3, 16.0, 1.0).astype("float32")
+            net[2].weight.set_value(net[2].weight * paddle.to_tensor(factors).reshape([-1, 1, 1, 1]))
         export_inference(net, folders[name], SPEC)
         if not missing_for_onnx():
             export_onnx(folders[name])

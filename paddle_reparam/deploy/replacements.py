@@ -185,7 +185,7 @@ def _made_by(value: Any) -> tuple[int | None, str, list[Any]]:
     made_by = next((each for each in value.block.ops if value.name in each.output_arg_names), None)
     if made_by is None:
         return None, "", []
-    return made_by.idx, made_by.type, [value.block.var(name) for name in made_by.input_arg_names]
+    return made_by.idx, made_by.type, [value.block._var_recursive(name) for name in made_by.input_arg_names]
 
 
 #: What stands for a tensor while a network is traced, in a `.json` and in a `.pdmodel`.
