@@ -165,6 +165,18 @@ def test_averages_of_windows_are_not_held_in_the_range_of_what_they_average(imag
     assert relative_error(outputs, expected) < 0.03
 
 
+def test_an_image_that_reaches_farther_than_the_others_is_no_wrong_calibration(images, tmp_path, monkeypatch):
+    from paddle_reparam.deploy import int8_check
+
+    monkeypatch.setattr(int8_check, "_FEW", 8)
+    source = network(tmp_path / "plain.onnx")
+    one_of_them = images.copy()
+    one_of_them[-1] *= 20
+    assert quantize(source, tmp_path / "int8.onnx", one_of_them)["ranges"] == "minmax"
+    with pytest.raises(ReparamError, match="it was calibrated on something else"):
+        int8_check.check_int8(source, tmp_path / "int8.onnx", images)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The search
 

@@ -22,8 +22,6 @@ from .runtimes.onnx_runtime import OnnxModel
 #: A channel whose largest weight is so many times the median channel's stands out.
 OUTLIER = 10.0
 _LEVELS = 127
-#: Images on which a file's ranges are looked at again.
-_CHECKED_IMAGES = 8
 
 
 @dataclass
@@ -138,7 +136,7 @@ def quantize_onnx(
     if not len(images):
         raise ReparamError("the ranges of the activations are measured on images, and none was given")
     settings = write_int8(source, target, images, metadata, drop, largest_drop, threads)
-    check_int8(source, target, images[:_CHECKED_IMAGES], threads)
+    check_int8(source, target, images, threads)
     return settings
 
 
