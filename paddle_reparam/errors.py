@@ -54,6 +54,8 @@ class OutputExists(UsageError):
 
 #: How to replace it all the same, in Python and on the command line.
 BY_FORCE = "replace it with force=True (in a command, --force)"
+#: What releases a network that fusing does not make faster.
+BY_TUNING = "another runtime or precision may be faster: release it with a tuning (in a command, --tune or --precision)"
 
 
 #: What a terminal does not show but obeys: controls, directions of writing, halves of characters, ends of lines.

@@ -19,7 +19,7 @@ from paddle import nn
 
 from .. import __version__
 from ..arithmetic.geometry import BATCH_NORMS
-from ..errors import NothingProven, NothingToFuse, ReparamError
+from ..errors import BY_TUNING, NothingProven, NothingToFuse, ReparamError
 from ..files import Folder, digest
 from ..measure.memory import give_back
 from ..surgery.flops import ModelSize, measure
@@ -159,7 +159,7 @@ def fused_form(work: Work, form: str | None = None) -> tuple[nn.Layer, RewriteRe
         return reparameterize(work.model, fold_bn=True, input_spec=work.input_spec, fixed_size=fixed_size, form=form)
     except NothingToFuse as error:
         if work.tuning is None:
-            raise NothingToFuse(f"{error}; another runtime or precision may be faster (--tune, --precision)") from error
+            raise NothingToFuse(f"{error}; {BY_TUNING}") from error
         network = copy_model(work.model)
         network.eval()
         return network, RewriteReport()
