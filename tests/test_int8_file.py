@@ -159,7 +159,7 @@ def test_averages_of_windows_are_not_held_in_the_range_of_what_they_average(imag
     graph.node.remove(next(node for node in graph.node if node.name == "sum"))
     next(node for node in graph.node if node.name == "pooled").input[0] = "last.out"
     onnx.save(model, str(tmp_path / "averages.onnx"))
-    # Noise, of which the averages of 16 are a fourth in size and more.
+    # The averages of noise are several times as small as its largest numbers.
     quantize(tmp_path / "averages.onnx", tmp_path / "int8.onnx", images)
     [expected], [outputs] = (OnnxModel(tmp_path / f"{name}.onnx").run(images) for name in ("averages", "int8"))
     assert relative_error(outputs, expected) < 0.03

@@ -189,6 +189,24 @@ def test_large_weights_are_rounded_part_by_part_as_they_are_at_once(monkeypatch,
     assert all(weight.dtype == paddle.float32 for weight in net.parameters())
 
 
+def test_large_numbers_that_no_product_reads_are_in_float64_too(monkeypatch):
+    class AddsItsOwn(nn.Layer):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2D(3, 8, 1), nn.LayerNorm([8, 16, 16])
+            self.places = self.create_parameter([1, 8, 16, 16])
+
+        def forward(self, x):
+            return self.norm(self.conv(x) + self.places).mean([2, 3])
+
+    paddle.seed(0)
+    net = AddsItsOwn()
+    net.eval()
+    at_once = rounding_bound(net, [images()], "bfloat16")
+    monkeypatch.setattr("paddle_reparam.deploy.precision._LARGE", 8)
+    assert rounding_bound(net, [images()], "bfloat16") == pytest.approx(at_once, rel=1e-9)
+
+
 def test_what_is_off_by_half_is_wrong_whatever_rounding_does():
     class Chaotic(nn.Layer):
         def forward(self, x):

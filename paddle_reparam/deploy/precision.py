@@ -69,7 +69,10 @@ def rounding_bound(
     """
     if precision not in ROUNDED:
         raise UsageError(f"there is no bound for {precision!r}; choose one of {', '.join(ROUNDED)}")
-    exact = _in_float64(network)
+    multiplied: set[int] = set()
+    with in_place_of_products(lambda operation, _rule: _noting(operation, multiplied)):
+        probe_output(network, inputs, names, output, normalization)
+    exact = _in_float64(network, multiplied)
     with Hooks() as hooks:
         hooks.before(exact, lambda _layer, taken: tuple(map_tensors(_to_float64, taken)))
 
@@ -84,13 +87,24 @@ def rounding_bound(
     return min(FACTOR * max(errors), LARGEST_BOUND)
 
 
-def _in_float64(network: nn.Layer) -> nn.Layer:
-    """Return a copy of a network whose numbers are in float64, but for its large weights: those it shares with it."""
+def _noting(operation: Callable[..., Any], multiplied: set[int]) -> Callable[..., Any]:
+    """Return a product that notes which tensors it multiplies: its first two."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, paddle.Tensor)]
+        multiplied.update(id(each) for each in tensors[:2] if each.persistable)
+        return operation(*args, **kwargs)
+
+    return run
+
+
+def _in_float64(network: nn.Layer, multiplied: set[int]) -> nn.Layer:
+    """Return a copy of a network in float64, which shares the large weights among those that products multiply."""
     copied = copy_model(network, share_tensors=True)
     for _, layer in walk(copied):
         for tensors in (layer._parameters, layer._buffers):
             for name, tensor in tensors.items():
-                if tensor is not None and tensor.size <= _LARGE:
+                if tensor is not None and not (id(tensor) in multiplied and tensor.size > _LARGE):
                     tensors[name] = _to_float64(tensor)
                     tensors[name].persistable = tensor.persistable
     return copied

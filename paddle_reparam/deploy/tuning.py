@@ -165,7 +165,7 @@ class Tuner:
         self.report = TuningReport(machine_facts(), {}, len(images), tuning.threads, [])
         self.reference: list[np.ndarray] = []
         self.baseline: Path | None = None
-        self.tried = 0
+        self.tried = False
 
     @property
     def _images(self) -> Path:
@@ -192,12 +192,13 @@ class Tuner:
         """Try a way; `bound` returns what a precision's rounding may do. What it cannot do it says in `why_not`."""
         way = Way(form, runtime.name, runtime.precision)
         # One of them is always tried: making the files may have taken all the time that there was.
-        if time.monotonic() > self.deadline and self.tried > 1:
+        if time.monotonic() > self.deadline and self.tried:
             return self._done(way, f"not tried: the {self.tuning.seconds:g} seconds are used up")
         try:
             runtime.require()
         except ReparamError as error:
             return self._done(way, f"not tried: {error}")
+        self.tried = True
         try:
             if runtime.file_name in INT8_FILES:
                 way.settings = self._quantize(folder, runtime.name)
@@ -223,7 +224,6 @@ class Tuner:
     def _run(self, way: Way, folder: Path) -> Way:
         tuning = self.tuning
         timed = tuning.batches if tuning.timed else ()
-        self.tried += 1
         try:
             outputs, way.times, version = in_new_process(
                 _tried, way.runtime, folder, self.baseline, self._images, timed, tuning.threads,

@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trying.add_argument("--threads", type=int, help="that it will be given (the cores of this machine)")
     trying.add_argument(
         "--tune-seconds", type=float, metavar="SECONDS",
-        help=f"no way is begun that many seconds after the first ({Tuning.seconds:g})",
+        help=f"nothing more is begun after so many seconds, but one way is always tried ({Tuning.seconds:g})",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="print each layer that was fused, or why it was not")
     parser.add_argument("--check", metavar="FOLDER", help="check a folder that was made before; takes no other option")
