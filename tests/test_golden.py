@@ -66,6 +66,7 @@ class Vector:
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         config = json.loads(str(arrays["config"]))
         self.name = config.pop("layer")
+        config.pop("note", None)  # in words, for readers
         self.layer: nn.Layer = LAYERS[self.name](**config)
         self.arrays = arrays
 
@@ -209,7 +210,8 @@ def test_every_number_of_a_vector_matters(path):
         changed = {k: v.astype(np.float64) if k != "config" else v for k, v in vector.items()}
         flat = changed[key].reshape(-1)
         # The number that the loss depends on most: another one may be behind a ReLU that lets nothing through.
-        place = np.abs(vector.get(key.replace("state/", "grad/"), flat)).argmax()
+        slope = {"x": "grad_x", "r": "y_train"}.get(key, key.replace("state/", "grad/"))
+        place = np.abs(vector.get(slope, flat)).argmax()
         compared = key.startswith(("y_", "grad", "after/"))
         # What is put in shows in no single number as strongly as it was changed.
         flat[place] += abs(flat[place]) * (1e-5 if compared else 1e-2) if abs(flat[place]) > 1e-9 else 1e-3
