@@ -3,7 +3,8 @@
 import pytest
 
 from paddle_reparam.errors import ReparamError
-from paddle_reparam.measure.timing import alternate, machine_facts
+from paddle_reparam.measure import timing
+from paddle_reparam.measure.timing import PAUSE, alternate, machine_facts, time_beside
 
 
 class Clock:
@@ -51,6 +52,17 @@ def test_rounds_end_with_the_time_but_not_before_five():
 def test_what_says_nothing_is_refused(functions, rounds):
     with pytest.raises(ReparamError, match="give one or more, and 5 rounds"):
         alternate(functions, rounds=rounds)
+
+
+def test_a_turn_beside_another_is_a_pause_a_call_and_three_timed_ones_or_one_of_what_takes_long(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(timing.time, "sleep", lambda seconds: clock.calls.append(f"pause {seconds}"))
+    quick, slow = (clock.takes(name, [took] * 100) for name, took in (("quick", 0.05), ("slow", 0.2)))
+    found = time_beside(quick, slow, rounds=5, clock=clock)
+    turns = [turn.split() for turn in " ".join(clock.calls).split(f"pause {PAUSE}")[1:]]
+    assert turns[:4] == [["quick"] * 4, ["slow"] * 2] * 2
+    assert [found[key] for key in ("ratio", "low", "high")] == pytest.approx([4.0] * 3)
+    assert (found["milliseconds_of_first"], found["milliseconds"]) == pytest.approx((50.0, 200.0))
 
 
 def test_the_machine_is_named():
