@@ -164,7 +164,9 @@ def check_supports_some(cls: type[ReparamLayer], at_least: int = 3) -> None:
     """A layer that refuses everything keeps every other promise. What it prints says what it stands in for."""
     supported = [layer for case in CASES if (layer := build(cls, case)) is not None]
     assert len(supported) >= at_least, f"{cls.__name__} supports only {len(supported)} of {len(CASES)} convolutions"
-    assert all(repr(layer).startswith(f"{cls.__name__}({layer.extra_repr()}\n") for layer in supported)
+    # A layer without layers of its own ends there.
+    starts = [tuple(f"{cls.__name__}({layer.extra_repr()}{end}" for end in "\n)") for layer in supported]
+    assert all(repr(layer).startswith(start) for layer, start in zip(supported, starts))
     assert all(layer.extra_repr() for layer in supported)
 
 

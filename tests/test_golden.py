@@ -20,6 +20,7 @@ import published_repmlp
 import published_repmlpnet
 import published_slak
 import published_spconv
+import published_weight_norm
 import pytest
 from helpers import BATCH_NORMS, as_array, relative_error
 from paddle import nn
@@ -35,7 +36,7 @@ FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 FAMILIES = [
     published_refconv, published_spconv, published_slak, published_replknet, published_dcd, published_repmlp,
-    published_repmlpnet,
+    published_repmlpnet, published_weight_norm,
 ]  # fmt: skip
 #: Published layer -> function(published arguments) -> our layer or network in float64.
 LAYERS = {name: make for family in FAMILIES for name, make in family.LAYERS.items()}

@@ -1,12 +1,15 @@
 """The layers, one paper a file; importing this package registers them."""
 
+from .centered_weight_norm import CenteredWeightNormConv2D as CenteredWeightNormConv2D
 from .dcd import DCDConv2D as DCDConv2D
 from .dcd import DCDLinear as DCDLinear
 from .dcd_matrix import DCDDepthwiseConv2D as DCDDepthwiseConv2D
 from .dcd_matrix import DCDMatrixConv2D as DCDMatrixConv2D
+from .orthogonal_weight_norm import OrthogonalWeightNormConv2D as OrthogonalWeightNormConv2D
 from .refconv import RefConv2D as RefConv2D
 from .replknet import ReparamLargeKernelConv2D as ReparamLargeKernelConv2D
 from .repmlp import RepMLP as RepMLP
 from .repmlpnet import RepMLPBlock as RepMLPBlock
 from .slak import DecomposedLargeKernelConv2D as DecomposedLargeKernelConv2D
 from .spconv import SPConv2D as SPConv2D
+from .weight_norm import WeightNormConv2D as WeightNormConv2D
