@@ -4,7 +4,7 @@ from paddle_reparam.arithmetic.geometry import ConvGeometry, as_pair
 from paddle_reparam.layers.weight_norm import WeightNormConv2D
 
 
-def make_weight_norm(note, in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1, bias=True):
+def make_weight_norm(in_channels, out_channels, kernel_size, stride=1, padding=0, groups=1, bias=True):
     vertical, horizontal = as_pair(padding)
     geometry = ConvGeometry(
         in_channels, out_channels, as_pair(kernel_size), as_pair(stride), (vertical, vertical, horizontal, horizontal),
