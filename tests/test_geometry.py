@@ -183,8 +183,8 @@ class Subclass(nn.Conv2D):
         (lambda: Subclass(3, 4, 3), r"Subclass is not paddle\.nn\.Conv2D itself"),
         (lambda: nn.Conv2DTranspose(3, 4, 3), r"Conv2DTranspose is not paddle\.nn\.Conv2D itself; layers stand in for"),
         (lambda: nn.Linear(3, 4), r"Linear is not paddle\.nn\.Conv2D itself"),
-        (lambda: nn.utils.weight_norm(nn.Conv2D(3, 4, 3)), r"computed by a hook .*remove that first"),
-        (lambda: nn.utils.spectral_norm(nn.Conv2D(3, 4, 3)), r"computed by a hook .*remove that first"),
+        (lambda: nn.utils.weight_norm(nn.Conv2D(3, 4, 3)), r"by a hook \(WeightNorm\).*reparameterize\(model\)"),
+        (lambda: nn.utils.spectral_norm(nn.Conv2D(3, 4, 3)), r"by a hook \(SpectralNorm\).*reparameterize\(model\)"),
     ],
     ids=["subclass", "transposed", "linear", "weight_norm", "spectral_norm"],
 )

@@ -133,7 +133,11 @@ class ConvGeometry:
             other = "its forward may do more" if isinstance(conv, nn.Conv2D) else "layers stand in for that alone"
             raise UnsupportedConv(f"{type(conv).__name__} is not paddle.nn.Conv2D itself; {other}")
         if "weight" not in conv._parameters:
-            raise UnsupportedConv("its weight is computed by a hook (weight norm, spectral norm); remove that first")
+            hooks = ", ".join(type(hook).__name__ for hook in conv._forward_pre_hooks.values())
+            raise UnsupportedConv(
+                f"its weight is computed before each pass by a hook ({hooks}), which a new layer would lose; take the "
+                "network that reparameterize(model) returns, where it is a parameter"
+            )
         height, width = as_pair(conv._kernel_size)
         geometry = ConvGeometry(
             in_channels=conv._in_channels,

@@ -13,13 +13,12 @@ from typing import Any
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
-from paddle.nn.utils.spectral_norm_hook import SpectralNorm
-from paddle.nn.utils.weight_norm_hook import WeightNorm
 
 from ..arithmetic.geometry import ConvGeometry
 from ..arithmetic.tensors import assign, to_float64, type_name
 from ..errors import ReparamError, one_sentence
 from ..files import Folder
+from ..surgery.computed_weights import store_computed_weights
 from ..surgery.places import copy_model
 from ..surgery.tracing import InputSpec, input_shapes, require_eval, walk
 from .old_programs import HAS_NEW_PROGRAMS
@@ -156,28 +155,6 @@ class ExportOptions:
 DEFAULT_OPTIONS = ExportOptions()
 
 
-@paddle.no_grad()
-def _with_plain_weights(model: nn.Layer) -> nn.Layer:
-    """Give layers under weight norm or spectral norm, in place, the weight that these compute as a parameter.
-
-    Paddle's tracing would store that of the last forward pass, which a weight file that was loaded since has not seen.
-    """
-    for _, layer in walk(model):
-        for key, hook in list(layer._forward_pre_hooks.items()):
-            if isinstance(hook, (WeightNorm, SpectralNorm)):
-                hook(layer, ())
-                weight = getattr(layer, hook.name)
-                del layer._forward_pre_hooks[key]
-                delattr(layer, hook.name)
-                for suffix in ("_g", "_v", "_u", "_orig"):
-                    layer._parameters.pop(hook.name + suffix, None)
-                    layer._buffers.pop(hook.name + suffix, None)
-                parameter = layer.create_parameter(weight.shape, dtype=weight.dtype)
-                parameter.set_value(weight)
-                layer.add_parameter(hook.name, parameter)
-    return model
-
-
 def export_inference(
     model: nn.Layer,
     folder: Folder,
@@ -198,7 +175,7 @@ def export_inference(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Paddle's tracing puts rewritten forward methods on the layers, so it gets copies of those.
-    network = _with_plain_weights(copy_model(model, share_tensors=True))
+    network = store_computed_weights(copy_model(model, share_tensors=True))
     if HAS_NEW_PROGRAMS and options.file_format != "pdmodel":
         network = _with_added_biases(network)
     network = ExportedNetwork(network, output, options.normalization)

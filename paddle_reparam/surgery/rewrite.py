@@ -18,6 +18,7 @@ from ..errors import NothingToFuse, ReparamError, UnsupportedConv, UsageError
 from ..layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
 from ..registry import get_layer
 from . import masks
+from .computed_weights import store_computed_weights
 from .folding import fold_batch_norms, fold_into_readers
 from .places import RewriteReport, copy_model, has_hooks, owners_of, places_of, refuse_compiled, refuse_shared, swap
 from .tracing import (
@@ -93,6 +94,7 @@ def replace(
                 raise UnsupportedConv(f"it is part of a {inside[id(layer)]}")
             if not any(selected(p, layer) for p in paths):
                 raise UnsupportedConv("not selected by `where`")
+            geometry = ConvGeometry.of(layer)
             if has_hooks(layer):
                 raise UnsupportedConv("it has forward hooks, which would be lost; remove them first")
             refuse_shared(layer, owners)
@@ -103,7 +105,7 @@ def replace(
             raise error.at(path) from error
         else:
             also = f", also at {', '.join(paths[1:])}" if paths[1:] else ""
-            report.touched.append((path, f"{layer_name}({ConvGeometry.of(layer)}){also}"))
+            report.touched.append((path, f"{layer_name}({geometry}){also}"))
     if not report.touched:
         reasons = sorted({reason for _, reason in report.skipped})
         found = (
@@ -224,7 +226,8 @@ def reparameterize(
 ) -> tuple[nn.Layer, RewriteReport]:
     """Return a new model in eval mode with every fusable layer fused, and the report; the model itself stays as it is.
 
-    Fuses the layers of this library and PaddleClas' own (`re_parameterize`, `rep`). With `fold_bn`, also every BN that
+    Fuses the layers of this library and PaddleClas' own (`re_parameterize`, `rep`), and makes what Paddle's
+    `weight_norm` and `spectral_norm` compute a parameter. With `fold_bn`, also every BN that
     in a forward pass on `input_spec` (shapes with None for the batch; [None, 3, 224, 224] unless told) is the only
     reader of the output of a convolution of any kind or of an `nn.Linear`, and every BN or LayerNorm that one 1x1
     convolution or `nn.Linear` alone reads. With `fixed_size`, layers also take the form that is best for the height and
@@ -241,6 +244,7 @@ def reparameterize(
     duplicate = copy_model(model)
     # Masks are for training: the weights behind them are zero.
     masks.remove_masks(duplicate)
+    store_computed_weights(duplicate, report)
     fused = _fuse_layers(duplicate, report)
     blocks = _fuse_foreign(fused, report)
     if fold_bn or fixed_size:

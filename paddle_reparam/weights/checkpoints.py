@@ -21,6 +21,7 @@ from ..files import atomic_write
 from ..registry import get_layer, list_layers
 from ..report import Report, format_table
 from ..surgery import masks
+from ..surgery.computed_weights import refresh_computed_weights
 from . import pickles
 from .formats import READERS, WRITERS, identical, kind_of
 
@@ -268,6 +269,7 @@ def _load_arrays(
         raise CheckpointError(f"{where}: nothing of it would be loaded: fresh names every entry of the model")
     for name in loaded:
         own[name].set_value(cast[name])
+    refresh_computed_weights(model)
     fresh = tuple(name for name in everything if name not in own)
     return LoadReport(tuple(loaded), tuple(missing), 100.0 * len(loaded) / max(len(everything), 1), fresh)
 
