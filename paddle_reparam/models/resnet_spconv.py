@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import paddle
 from paddle import nn
 from paddle.vision.models import ResNet
 from paddle.vision.models.resnet import BasicBlock, BottleneckBlock
@@ -19,35 +18,7 @@ from ..arithmetic.initializers import init_fan_out_normal
 from ..layers.spconv import SPConv2D
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained
-
-
-class _ResNetForCifar(nn.Layer):
-    """Three stages of basic blocks, 16, 32 and 64 channels wide, with 1x1 convolutions as shortcuts."""
-
-    def __init__(self, blocks: int, class_num: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2D(3, 16, 3, padding=1, bias_attr=False)
-        self.bn1 = nn.BatchNorm2D(16)
-        self.relu = nn.ReLU()
-        self.layer1 = _basic_stage(16, 16, 1, blocks)
-        self.layer2 = _basic_stage(16, 32, 2, blocks)
-        self.layer3 = _basic_stage(32, 64, 2, blocks)
-        self.avgpool = nn.AdaptiveAvgPool2D(1)
-        self.fc = nn.Linear(64, class_num)
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(paddle.flatten(self.avgpool(x), 1))
-
-
-def _basic_stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:
-    shortcut = None
-    if stride != 1:
-        conv = nn.Conv2D(in_channels, out_channels, 1, stride, bias_attr=False)
-        shortcut = nn.Sequential(conv, nn.BatchNorm2D(out_channels))
-    first = BasicBlock(in_channels, out_channels, stride, shortcut)
-    return nn.Sequential(first, *[BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)])
+from .cifar import ResNetForCifar
 
 
 def _with_spconv(model: nn.Layer, ratio: float) -> nn.Layer:
@@ -124,5 +95,5 @@ def ResNet20_SPConv(
 ) -> nn.Layer:
     """ResNet-20 for 32x32 images; arguments as for `ResNet18_SPConv`."""
     check_arguments("ResNet20_SPConv", pretrained, use_ssld, kwargs, ["ratio"])
-    model = _with_spconv(_ResNetForCifar(blocks=3, class_num=class_num), ratio)
+    model = _with_spconv(ResNetForCifar(blocks=3, class_num=class_num), ratio)
     return load_pretrained(model, pretrained)
