@@ -1,4 +1,4 @@
-"""The plain networks for CIFAR-10, and every registered layer in one of them: put in, trained a step, fused, verified."""
+"""The plain networks for CIFAR-10, and every registered layer put into one of them, trained a step, fused, verified."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from network_contract import count, macs, randomise_and_settle
 
 from paddle_reparam.errors import ReparamError
 from paddle_reparam.registry import create_model, get_layer, list_layers
-from paddle_reparam.surgery.rewrite import replace, reparameterize
+from paddle_reparam.surgery.rewrite import reparameterize, replace
 from paddle_reparam.surgery.tracing import sample_inputs
 from paddle_reparam.surgery.verify import verify
 

@@ -62,6 +62,7 @@ RECIPES = {
     "digits/repmlp/RepMLPNet": Recipe(16, 1, 4, 2e-3, 0.1, "AdamW"),
     "cifar10/refconv": Recipe(128, 1, 105, 0.1, 5e-4),
     "cifar10/refconv/ShuffleNetV2_x0_25": Recipe(64, 1, 12, 0.1, 5e-4),
+    "cifar10/weight_norm": Recipe(128, 1, 105, 0.1, 5e-4),
     "cifar10/spconv": Recipe(128, 1, 200, 0.1, 5e-4),
     "cifar10/dcd": Recipe(128, 1, 200, 0.1, 5e-4),
     "cifar10/slak": Recipe(128, 1, 200, 2e-3, 0.05, "AdamW"),
@@ -85,6 +86,7 @@ RECIPES = {
 #: What the header names.
 PAPERS = {
     "refconv": "arXiv 2310.10563",
+    "weight_norm": "arXiv 1602.07868",
     "spconv": "arXiv 2006.12085",
     "slak": "arXiv 2207.03620",
     "replknet": "arXiv 2203.06717",
@@ -126,6 +128,11 @@ def network_of(arch):
     return arch["backbone"] if arch["name"] == "ReparamModel" else arch
 
 
+def has_baseline(path):
+    """Tell whether a config starts from what another one trains, the plain network."""
+    return path.endswith("_RefConv.yaml") and not is_fine_tuned(path)
+
+
 def is_fine_tuned(path):
     """Tell whether a config starts from published weights: no paper has its recipe, or ablations of it."""
     return path.startswith("own_photos")
@@ -162,7 +169,7 @@ def test_layout_and_header(path):
     assert config["Global"]["save_inference_dir"] == f"./output/{dataset}/{paper}/{name}/inference"
     arch = config["Arch"]
     if arch["name"] == "ReparamModel":
-        assert name == f"{arch['backbone']['name']}_RefConv"
+        assert name == f"{arch['backbone']['name']}_{arch['layer']['name'].replace('2D', '')}"
     else:
         assert name == arch["name"]
     if is_fine_tuned(path):
@@ -172,7 +179,7 @@ def test_layout_and_header(path):
         # The file of the page's own command.
         page = ROOT.parent / "docs" / f"{paper}.md"
         assert in_paddleclas or f"--output {network_of(arch)['pretrained'][2:]}.pdparams" in page.read_text("utf-8")
-    elif arch["name"] == "ReparamModel":
+    elif has_baseline(path):
         # Where PaddleClas 2.4 leaves the last epoch of the baseline, and where 2.6 does.
         baseline = raw(path.replace("_RefConv", ""))
         in_2_6 = f"{baseline['Global']['output_dir']}/latest"
@@ -230,7 +237,7 @@ def test_every_key_is_read(path, engine):
     assert set(config["Global"]) - {"seed"} == GLOBAL - {"seed"}
     network = network_of(config["Arch"])
     if network is not config["Arch"]:
-        assert set(config["Arch"]) == WRAPPED - ({"pretrained"} if is_fine_tuned(path) else set())
+        assert set(config["Arch"]) == (WRAPPED if has_baseline(path) else WRAPPED - {"pretrained"})
     options = {k: v for k, v in network.items() if k not in {"name", "class_num", *FINE_TUNED}}
     if network["name"] in list_models():
         # This library's builders name what they do not know before they build anything.
@@ -335,7 +342,7 @@ def test_engine_builds_and_computes(path, engine, images, tmp_path):
     if network_of(arch)["name"] in NEWER:
         network_of(arch)["name"] = "PPLCNet_x0_25"
     baseline = None
-    if arch["name"] == "ReparamModel":
+    if path.endswith("_RefConv.yaml"):
         baseline = build_plain(engine, arch)
         arch["pretrained"] = str(tmp_path / "baseline")
         checkpoints.save(baseline.state_dict(), tmp_path / "baseline.pdparams")
