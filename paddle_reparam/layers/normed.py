@@ -36,6 +36,8 @@ class NormedConv2D(ReparamLayer):
     train_form_keys = ("weight_g", "weight_v")
     #: Whether the mean of each filter is taken off first.
     centred: ClassVar[bool] = False
+    #: Whether directions are computed in float64 whatever the layer's own type is.
+    in_float64: ClassVar[bool] = False
 
     def __init__(self, geometry: ConvGeometry) -> None:
         super().__init__()
@@ -88,6 +90,7 @@ class NormedConv2D(ReparamLayer):
 
     def _rows(self, v: paddle.Tensor) -> paddle.Tensor:
         rows = v.reshape([self.geometry.out_channels, self.fan])
+        rows = rows.astype("float64") if self.in_float64 else rows
         return rows - rows.mean(axis=1, keepdim=True) if self.centred else rows
 
     def _kernel(self, v: paddle.Tensor, g: paddle.Tensor) -> paddle.Tensor:

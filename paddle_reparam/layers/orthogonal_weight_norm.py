@@ -35,6 +35,7 @@ class OrthogonalWeightNormConv2D(NormedConv2D):
 
     options = {"group_size": or_none(WHOLE)}  # noqa: RUF012
     centred = True
+    in_float64 = True
 
     def __init__(self, geometry: ConvGeometry, group_size: int | None = None) -> None:
         largest = max(1, min(group_size or geometry.out_channels, math.prod(geometry.weight_shape[1:]) - 1))
@@ -45,7 +46,6 @@ class OrthogonalWeightNormConv2D(NormedConv2D):
     def directions(self, rows: paddle.Tensor) -> paddle.Tensor:
         """Return u, `[out, fan_in]`, of centred filters of that shape: orthonormal within each group."""
         whole = rows.shape[0] // self.group_size * self.group_size
-        rows = rows.astype("float64")
         groups = [orthonormalised(rows[:whole].reshape([-1, self.group_size, self.fan]))]
         if whole < rows.shape[0]:
             groups.append(orthonormalised(rows[whole:].reshape([1, -1, self.fan])))
