@@ -15,7 +15,7 @@ import zlib  # noqa: F401
 # What compiles C++ extensions for Paddle says so at every import of Paddle; nothing is compiled here.
 warnings.filterwarnings("ignore", message="No ccache found", category=UserWarning)
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 from . import layers as layers
 from . import models as models

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import published_dcd
+import published_plugins
 import published_refconv
 import published_replknet
 import published_repmlp
@@ -36,7 +37,7 @@ FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 FAMILIES = [
     published_refconv, published_spconv, published_slak, published_replknet, published_dcd, published_repmlp,
-    published_repmlpnet, published_weight_norm,
+    published_repmlpnet, published_weight_norm, published_plugins,
 ]  # fmt: skip
 #: Published layer -> function(published arguments) -> our layer or network in float64.
 LAYERS = {name: make for family in FAMILIES for name, make in family.LAYERS.items()}
@@ -111,6 +112,8 @@ def fused_form(layer: nn.Layer, x: paddle.Tensor) -> nn.Layer:
     """Return a layer fused, or a network with every BN and LayerNorm folded that can be."""
     if isinstance(layer, ReparamLayer):
         return layer.reparameterize()
+    if not any(isinstance(each, (ReparamLayer, *BATCH_NORMS)) for each in layer.sublayers()):
+        return layer  # it ships as it is
     return reparameterize(layer, fold_bn=True, input_spec=[[None, *x.shape[1:]]])[0]
 
 
@@ -201,6 +204,10 @@ def one_vector_of_each_layer() -> list[Path]:
     return list({layer_of(path): path for path in reversed(REGISTERED)}.values())
 
 
+#: What a softmax takes away again, because it is the same for all that it compares: stored, but of no effect.
+OF_NO_EFFECT = {"state/p.bias", "state/conv_attn.bias"}
+
+
 @pytest.mark.parametrize("path", one_vector_of_each_layer(), ids=lambda path: path.stem)
 def test_every_number_of_a_vector_matters(path):
     """A small change of one number, or an array too few, is found: nothing is stored that is not used or compared."""
@@ -216,8 +223,9 @@ def test_every_number_of_a_vector_matters(path):
         compared = key.startswith(("y_", "grad", "after/"))
         # What is put in shows in no single number as strongly as it was changed.
         flat[place] += abs(flat[place]) * (1e-5 if compared else 1e-2) if abs(flat[place]) > 1e-9 else 1e-3
-        with pytest.raises(AssertionError):
-            check(changed)
+        if key not in OF_NO_EFFECT:
+            with pytest.raises(AssertionError):
+                check(changed)
         del changed[key]
         with pytest.raises((AssertionError, KeyError)):
             check(changed)
