@@ -70,6 +70,33 @@ def atomic_write(path: str | os.PathLike[str], write: Callable[[Path], None]) ->
         flush(target.parent)
 
 
+def create(path: Path, text: str) -> bool:
+    """Write a file, whole, where none stands; return False, and change nothing, where one does.
+
+    Of several processes that do so at the same time one is told True. Its folder is made where it is missing. Raises
+    `ReparamError` where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError:  # Some file systems have no links. There a reader may see a part of it.
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise ReparamError(f"{path}: it cannot be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return True
+
+
 @contextlib.contextmanager
 def new_folder(target: Path, folder: Folder, replace: bool) -> Iterator[Path]:
     """Give a temporary folder to fill, and put it in the place of `target` when the `with` block ends without an error.

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from .errors import printable
 from .report import shown_width
 
 #: What matplotlib brings along; it has no Chinese.
@@ -33,6 +34,16 @@ def shortened(text: str, missing: str, columns: int) -> str:
 def _fitting(pieces: list[str], columns: int) -> list[str]:
     """Return the first pieces that so many columns have room for."""
     return [piece for i, piece in enumerate(pieces) if shown_width("".join(pieces[: i + 1])) <= columns]
+
+
+def drawable(names: Sequence[str], columns: int) -> tuple[list[str], dict[str, Any]]:
+    """Return names of networks as matplotlib can draw them, in so many columns, and how it is to draw them.
+
+    They may come from folders, which have names in any script.
+    """
+    names = [printable(name) for name in names]
+    fonts, missing = fonts_for("".join(names))
+    return [shortened(name, missing, columns) for name in names], {"fontfamily": fonts, "parse_math": False}
 
 
 def fonts_for(text: str) -> tuple[list[str], str]:

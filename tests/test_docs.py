@@ -20,7 +20,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {
     page.stem: page.read_text(encoding="utf-8")
     for page in PAGES
-    if page.stem not in ("serving", "tasks", "deploy") and "```bash" in page.read_text("utf-8")
+    if page.stem not in ("serving", "tasks", "deploy", "compare") and "```bash" in page.read_text("utf-8")
 }
 PAPERS = sorted(TEXTS.keys() - {"monitor"})
 PREPARE = "python tools/prepare_data.py digits --output dataset/digits"

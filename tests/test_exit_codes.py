@@ -57,6 +57,10 @@ WRONG = [
     *[(script, f"{line} --weights x --output out", code)
       for script in ("reparam", "analyze") for line, code in CONFIGS],
     *[("refocus", f"{line} --output out", code) for line, code in CONFIGS],
+    *[("compare", f"{line} --methods RefConv2D --output out", code) for line, code in CONFIGS],
+    ("compare", f"-c {CONFIG} --methods RefConv --output out", 2),
+    ("compare", f"-c {CONFIG} --methods RefConv2D --output taken/x", 2),
+    ("compare", f"-c {CONFIG} --methods RefConv2D --output folder --seeds 0", 2),
     *[("quantize", f"{line} --release folder --output out.onnx", code) for line, code in CONFIGS[:1]],
     *[(script, f"-c {CONFIG} --weights {file} --output out", code)
       for script in ("reparam", "refocus") for file, code in WEIGHTS],

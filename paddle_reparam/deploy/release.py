@@ -115,6 +115,7 @@ def release(
     dry_run: bool = False,
     tolerance: float = NETWORK_TOLERANCE,
     tuning: Tuning | None = None,
+    fuse_something: bool = True,
     progress: Callable[[str], None] = print,
 ) -> ReleaseReport:
     """Load weights into a model in train form, fuse it, export it and put all of it in a new folder, checked.
@@ -130,7 +131,8 @@ def release(
     With `tuning` every form, runtime and precision that it names is tried, and the folder also holds what the fastest
     that holds needs; the manifest says what was found, and `InferenceModel` uses it. `facts` goes into the manifest
     beside what is measured here, and `texts` (name -> content) are more files; `progress` gets one line for each step
-    done. `check_release` checks the folder later.
+    done. Without `fuse_something` a network with nothing to fuse is released as it is. `check_release` checks the
+    folder later.
 
     With `dry_run` nothing is written. A folder that stands there is kept, with `OutputExists`, unless `force`: then
     the old one, which must be a release too, stays whole until the new one takes its place. Raises `ReparamError`
@@ -141,7 +143,7 @@ def release(
         _refuse_to_replace(target, folder, force)
     work = Work(
         model, weights, input_spec, output, options, load, stock, why_no_stock, texts or {}, facts or {}, tolerance,
-        tuning, lambda line: progress(f"    {line}"),
+        tuning, lambda line: progress(f"    {line}"), fuse_something,
     )  # fmt: skip
     for step in STEPS:
         _do(step, work, progress)

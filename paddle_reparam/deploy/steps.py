@@ -66,6 +66,8 @@ class Work:
     tolerance: float
     tuning: Tuning | None
     progress: Callable[[str], None]
+    #: Whether a network with nothing to fuse is an error, where it is not tuned.
+    fuse_something: bool = True
     source: dict[str, Any] = field(default_factory=dict)
     #: What the network puts out and the export does not.
     left_out: list[str] = field(default_factory=list)
@@ -152,13 +154,14 @@ def run_network(work: Work) -> None:
 def fused_form(work: Work, form: str | None = None) -> tuple[nn.Layer, RewriteReport]:
     """Return the network as it is exported, in a form of `forms_of` or its layers' own choice.
 
-    Where there is nothing to fuse it is the network itself, if it is to ship in another runtime or precision.
+    Where there is nothing to fuse it is the network itself, if it is to ship in another runtime or precision, or as it
+    is.
     """
     fixed_size = not work.options.dynamic_size
     try:
         return reparameterize(work.model, fold_bn=True, input_spec=work.input_spec, fixed_size=fixed_size, form=form)
     except NothingToFuse as error:
-        if work.tuning is None:
+        if work.tuning is None and work.fuse_something:
             raise NothingToFuse(f"{error}; {BY_TUNING}") from error
         network = copy_model(work.model)
         network.eval()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import printable
-from ..fonts import fonts_for, shortened
+from ..fonts import drawable
 from ..style import BLUE, GREEN, GREY, ORANGE, plain_axes
 from .benchmark import InferenceReport
 from .sweeps import GROWS, points_of
@@ -25,7 +24,7 @@ def draw_bars(report: InferenceReport) -> Figure:
     """Draw a bar for each network, form, runtime and batch, with the quartiles."""
     figure = _figure(9, 1.4 + 0.32 * len(report.results))
     axes = figure.subplots()
-    names, text = _names([result.name for result in report.results])
+    names, text = drawable([result.name for result in report.results], _LONGEST)
     labels = [f"{name}, {r.form}, {r.runtime}, batch {r.batch}" for name, r in zip(names, report.results)]
     medians = np.array([r.median for r in report.results])
     spread = np.array([[r.median - r.low, r.high - r.median] for r in report.results]).T
@@ -42,7 +41,7 @@ def draw_curves(sweeps: Sequence[Mapping[str, Any]]) -> Figure:
     figure = _figure(max(6, 4.2 * len(sweeps)), 3.6)
     for axes, sweep in zip(figure.subplots(1, len(sweeps), squeeze=False)[0], sweeps):
         settings, curves = sweep["settings"], points_of(sweep)
-        names, text = _names(list(curves))
+        names, text = drawable(list(curves), _LONGEST)
         for color, name, points in zip(cycle((BLUE, ORANGE, GREEN, GREY)), names, curves.values()):
             low, median, high = ([point[key] for point in points] for key in ("low", "median", "high"))
             axes.plot(settings["values"], median, "o-", color=color, lw=1.5, ms=4, label=name)
@@ -52,13 +51,6 @@ def draw_curves(sweeps: Sequence[Mapping[str, Any]]) -> Figure:
         for entry in axes.legend(frameon=False, fontsize=8).get_texts():
             entry.set(**text)
     return figure
-
-
-def _names(places: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return the names of networks as they can be drawn, which folders may have in any script, and how to draw them."""
-    names = [printable(place) for place in places]
-    fonts, missing = fonts_for("".join(names))
-    return [shortened(name, missing, _LONGEST) for name in names], {"fontfamily": fonts, "parse_math": False}
 
 
 def _figure(width: float, height: float) -> Figure:

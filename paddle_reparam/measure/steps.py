@@ -129,19 +129,19 @@ def measure_steps(settings: StepSettings) -> StepReport:
     """
     if ("replaced" in settings.variants) != bool(settings.layer):
         raise UsageError("a layer and the variant `replaced` go together; give both, or neither")
-    report = _in_new_process(settings.threads, time_variants, settings)
+    report = in_process_of(settings.threads, time_variants, settings)
     for each in report.variants:
-        each["peak_gb"] = _in_new_process(settings.threads, memory_of_two_steps, settings, each["name"])
+        each["peak_gb"] = in_process_of(settings.threads, memory_of_two_steps, settings, each["name"])
     return report
 
 
 def measure_kernels(batch: int, threads: int = 1, rounds: int = timing.FEWEST_ROUNDS) -> KernelReport:
     """Time each of `KERNELS` on each of `MAPS`, forward and backward, as Paddle's convolution and as a matrix product
     in turns, in a new process."""
-    return _in_new_process(threads, time_kernels, batch, threads, rounds)
+    return in_process_of(threads, time_kernels, batch, threads, rounds)
 
 
-def _in_new_process(threads: int, function: Callable[..., Returned], *arguments: Any) -> Returned:
+def in_process_of(threads: int, function: Callable[..., Returned], *arguments: Any) -> Returned:
     """Call a function in a process whose kernels have so many threads: Paddle reads that when it is imported."""
     before = dict(os.environ)
     let_amd_multiply_fast()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import platform
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, TimeoutError
@@ -186,7 +187,18 @@ def in_new_process(function: Callable[..., Returned], *arguments: Any, seconds: 
             raise ReparamError(f"it was stopped, as it took more than {seconds:.0f} seconds") from None
 
 
+def end_with_parent() -> None:
+    """Let this process, which another one started, end when that one does: it may be killed, and say nothing."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _without_output(function: Callable[..., Returned], *arguments: Any) -> Returned:
+    end_with_parent()
     # What dies says so at length, from below Python.
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)

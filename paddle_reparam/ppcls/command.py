@@ -165,7 +165,7 @@ def _numbers(value: Any) -> Any:
     return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
 
 
-def _read_value(text: str) -> Any:
+def read_value(text: str) -> Any:
     """Return what an override's value is: of Python's and YAML's numbers, words, lists and sections, else the text."""
     if text in _WORDS:
         return _WORDS[text]
@@ -209,6 +209,6 @@ def _override(config: Any, override: str) -> None:
         else:
             raise ConfigError(f"-o {override}: {where} is {config!r} and has nothing named {part!r}")
         if depth == len(parts) - 1:
-            config[part] = _read_value(values[0])
+            config[part] = read_value(values[0])
         else:
             config = config[part]

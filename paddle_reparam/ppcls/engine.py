@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ _LOADERS = {
 class Engine(PaddleClasEngine):
     """PaddleClas' Engine: a config that cannot work is refused at once, weights that do not fit are an error, and a run
     that was killed goes on from its last whole checkpoint as it would have gone on by itself."""
+
+    #: Told after each step which share of a training's steps is done, in the place of a progress bar.
+    watch: Callable[[float], None] | None = None
 
     def __init__(self, config: dict[str, Any], mode: str = "train") -> None:
         goes_on_by_itself = config["Global"].get("checkpoints") == "auto"

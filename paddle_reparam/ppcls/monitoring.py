@@ -82,20 +82,23 @@ def _flat(value: Any, path: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def progress(engine: Any) -> Iterator[None]:
-    """Show a bar over the whole run as `engine.progress`, where stderr is a terminal; None elsewhere."""
+    """Show a bar over the whole run as `engine.progress`, where stderr is a terminal and nobody watches; else None."""
     engine.progress = None
-    if paddle.distributed.get_rank() or not sys.stderr.isatty():
-        yield
-        return
     # Newer Engines may have epochs of another length than the data.
     total = engine.config["Global"]["epochs"] * getattr(engine, "iter_per_epoch", len(engine.train_dataloader))
+    engine.steps = total
+    if engine.watch or paddle.distributed.get_rank() or not sys.stderr.isatty():
+        yield
+        return
     with logging_redirect_tqdm([logger._logger]), tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
         engine.progress = bar
         yield
 
 
 def advance(engine: Any, epoch: int) -> None:
-    """Move the bar to the steps that are done."""
+    """Move the bar to the steps that are done, or tell who watches."""
+    if engine.watch:
+        engine.watch(engine.global_step / engine.steps)
     bar = engine.progress
     if bar is None:
         return

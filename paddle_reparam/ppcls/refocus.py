@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
 import json
-import logging
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import paddle
 import yaml
-from paddle import nn
 
-from ..deploy.release import release
 from ..deploy.released import PLAIN_WEIGHTS
 from ..errors import CheckpointError, OutputExists, ReparamError, exit_code, one_sentence
 from ..files import atomic_write, digest
@@ -29,7 +23,19 @@ from ..weights import checkpoints
 from . import saving, setup
 from .command import add_override, read_config
 from .errors import ConfigError
-from .reparam import build_train_form, image_shape, read_output
+from .reparam import image_shape
+from .trainings import (
+    as_sections,
+    as_values,
+    build,
+    evaluate,
+    from_weights,
+    plain_config,
+    read_curve,
+    ship,
+    train,
+    with_layer,
+)
 
 RESULT, RUN, STAGE_TWO = "result.json", "run.json", "stage_two.yaml"
 #: What `--weights` may say instead of a file.
@@ -136,7 +142,7 @@ def refocus(
     baseline = _baseline(config)
     # Before hours of training: what the second stage and the export would stumble over.
     image_shape(config)
-    _build(stage_two(config, chosen, ""))
+    build(stage_two(config, chosen, ""))
     file = None if weights in (None, PRETRAINED) else _fitting_file(baseline, weights)
     _claim(folder, config, variant, digest(file)["sha256"] if file else weights)
     with saving.only_training_in(folder):
@@ -159,13 +165,13 @@ def _train_both(
         if weights == PRETRAINED:
             _save_pretrained(baseline, file)
         else:
-            _copy_file(_train(baseline, folder / "baseline"), file)
+            _copy_file(train(baseline, folder / "baseline"), file)
             curves["baseline"] = read_curve(folder / "baseline")
     second = stage_two(config, VARIANTS[variant], str(file))
     second["Global"]["output_dir"] = str(folder / "stage_two")
-    text = yaml.safe_dump(_plain(second), sort_keys=False)
+    text = yaml.safe_dump(as_values(second), sort_keys=False)
     atomic_write(folder / STAGE_TWO, lambda path: path.write_text(text, encoding="utf-8"))
-    trained = _train(second, folder / "stage_two")
+    trained = train(second, folder / "stage_two")
     curves[variant] = read_curve(folder / "stage_two")
     plain = folder / PLAIN_WEIGHTS
     _write_plain(baseline, second, trained, plain)
@@ -175,7 +181,7 @@ def _train_both(
         baseline["Arch"]["name"],
         config["Global"].get("seed"),
         config["Global"]["epochs"],
-        {"baseline": _evaluate(baseline, file, folder), variant: _evaluate(baseline, plain, folder)},
+        {"baseline": evaluate(baseline, file, folder), variant: evaluate(baseline, plain, folder)},
         curves,
         {name: {"name": str(path), **digest(path)} for name, path in files.items()},
         dict(source or {}),
@@ -197,59 +203,32 @@ def _variant(name: str) -> Variant:
 
 def _baseline(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the plain network, without what is for the second stage."""
-    from .validation import networks
-
-    if paddle.distributed.get_world_size() > 1:
-        raise ConfigError(
-            "this command trains in one process; on several devices, train the plain network's config and then "
-            f"{STAGE_TWO} with tools/train.py"
-        )
-    if config["Arch"].get("models"):
-        raise ConfigError(
-            f"Arch is a {config['Arch'].get('name')} of several networks, and RefConv's two trainings are of one; give "
-            "the config of one network, and --weights for what a distillation made of it"
-        )
-    for network in networks(config["Arch"]):
-        if network["name"] == "ReparamModel":
-            raise ConfigError("Arch is a ReparamModel already; give the config of the plain network, its backbone")
-    if config["Global"].get("checkpoints"):
-        raise ConfigError("Global.checkpoints must be null: the same command again goes on by itself")
-    if not (config["DataLoader"].get("Eval") and (config.get("Metric") or {}).get("Eval")):
-        raise ConfigError("the config needs DataLoader.Eval and Metric.Eval, by which both networks are measured")
-    baseline = _copy(config)
-    for key in ("layer", "where"):
-        baseline["Arch"].pop(key, None)
-    return baseline
+    return plain_config(
+        config,
+        f"on several devices, train the plain network's config and then {STAGE_TWO} with tools/train.py",
+        ", and --weights for what a distillation made of it",
+    )
 
 
 def stage_two(config: dict[str, Any], variant: Variant, weights: str) -> dict[str, Any]:
     """Return the config of the second training: the same recipe, the network and its first weights by the variant."""
-    from .arch import ENGINE_KEYS
-    from .validation import without_weights
-
-    config = _copy(config)
-    arch = config["Arch"]
-    layer, where = arch.pop("layer", None), arch.pop("where", None)
-    without_weights(arch)
-    config["Global"].update(pretrained_model=None, fresh=None)
+    layer, where = config["Arch"].get("layer"), config["Arch"].get("where")
+    config = as_sections(config)
+    for key in ("layer", "where"):
+        config["Arch"].pop(key, None)
     if layer is not None and not isinstance(layer, dict):
         raise ConfigError(f"Arch.layer is {layer!r}; give options of RefConv2D, as in -o Arch.layer.init=zero")
     if variant.layer is None:
         if layer or where:
             raise ConfigError("Arch.layer and Arch.where are RefConv's; this variant trains the plain network")
-        config["Global"]["pretrained_model"] = weights
+        config = from_weights(config, weights)
         if _scale_rates(config["Optimizer"], variant.rate) == 0:
             raise ConfigError("Optimizer has no learning rate that is known here, in none of its schedules")
         return config
     for key, value in (layer or {}).items():
         if variant.layer.get(key, value) != value or (key == "name" and value != "RefConv2D"):
             raise ConfigError(f"Arch.layer.{key}={value} is not this variant; choose another one, or leave it out")
-    outside = {key: arch.pop(key) for key in [*ENGINE_KEYS, "use_sync_bn", "class_num"] if key in arch}
-    config["Arch"] = {
-        "name": "ReparamModel", **outside, "backbone": dict(arch),
-        "layer": {"name": "RefConv2D", **(layer or {}), **variant.layer}, "where": where, "pretrained": weights,
-    }  # fmt: skip
-    return config
+    return with_layer(config, {"name": "RefConv2D", **(layer or {}), **variant.layer}, where, weights)
 
 
 def _scale_rates(part: Any, factor: float) -> int:
@@ -268,29 +247,8 @@ def _scale_rates(part: Any, factor: float) -> int:
     return found
 
 
-def _plain(config: Any) -> Any:
-    return json.loads(json.dumps(config))
-
-
-def _copy(config: Any) -> Any:
-    """Return a copy whose sections are attributes, as the Engine reads them; after copy.deepcopy they are not."""
-    from ppcls.utils.config import AttrDict
-
-    if isinstance(config, dict):
-        return AttrDict({key: _copy(value) for key, value in config.items()})
-    return [_copy(value) for value in config] if isinstance(config, (list, tuple)) else config
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights
-
-
-def _build(config: dict[str, Any]) -> nn.Layer:
-    """Build the network of a config on the CPU, where it is fused and compared; an Engine sets its own device."""
-    paddle.set_device("cpu")
-    # Some backbones give their parameters fixed names, which can be given once; in here the names start anew.
-    with paddle.utils.unique_name.guard():
-        return build_train_form(config)
 
 
 def _fitting_file(baseline: dict[str, Any], weights: str) -> Path:
@@ -298,7 +256,7 @@ def _fitting_file(baseline: dict[str, Any], weights: str) -> Path:
     from .loading import load_weights, weight_file
 
     file = Path(weight_file(weights))
-    load_weights(_build(baseline), file, baseline, "export")
+    load_weights(build(baseline), file, baseline, "export")
     return file
 
 
@@ -309,7 +267,7 @@ def _save_pretrained(baseline: dict[str, Any], file: Path) -> None:
     """
     from ppcls.arch import build_model
 
-    config = _copy(baseline)
+    config = as_sections(baseline)
     config["Arch"]["pretrained"] = config["Arch"].get("pretrained") or True
     states = []
     for _ in range(2):
@@ -332,86 +290,17 @@ def _write_plain(baseline: dict[str, Any], second: dict[str, Any], trained: Path
     """Write the weights of the second stage as those of the plain network: fused and compared where it has layers."""
     from .loading import load_weights
 
-    stock = _build(baseline)
     if second["Arch"]["name"] != "ReparamModel":
+        stock = build(baseline)
         load_weights(stock, trained, baseline, "export")
         checkpoints.save(stock.state_dict(), plain)
         return
     shipped = plain.parent / "shipped"
-    done = release(
-        _build(second), trained, shipped, [[None, *image_shape(second)]], output=read_output(second), stock=stock,
-        load=functools.partial(load_weights, config=second, mode="export"), force=shipped.exists(),
-    )  # fmt: skip
+    done = ship(baseline, second, trained, shipped)
     why_none = done.manifest["plain_weights"]["why_none"]
     if why_none:
         raise ReparamError(f"{shipped}: there are no weights for the plain network: {why_none}")
     _copy_file(shipped / PLAIN_WEIGHTS, plain)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and measuring
-
-
-def _train(config: dict[str, Any], folder: Path) -> Path:
-    """Train, or go on, or do nothing where all epochs are done; return the weights after the last epoch."""
-    from .engine import Engine
-
-    config = _copy(config)
-    config["Global"]["output_dir"] = str(folder)
-    config["Global"]["checkpoints"] = "auto"
-    config["profiler_options"] = None
-    epochs = config["Global"]["epochs"]
-    with saving.only_training_in(folder):
-        saved = saving.newest(folder)
-    if saved is None or saved.epoch < epochs:
-        # A training's parameters are named from the start: the optimizer's state is found again by these names.
-        with paddle.utils.unique_name.guard(), _own_log():
-            Engine(config, mode="train").train()
-        saved = saving.newest(folder)
-    if saved is None or saved.epoch < epochs:
-        raise ReparamError(f"{folder}: the training ended without a whole checkpoint of epoch {epochs}")
-    return Path(f"{saving.placed(saved.prefix)}.pdparams")
-
-
-def _evaluate(baseline: dict[str, Any], weights: Path, folder: Path) -> float:
-    """Return what PaddleClas measures of the plain network with a weight file."""
-    from .engine import Engine
-
-    config = _copy(baseline)
-    config["Arch"]["pretrained"] = False
-    config["Global"].update(pretrained_model=str(weights), checkpoints=None, output_dir=str(folder / "evaluation"))
-    with paddle.utils.unique_name.guard(), _own_log():
-        return float(Engine(config, mode="eval").eval())
-
-
-@contextlib.contextmanager
-def _own_log() -> Iterator[None]:
-    """Keep PaddleClas, which opens a log file for each Engine and closes none, from writing one into the other."""
-    log = logging.getLogger("ppcls")
-
-    def close() -> None:
-        for handler in [each for each in log.handlers if isinstance(each, logging.FileHandler)]:
-            log.removeHandler(handler)
-            handler.close()
-
-    close()
-    try:
-        yield
-    finally:
-        close()
-
-
-def read_curve(folder: Path) -> list[dict[str, float]]:
-    """Return what PaddleClas logged of every epoch of a training: `epoch`, and its averages as `train_*`, `eval_*`."""
-    epochs: dict[int, dict[str, float]] = {}
-    for log in sorted(folder.rglob("train.log")):
-        # An epoch that was begun again after a kill counts as it was the last time.
-        for mode, epoch, values in re.findall(
-            r"\[(Train|Eval)\]\[Epoch (\d+)(?:/\d+)?\]\[Avg\](.*)", log.read_text(encoding="utf-8")
-        ):
-            found = re.findall(r"(\w+): ([-+.\deinfa]+)", values)
-            epochs.setdefault(int(epoch), {}).update({f"{mode.lower()}_{key}": float(value) for key, value in found})
-    return [{"epoch": epoch, **epochs[epoch]} for epoch in sorted(epochs)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -420,7 +309,7 @@ def read_curve(folder: Path) -> list[dict[str, float]]:
 
 def _claim(folder: Path, config: dict[str, Any], variant: str, weights: str | None) -> None:
     """Make a folder this run's, or find that it is already; `OutputExists` for one with anything else in it."""
-    run = {"config": _plain(config), "variant": variant, "weights": weights}
+    run = {"config": as_values(config), "variant": variant, "weights": weights}
     record = folder / RUN
     if (folder / RESULT).exists():
         raise OutputExists(f"{folder} holds a finished run and is kept; name another folder")
