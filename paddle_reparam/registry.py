@@ -76,11 +76,13 @@ class Published:
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A registered builder, what was published of its networks, and how published weights are renamed for it."""
+    """A registered builder, what was published of its networks, how published weights are renamed for it, and whether
+    PaddleClas may have the same network under the same name."""
 
     build: Callable[..., Any]
     published: Sequence[Published]
     rename: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None
+    in_paddleclas: bool
 
 
 _layers = Registry("layer")
@@ -103,16 +105,18 @@ def register_model(
     *,
     published: Sequence[Published] = (),
     rename: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
+    in_paddleclas: bool = False,
 ) -> Callable[..., Any]:
     """Decorator: register a function that builds a model under the function's name.
 
     `published`: one entry for each network that its paper or repository published. `rename`: takes the state dict of a
     published weight file, by its own keys, and returns the arrays under the names of this library; the running
-    statistics of BNs and the layout of `nn.Linear` are seen to by `published.convert_state`.
+    statistics of BNs and the layout of `nn.Linear` are seen to by `published.convert_state`. `in_paddleclas`: where
+    PaddleClas has a network of this name it is the same one, and a config that names it gets PaddleClas' own.
     """
     if builder is None:
-        return lambda b: register_model(b, published=published, rename=rename)
-    _models.add(builder.__name__, ModelEntry(builder, tuple(published), rename))
+        return lambda b: register_model(b, published=published, rename=rename, in_paddleclas=in_paddleclas)
+    _models.add(builder.__name__, ModelEntry(builder, tuple(published), rename, in_paddleclas))
     return builder
 
 

@@ -14,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import paddle
 import published_dcd
+import published_mobileone
 import published_plugins
 import published_refconv
 import published_replknet
 import published_repmlp
 import published_repmlpnet
+import published_repvgg
 import published_slak
 import published_spconv
 import published_weight_norm
@@ -37,7 +39,7 @@ FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 
 FAMILIES = [
     published_refconv, published_spconv, published_slak, published_replknet, published_dcd, published_repmlp,
-    published_repmlpnet, published_weight_norm, published_plugins,
+    published_repmlpnet, published_weight_norm, published_plugins, published_repvgg, published_mobileone,
 ]  # fmt: skip
 #: Published layer -> function(published arguments) -> our layer or network in float64.
 LAYERS = {name: make for family in FAMILIES for name, make in family.LAYERS.items()}

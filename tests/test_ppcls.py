@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
@@ -248,6 +249,7 @@ def test_a_name_that_paddleclas_has_already(monkeypatch):
     from paddle_reparam.ppcls import arch
 
     monkeypatch.setattr(arch, "list_models", lambda: ["ResNet50"])
+    monkeypatch.setattr(arch, "get_model", lambda name: SimpleNamespace(in_paddleclas=False))
     with pytest.raises(ReparamError, match="has a model named 'ResNet50' of its own"):
         arch.register()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import paddle
@@ -204,16 +205,21 @@ class ConvGeometry:
             self.data_format,
         )  # fmt: skip
 
-    def make_conv(self, weight: np.ndarray, bias: np.ndarray | None) -> nn.Conv2D:
-        """Return a plain `nn.Conv2D` of this geometry that holds a float64 weight and bias, in eval mode."""
+    def new_conv(self, weight_attr: Any = None, bias_attr: Any = None) -> nn.Conv2D:
+        """Return a fresh `nn.Conv2D` of this geometry, with these attributes as Paddle takes them."""
         padding = _paddle_padding(self.padding) if self.padding_mode == "zeros" else self.padding[0]
         conv = nn.Conv2D(
             self.in_channels, self.out_channels, list(self.kernel_size), list(self.stride), padding,
             list(self.dilation), self.groups, padding_mode=self.padding_mode, data_format=self.data_format,
-            weight_attr=nn.initializer.Constant(0.0), bias_attr=None if bias is not None else False,
+            weight_attr=weight_attr, bias_attr=bias_attr,
         )  # fmt: skip
         if self.dtype != type_name(conv.weight):
             conv.to(dtype=self.dtype)
+        return conv
+
+    def make_conv(self, weight: np.ndarray, bias: np.ndarray | None) -> nn.Conv2D:
+        """Return a plain `nn.Conv2D` of this geometry that holds a float64 weight and bias, in eval mode."""
+        conv = self.new_conv(nn.initializer.Constant(0.0), None if bias is not None else False)
         assign(conv.weight, weight)
         if bias is not None:
             assign(conv.bias, bias)

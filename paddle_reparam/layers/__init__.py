@@ -6,12 +6,14 @@ from .dcd import DCDLinear as DCDLinear
 from .dcd_matrix import DCDDepthwiseConv2D as DCDDepthwiseConv2D
 from .dcd_matrix import DCDMatrixConv2D as DCDMatrixConv2D
 from .global_context import GlobalContext2D as GlobalContext2D
+from .mobileone import MobileOne2D as MobileOne2D
 from .non_local import NonLocal2D as NonLocal2D
 from .orthogonal_weight_norm import OrthogonalWeightNormConv2D as OrthogonalWeightNormConv2D
 from .refconv import RefConv2D as RefConv2D
 from .replknet import ReparamLargeKernelConv2D as ReparamLargeKernelConv2D
 from .repmlp import RepMLP as RepMLP
 from .repmlpnet import RepMLPBlock as RepMLPBlock
+from .repvgg import RepVGG2D as RepVGG2D
 from .slak import DecomposedLargeKernelConv2D as DecomposedLargeKernelConv2D
 from .spconv import SPConv2D as SPConv2D
 from .weight_norm import WeightNormConv2D as WeightNormConv2D

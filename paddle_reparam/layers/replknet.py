@@ -3,7 +3,6 @@ arXiv 2203.06717)."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -11,15 +10,14 @@ import paddle
 from paddle import nn
 
 from ..arithmetic import kernels
-from ..arithmetic.geometry import ConvGeometry, as_pair, fold_into, read_bn_affine
+from ..arithmetic.geometry import ConvGeometry, as_pair
 from ..arithmetic.initializers import uniform_fan_in
-from ..arithmetic.tensors import assign, to_float64
+from ..arithmetic.tensors import assign
 from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import FLAG, WHOLE, ReparamLayer, one_of, or_none
+from .branches import INITS, fold_conv_bn, start_as_identity
 from .toeplitz import DepthwiseConv2D
-
-INITS = ("random", "zero")
 
 
 @register_layer
@@ -113,9 +111,7 @@ class ReparamLargeKernelConv2D(ReparamLayer):
         """Take the convolution's weight and bias into the large branch, whose BN starts as the identity."""
         super().take_weights(conv)
         if "bn" in self.lkb_origin._sub_layers:
-            bn = self.lkb_origin.bn
-            # What the BN divides by is sqrt(1 + epsilon), with epsilon as float32.
-            assign(bn.weight, np.full(bn.weight.shape, math.sqrt(1.0 + float(np.float32(bn._epsilon)))))
+            start_as_identity(self.lkb_origin.bn)
 
     def extra_repr(self) -> str:
         return f"{ConvGeometry.of(self.lkb_origin.conv)}"
@@ -167,11 +163,3 @@ def _is_hooked(*branches: nn.Sequential) -> bool:
 
 def _forward_bn(branch: nn.Sequential, y: paddle.Tensor) -> paddle.Tensor:
     return branch.bn(y) if "bn" in branch._sub_layers else y
-
-
-def fold_conv_bn(branch: nn.Sequential) -> tuple[np.ndarray, np.ndarray]:
-    """Return (kernel, bias) of what `conv_bn` made, in float64."""
-    kernel = to_float64(branch.conv.weight)
-    if "bn" not in branch._sub_layers:
-        return kernel, np.zeros(len(kernel))
-    return fold_into(branch.conv, *read_bn_affine(branch.bn))

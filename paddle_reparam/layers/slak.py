@@ -16,7 +16,8 @@ from ..arithmetic.tensors import to_float64
 from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import FLAG, WHOLE, InferenceForm, ReparamLayer
-from .replknet import conv_bn, fold_conv_bn, forward_together
+from .branches import fold_conv_bn
+from .replknet import conv_bn, forward_together
 
 
 class DecomposedLargeKernelConv2DFused(InferenceForm):

@@ -5,8 +5,10 @@ from . import convnext as convnext
 from . import hbonet as hbonet
 from . import mlp_repmlp as mlp_repmlp
 from . import mobilenetv2_dcd as mobilenetv2_dcd
+from . import mobileone as mobileone
 from . import replknet as replknet
 from . import repmlpnet as repmlpnet
+from . import repvgg as repvgg
 from . import resnet_dcd as resnet_dcd
 from . import resnet_repmlp as resnet_repmlp
 from . import resnet_spconv as resnet_spconv

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from paddle import nn
 
 from ..errors import ReparamError, UnknownName
@@ -49,3 +51,14 @@ def nearest_multiple(channels: float, divisor: int = 8) -> int:
     """
     nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return nearest + divisor if nearest < 0.9 * channels else nearest
+
+
+def bn_that_adds(path: str, bias: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the published entries of a BN under `path` that adds a bias in eval mode and does nothing else."""
+    epsilon = float(np.float32(nn.BatchNorm2D(1)._epsilon))
+    return {
+        f"{path}.weight": np.full(bias.shape, math.sqrt(1.0 + epsilon)),
+        f"{path}.bias": bias,
+        f"{path}.running_mean": np.zeros(bias.shape),
+        f"{path}.running_var": np.ones(bias.shape),
+    }

@@ -5,7 +5,6 @@ Entries are named as in the published weight files: `stages.0.blocks.0.large_ker
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +16,7 @@ from paddle import nn
 from ..arithmetic.initializers import uniform_fan_in
 from ..layers.replknet import ReparamLargeKernelConv2D
 from ..registry import Published, register_model
-from .builders import check_arguments, load_pretrained
+from .builders import bn_that_adds, check_arguments, load_pretrained
 
 _BLOCKS = (2, 2, 18, 2)
 _SMALL_KERNEL = 5
@@ -164,18 +163,8 @@ def _rename(state: Mapping[str, np.ndarray], small_kernel: int | None) -> dict[s
     for key in [key for key in arrays if key.endswith(".conv.bias")]:
         bn = key[: -len("conv.bias")] + "bn"
         if f"{bn}.weight" not in arrays:
-            arrays.update(_bn_that_adds(bn, arrays.pop(key)))
+            arrays.update(bn_that_adds(bn, arrays.pop(key)))
     return arrays
-
-
-def _bn_that_adds(path: str, bias: np.ndarray) -> dict[str, np.ndarray]:
-    epsilon = float(np.float32(nn.BatchNorm2D(1)._epsilon))
-    return {
-        f"{path}.weight": np.full(bias.shape, math.sqrt(1.0 + epsilon)),
-        f"{path}.bias": bias,
-        f"{path}.running_mean": np.zeros(bias.shape),
-        f"{path}.running_var": np.ones(bias.shape),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ReparamError
 from ..layers.repmlpnet import RepMLPBlock, RepMLPNetUnit, conv_bn
 from ..registry import Published, create_model, register_model
 from ..weights.checkpoints import form_of, load_into
-from .builders import check_arguments, load_pretrained
+from .builders import bn_that_adds, check_arguments, load_pretrained
 
 #: Height and width of the images in pixels, or one number for both.
 ImageSize = Union[int, Sequence[int]]
@@ -158,19 +158,12 @@ def _from_published(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
                 "no network in train form computes that; convert a file in train form, or the deploy form of one"
             )
         del renamed[key]
-        renamed.update(_adding_bn(f"{block}.fc3_bn", by_set[:, 0]))
+        renamed.update(bn_that_adds(f"{block}.fc3_bn", by_set[:, 0]))
         for k in _CONV_SIZES:
             none = np.zeros(len(by_set), np.float32)
             renamed[f"{block}.repconv{k}.conv.weight"] = np.zeros([len(by_set), 1, k, k], np.float32)
-            renamed.update(_adding_bn(f"{block}.repconv{k}.bn", none))
+            renamed.update(bn_that_adds(f"{block}.repconv{k}.bn", none))
     return renamed
-
-
-def _adding_bn(name: str, bias: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the entries of a BN that adds a bias in eval mode and nothing else."""
-    epsilon = float(np.float32(1e-5))
-    values = {"weight": np.sqrt(1.0 + epsilon), "running_mean": 0.0, "running_var": 1.0}
-    return {f"{name}.bias": bias, **{f"{name}.{last}": np.full(bias.shape, value) for last, value in values.items()}}
 
 
 @register_model(published=_published("T224", 76.62), rename=_from_published)

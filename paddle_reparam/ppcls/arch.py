@@ -14,7 +14,7 @@ from ppcls.utils import logger
 
 from .. import models  # noqa: F401  (importing the models registers them)
 from ..errors import ReparamError
-from ..registry import Registry, create_model, list_models
+from ..registry import Registry, create_model, get_model, list_models
 from ..surgery import places, rewrite
 from .errors import ConfigError
 from .loading import load_weights, read_fresh
@@ -29,6 +29,8 @@ def register() -> None:
     """Put every registered model and `ReparamModel` where PaddleClas looks a name of `Arch` up."""
     arch.ReparamModel = ReparamModel
     for name in list_models():
+        if hasattr(arch, name) and get_model(name).in_paddleclas:
+            continue
         if hasattr(arch, name):
             raise ReparamError(f"PaddleClas has a model named {name!r} of its own; rename the registered one")
         setattr(arch, name, functools.partial(_build_registered, name))

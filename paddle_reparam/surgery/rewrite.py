@@ -15,11 +15,12 @@ from ..arithmetic.geometry import (
     is_convolution,
 )
 from ..errors import NothingToFuse, ReparamError, UnsupportedConv, UsageError
-from ..layers.base import FUSING_METHODS, InferenceForm, ReparamLayer
+from ..layers.base import InferenceForm, ReparamLayer
 from ..registry import get_layer
 from . import masks
 from .computed_weights import store_computed_weights
 from .folding import fold_batch_norms, fold_into_readers
+from .foreign import drop_unused, fuse_foreign
 from .places import RewriteReport, copy_model, has_hooks, owners_of, places_of, refuse_compiled, refuse_shared, swap
 from .tracing import (
     IMAGENET_INPUT,
@@ -28,7 +29,6 @@ from .tracing import (
     sample_inputs,
     undisturbed_draws,
     visit_inputs,
-    visit_outputs,
     walk,
 )
 
@@ -144,42 +144,6 @@ def _fuse_layers(model: nn.Layer, report: RewriteReport) -> nn.Layer:
     return model
 
 
-def _fuse_foreign(model: nn.Layer, report: RewriteReport) -> list[nn.Layer]:
-    """Call the fusing methods of PaddleClas' own blocks, `re_parameterize` (2.6) or `rep` (2.4); return the blocks."""
-    blocks = []
-    for layer, paths in list(places_of(model).values()):
-        method = next((m for name in FUSING_METHODS if callable(m := getattr(layer, name, None))), None)
-        if isinstance(layer, ReparamLayer) or method is None or getattr(layer, "is_repped", False):
-            continue
-        try:
-            method()
-        except Exception as error:
-            raise ReparamError(
-                f"{paths[0] or type(layer).__name__}: {type(layer).__name__}.{method.__name__}() of "
-                f"{type(layer).__module__} failed: {error}"
-            ) from error
-        report.touched.append((paths[0], f"{type(layer).__name__}.{method.__name__}()"))
-        blocks.append(layer)
-    return blocks
-
-
-def _drop_unused(model: nn.Layer, blocks: list[nn.Layer], inputs: list[Any], report: RewriteReport) -> None:
-    """Drop the training branches that PaddleClas' blocks keep, with their parameters, after they were fused.
-
-    Dropped is what a forward pass does not call. An Identity stays in its place, for blocks that ask for it by name.
-    """
-    paths = {id(layer): places[0] for layer, places in places_of(model).values()}
-    called: set[str] = set()
-    visit_outputs(model, inputs, lambda path, _: called.add(path))
-    for block in blocks:
-        for name, child in list(block._sub_layers.items()):
-            branch = [layer for _, layer in walk(child)] if child is not None else []
-            count = sum(p.size for layer in branch for p in layer._parameters.values() if p is not None)
-            if count and not any(paths[id(layer)] in called for layer in branch):
-                block._sub_layers[name] = nn.Identity()
-                report.touched.append((paths[id(child)], f"training branch dropped, {count} parameters"))
-
-
 def forms_of(fused: nn.Layer) -> list[str]:
     """Return the names of the forms, beside the layers' own choice, that a fused network can take for one size."""
     return sorted({form for _, layer in walk(fused) if isinstance(layer, InferenceForm) for form in layer.forms})
@@ -246,12 +210,12 @@ def reparameterize(
     masks.remove_masks(duplicate)
     store_computed_weights(duplicate, report)
     fused = _fuse_layers(duplicate, report)
-    blocks = _fuse_foreign(fused, report)
+    blocks = fuse_foreign(fused, report)
     if fold_bn or fixed_size:
         inputs = sample_inputs(IMAGENET_INPUT if input_spec is None else input_spec, batch=1, seed=0, like=fused)
     if fold_bn:
         if blocks:
-            _drop_unused(fused, blocks, inputs, report)
+            drop_unused(fused, blocks, inputs, report)
         fold_batch_norms(fused, report, inputs)
         fold_into_readers(fused, report, inputs)
     if fixed_size:

@@ -323,11 +323,11 @@ def trace_flow(
 
     def differs(some: list[int]) -> bool:
         pairs = [(layers[producer], layers[found[producer]]) for producer in some]
-        difference = _difference(expected, _run_with_others(model, pairs, inputs))
+        difference = relative_difference(expected, _run_with_others(model, pairs, inputs))
         if difference == 0.0:
             return False
         if not noise:
-            noise.append(_difference(expected, _run_with_others(model, [], inputs)))
+            noise.append(relative_difference(expected, _run_with_others(model, [], inputs)))
         return not difference <= 10.0 * noise[0]
 
     def read_unseen(some: list[int]) -> set[int]:
@@ -385,7 +385,7 @@ def _run_with_others(
             return []
 
 
-def _difference(expected: Sequence[paddle.Tensor], actual: Sequence[paddle.Tensor]) -> float:
+def relative_difference(expected: Sequence[paddle.Tensor], actual: Sequence[paddle.Tensor]) -> float:
     """Return how far tensors are apart, relative to the largest number of each; infinite for other shapes."""
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         return math.inf
