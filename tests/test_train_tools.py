@@ -430,3 +430,25 @@ def test_the_stock_scripts_run_unchanged(place, baseline, refconv, monkeypatch, 
     fails(capsys, 1, "it lacks 14 refocusing weights", launch, [str(stock / "eval.py"), *arguments])
     given = place.arguments(refconv, "stock", "Arch.backbone.name=MobileNetV9")
     fails(capsys, 2, "did you mean MobileNetV", launch, [str(stock / "train.py"), *given])
+
+
+def test_a_temperature_falls_with_the_epochs_of_a_run(place):
+    """Resumed or not: the epoch decides, and the weights keep it; it does not rise in the next run."""
+    layer = {"name": "DYConv2D", "experts": 2, "temperature": 9.0, "temperature_epochs": 4}
+    plain = {"name": "MobileNetV1_x0_25"}
+    arch = {"name": "ReparamModel", "class_num": 2, "backbone": plain, "layer": layer, "where": "blocks.[12].*"}
+    config = place.config(arch)
+    assert train_as_a_process_of_its_own(place.arguments(config, "whole", "Global.epochs=3")) == 0
+    resume = (f"Global.checkpoints={place.saved('whole', 'epoch_2')}", "Global.epochs=3")
+    assert train_as_a_process_of_its_own(place.arguments(config, "resumed", *resume)) == 0
+    further = [f"Global.pretrained_model={place.saved('whole')}", *(["EMA.decay=0.5"] if HOME else [])]
+    assert main("train", place.arguments(config, "further", *further)) == 0
+
+    states = {run: checkpoints.load(f"{place.saved(run)}.pdparams") for run in ("whole", "resumed", "further")}
+    states["half"] = checkpoints.load(f"{place.saved('whole', 'epoch_2')}.pdparams")
+    temperatures = [key for key in states["whole"] if key.endswith("attention.temperature")]
+    assert temperatures
+    for run, expected in {"half": 7.0, "whole": 5.0, "resumed": 5.0, "further": 5.0}.items():
+        assert {float(states[run][key]) for key in temperatures} == {expected}, run
+    for key, value in states["whole"].items():
+        np.testing.assert_array_equal(states["resumed"][key], value, err_msg=key)

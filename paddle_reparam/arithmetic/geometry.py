@@ -188,6 +188,15 @@ class ConvGeometry:
         """True where each input channel is convolved on its own (any channel multiplier)."""
         return self.groups == self.in_channels
 
+    def output_size(self, height: Any, width: Any) -> tuple[Any, Any]:
+        """Return (height, width) of what comes out of maps of this size, numbers or tensors; padding is in numbers."""
+        top, bottom, left, right = self.padding
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel_size)]
+        return (
+            (height + top + bottom - reach[0]) // self.stride[0] + 1,
+            (width + left + right - reach[1]) // self.stride[1] + 1,
+        )
+
     def __str__(self) -> str:
         parts = [f"{self.in_channels}->{self.out_channels}, {self.kernel_size[0]}x{self.kernel_size[1]}"]
         parts += [f"groups={self.groups}"] if self.groups > 1 else []

@@ -1,10 +1,12 @@
 """The layers, one paper a file; importing this package registers those that stand in for convolutions."""
 
 from .centered_weight_norm import CenteredWeightNormConv2D as CenteredWeightNormConv2D
+from .condconv import CondConv2D as CondConv2D
 from .dcd import DCDConv2D as DCDConv2D
 from .dcd import DCDLinear as DCDLinear
 from .dcd_matrix import DCDDepthwiseConv2D as DCDDepthwiseConv2D
 from .dcd_matrix import DCDMatrixConv2D as DCDMatrixConv2D
+from .dyconv import DYConv2D as DYConv2D
 from .global_context import GlobalContext2D as GlobalContext2D
 from .mobileone import MobileOne2D as MobileOne2D
 from .non_local import NonLocal2D as NonLocal2D

@@ -142,6 +142,12 @@ class ReparamLayer(nn.Layer):
         """Compute the layer as it is trained: `[N, C, H, W]` in and out."""
         raise NotImplementedError
 
+    def start_epoch(self, epoch: int) -> None:
+        """Do what the layer does at the start of an epoch of training, counted from 1: nothing, for most.
+
+        It depends on the epoch and the layer's state alone, so a resumed run goes on as the uninterrupted one would.
+        """
+
     def fuse(self) -> nn.Layer:
         """Return the fused layer, computed in float64; called in eval mode only."""
         raise NotImplementedError

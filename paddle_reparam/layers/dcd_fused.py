@@ -47,10 +47,10 @@ class DynamicBranch(nn.Layer):
         super().__init__()
         self.pool_size, self.latent = sizes.pool_size, sizes.latent
         window = squeeze.kernel.reshape(len(squeeze.kernel), -1, sizes.pool_size, sizes.pool_size)
-        self.squeeze = _make_conv(Affine(window, squeeze.bias), dtype)
-        self.gate = None if gate is None else _make_conv(gate, dtype)
-        self.excite = _make_conv(matrices, dtype)
-        self.factors = None if factors is None else _make_conv(factors, dtype)
+        self.squeeze = make_small_conv(Affine(window, squeeze.bias), dtype)
+        self.gate = None if gate is None else make_small_conv(gate, dtype)
+        self.excite = make_small_conv(matrices, dtype)
+        self.factors = None if factors is None else make_small_conv(factors, dtype)
 
     def forward(self, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
         y = self.squeeze(averages(x, self.pool_size))
@@ -142,7 +142,7 @@ def _with_bias(affine: Affine) -> Affine:
     return affine if affine.bias is not None else Affine(affine.kernel, np.zeros(len(affine.kernel)))
 
 
-def _make_conv(affine: Affine, dtype: str) -> nn.Conv2D:
+def make_small_conv(affine: Affine, dtype: str) -> nn.Conv2D:
     """Return a convolution that does not pad and holds a float64 kernel `[out, in, h, w]`, or a matrix as a 1x1 one."""
     kernel = affine.kernel if affine.kernel.ndim == 4 else affine.kernel[:, :, None, None]
     out_channels, in_channels, height, width = kernel.shape

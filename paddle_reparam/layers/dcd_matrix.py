@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 
 from ..arithmetic import kernels
@@ -20,6 +19,7 @@ from ..arithmetic.tensors import assign, to_float64
 from ..errors import UnsupportedConv
 from ..registry import register_layer
 from .base import FLAG, WHOLE, InferenceForm, ReparamLayer, one_of, or_none
+from .by_image import convolve_by_image
 from .dcd import INITS, make_convs, refuse_without_centre
 from .dcd_fused import Affine, DCDConv2DFused, DynamicBranch, Sizes, mixed, pooled
 
@@ -303,34 +303,6 @@ def kernels_of_images(
     """Return W(x) = scale(x) kernel + p A(x) r for each image, `[N, out, kh * kw]`; scale is `[N, out]` or None."""
     residual = paddle.matmul(paddle.matmul(p, matrices), r)
     return residual + (kernel if scale is None else scale.unsqueeze(2) * kernel)
-
-
-def convolve_by_image(x: paddle.Tensor, by_image: paddle.Tensor, geometry: ConvGeometry) -> paddle.Tensor:
-    """Return the depthwise convolution of each image with its own kernels `[N, out, kh * kw]`.
-
-    One batched matrix product over unfolded patches. It multiplies no more than a static depthwise convolution: to add
-    W0's convolution and L_k fixed ones, mixed per image, multiplies L_k + 1 times as much. Trained on a CPU with 144
-    channels at 56, 384 at 14 and 960 at 7 pixels it took 3.6, 0.9 and 0.45 times as long as the static convolution;
-    those took 3.9, 3.2 and 2.9 times, and a sum over shifted maps 29, 15 and 6.
-    """
-    top, bottom, left, right = geometry.padding
-    if geometry.padding_mode != "zeros":
-        x = F.pad(x, list(geometry.padding), mode=geometry.padding_mode)
-        top = bottom = left = right = 0
-    height, width = (
-        (side + sum(pads) - d * (k - 1) - 1) // s + 1
-        for side, pads, d, k, s in zip(
-            (x.shape[2], x.shape[3]), ((top, bottom), (left, right)), geometry.dilation, geometry.kernel_size,
-            geometry.stride,
-        )
-    )  # fmt: skip
-    patches = F.unfold(
-        x, list(geometry.kernel_size), list(geometry.stride), [top, left, bottom, right], list(geometry.dilation)
-    )
-    elements, channels = by_image.shape[2], geometry.in_channels
-    patches = patches.reshape([-1, channels, elements, height * width])
-    by_channel = by_image.reshape([-1, channels, geometry.out_channels // channels, elements])
-    return paddle.matmul(by_channel, patches).reshape([-1, geometry.out_channels, height, width])
 
 
 def _affine_of(linear: nn.Linear) -> Affine:

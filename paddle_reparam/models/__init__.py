@@ -1,6 +1,7 @@
 """The networks, one family a file; importing this package registers them."""
 
 from . import cifar as cifar
+from . import condconv_dyconv as condconv_dyconv
 from . import convnext as convnext
 from . import hbonet as hbonet
 from . import mlp_repmlp as mlp_repmlp

@@ -6,19 +6,19 @@ stay. Entries are named as in the released files: `layer1.0.conv2.fc_phi.weight`
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle import nn
 from paddle.vision.models.resnet import BasicBlock, BottleneckBlock
 
 from ..arithmetic.geometry import ConvGeometry
-from ..arithmetic.initializers import init_fan_out_normal
 from ..layers.dcd import DCDConv2D, DCDLinear
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained
+from .resnet import ResNet
 
 _REPOSITORY = "the authors' repository"
 # Block -> (names of its convolutions, the rule for the sizes of their dynamic parts).
@@ -26,41 +26,6 @@ _CONVS = {
     BasicBlock: (("conv1", "conv2"), "resnet_basic"),
     BottleneckBlock: (("conv1", "conv2", "conv3"), "resnet_bottleneck"),
 }
-
-
-class _ResNetDCD(nn.Layer):
-    """Four stages of `blocks[i]` blocks, and a dynamic classifier behind a dropout."""
-
-    def __init__(self, block: type, blocks: Sequence[int], class_num: int, dropout: float) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2D(3, 64, 7, stride=2, padding=3, bias_attr=False)
-        init_fan_out_normal(self.conv1)
-        self.bn1 = nn.BatchNorm2D(64)
-        self.relu = nn.ReLU()
-        self.maxpool = nn.MaxPool2D(3, 2, 1)
-        channels = 64
-        for i, count in enumerate(blocks):
-            width, stride = 64 * 2**i, 1 if i == 0 else 2
-            setattr(self, f"layer{i + 1}", _stage(block, channels, width, stride, count))
-            channels = width * block.expansion
-        self.avgpool = nn.AdaptiveAvgPool2D(1)
-        self.classifier = nn.Sequential(nn.Dropout(dropout), DCDLinear(channels, class_num))
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.classifier(paddle.flatten(self.avgpool(x), 1))
-
-
-def _stage(block: type, in_channels: int, width: int, stride: int, count: int) -> nn.Sequential:
-    out_channels = width * block.expansion
-    downsample = None
-    if stride != 1 or in_channels != out_channels:
-        conv = nn.Conv2D(in_channels, out_channels, 1, stride, bias_attr=False)
-        init_fan_out_normal(conv)
-        downsample = nn.Sequential(conv, nn.BatchNorm2D(out_channels))
-    blocks = [block(in_channels, width, stride, downsample)]
-    return nn.Sequential(*blocks, *[block(out_channels, width) for _ in range(count - 1)])
 
 
 def _build(
@@ -74,7 +39,7 @@ def _build(
     unknown: Mapping[str, Any],
 ) -> nn.Layer:
     check_arguments(name, pretrained, use_ssld, unknown, ["dropout"])
-    model = _ResNetDCD(block, blocks, class_num, dropout)
+    model = ResNet(block, blocks, dropout, functools.partial(DCDLinear, class_num=class_num))
     names, variant = _CONVS[block]
     for layer in model.sublayers():
         for conv in names if isinstance(layer, block) else ():

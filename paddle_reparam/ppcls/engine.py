@@ -16,6 +16,7 @@ from ppcls.engine import engine as engine_module
 from ppcls.utils import logger
 
 from ..images import IMAGE_SUFFIXES, images_below
+from ..training.epochs import start_epoch
 from . import curves, disk_space, monitoring, resuming, saving, sparse
 from .errors import ConfigError
 from .guards import (
@@ -175,6 +176,10 @@ class Engine(PaddleClasEngine):
         if not engine.config["Global"].get("iter_per_epoch"):
             # Newer Engines would begin with the batches that were left over from the epoch before.
             engine.__dict__.pop("train_dataloader_iter", None)
+        start_epoch(engine.model, epoch)
+        if getattr(engine, "ema", False):
+            # At once: a mean of what two epochs set was trained by none.
+            start_epoch(engine.model_ema.module, epoch)
         if not hasattr(engine, "sparse_training"):
             engine.sparse_training = sparse.start(engine, engine.sparsity_settings)
             # By now a resumed run knows its epoch, and the network has its masks.
