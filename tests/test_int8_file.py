@@ -2,9 +2,12 @@
 
 import json
 
+import int8_table
 import numpy as np
+import paddle
 import pytest
 from helpers import relative_error
+from paddle import nn
 from test_onnx import needs_onnx
 
 from paddle_reparam.deploy.calibration import Activation
@@ -355,3 +358,20 @@ def test_a_whole_file_passes_and_that_of_another_network_does_not(int8_file, ima
     (tmp_path / "none.onnx").write_text("x")
     with pytest.raises(ReparamError, match="none.onnx: it cannot be compared with"):
         check_int8(source, tmp_path / "none.onnx")
+
+
+def test_uneven_channels_of_the_page_are_the_same_function_to_the_bit_and_uneven():
+    net = nn.Sequential(
+        nn.Conv2D(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2D(8, 8, 3, groups=8), nn.ReLU(), nn.Conv2D(8, 4, 1)
+    )
+    x = paddle.randn([2, 3, SIZE, SIZE])
+    expected, before = net(x).numpy(), _ranges(net)
+    int8_table.make_uneven(net)
+    np.testing.assert_array_equal(net(x).numpy(), expected)
+    spread = _ranges(net) / before
+    assert spread.max() / spread.min() >= 16
+
+
+def _ranges(net):
+    """Return the largest weight of each channel of the depthwise convolution."""
+    return np.abs(net[2].weight.numpy()).max((1, 2, 3))
