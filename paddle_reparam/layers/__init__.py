@@ -7,9 +7,12 @@ from .dcd import DCDLinear as DCDLinear
 from .dcd_matrix import DCDDepthwiseConv2D as DCDDepthwiseConv2D
 from .dcd_matrix import DCDMatrixConv2D as DCDMatrixConv2D
 from .dyconv import DYConv2D as DYConv2D
+from .ghost import GhostConv2D as GhostConv2D
 from .global_context import GlobalContext2D as GlobalContext2D
+from .hetconv import HetConv2D as HetConv2D
 from .mobileone import MobileOne2D as MobileOne2D
 from .non_local import NonLocal2D as NonLocal2D
+from .octconv import OctConv2D as OctConv2D
 from .orthogonal_weight_norm import OrthogonalWeightNormConv2D as OrthogonalWeightNormConv2D
 from .refconv import RefConv2D as RefConv2D
 from .replknet import ReparamLargeKernelConv2D as ReparamLargeKernelConv2D

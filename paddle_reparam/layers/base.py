@@ -55,6 +55,7 @@ def several(option: Option, count: int | None = None) -> Option:
 
 FLAG = Option("one of True, False", lambda value: isinstance(value, bool))
 WHOLE = Option("a whole number of 1 or more", lambda value: is_number(value) and isinstance(value, int) and value >= 1)
+TWO_OR_MORE = Option("a whole number of 2 or more", lambda value: WHOLE.accepts(value) and value >= 2)
 ODD = Option("one of 1, 3, 5, ... (odd)", lambda value: WHOLE.accepts(value) and value % 2 == 1)
 SHARE = Option("a number between 0 and 1", lambda value: is_number(value) and 0 < value < 1)
 POSITIVE = Option("a number above 0", lambda value: is_number(value) and 0 < value < float("inf"))
