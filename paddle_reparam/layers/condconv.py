@@ -14,8 +14,9 @@ from ..arithmetic.geometry import ConvGeometry
 from ..arithmetic.initializers import init_uniform_fan_in, uniform_fan_in
 from ..arithmetic.tensors import assign, to_float64
 from ..registry import register_layer
+from .base import TWO_OR_MORE
 from .dcd_fused import Affine, pooled
-from .experts import SEVERAL, RoutedConv2D
+from .experts import RoutedConv2D
 from .experts_fused import Routing
 
 
@@ -29,7 +30,7 @@ class CondConv2D(RoutedConv2D):
     kernels lie around the convolution's.
     """
 
-    options = {"experts": SEVERAL}  # noqa: RUF012
+    options = {"experts": TWO_OR_MORE}  # noqa: RUF012
     holders = {"weight": "conv.weight", "bias": "conv.bias"}  # noqa: RUF012
     train_form_keys = ("conv.weight", "routing_fn.weight", "routing_fn.bias")
 

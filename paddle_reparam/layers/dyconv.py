@@ -13,9 +13,9 @@ from ..arithmetic.geometry import ConvGeometry
 from ..arithmetic.initializers import init_fan_out_normal
 from ..arithmetic.tensors import assign, to_float64
 from ..registry import register_layer
-from .base import POSITIVE, SHARE, WHOLE
+from .base import POSITIVE, SHARE, TWO_OR_MORE, WHOLE
 from .dcd_fused import Affine
-from .experts import SEVERAL, RoutedConv2D
+from .experts import RoutedConv2D
 from .experts_fused import Routing
 
 
@@ -39,7 +39,7 @@ class DYConv2D(RoutedConv2D):
     that its weights were trained with, also where a training ends before it is 1.
     """
 
-    options = {"experts": SEVERAL, "ratio": SHARE, "temperature": POSITIVE, "temperature_epochs": WHOLE}  # noqa: RUF012
+    options = {"experts": TWO_OR_MORE, "ratio": SHARE, "temperature": POSITIVE, "temperature_epochs": WHOLE}  # noqa: RUF012
     holders = {"weight": "weight", "bias": "bias"}  # noqa: RUF012
     train_form_keys = ("weight", "attention.fc1.weight", "attention.fc2.weight", "attention.temperature")
 

@@ -11,12 +11,10 @@ from paddle import nn
 
 from ..arithmetic.geometry import ConvGeometry
 from ..arithmetic.tensors import assign, to_float64, type_name
-from .base import WHOLE, Option, ReparamLayer
+from .base import ReparamLayer
 from .by_image import convolve_in_groups
 from .experts_fused import RoutedConv2DFused, Routing, fused_form
 
-#: Several kernels.
-SEVERAL = Option("a whole number of 2 or more", lambda value: WHOLE.accepts(value) and value > 1)
 # How far the kernels of a layer that starts from a convolution lie around its kernel, in its own standard deviation.
 _SPREAD = 0.5
 
