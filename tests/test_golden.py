@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import paddle
 import published_cheap
+import published_dbb
 import published_dcd
 import published_dynamic
 import published_mobileone
@@ -42,7 +43,7 @@ FOLDER = Path(os.environ.get("GOLDEN_DIR") or Path(__file__).parent / "golden")
 FAMILIES = [
     published_refconv, published_spconv, published_slak, published_replknet, published_dcd, published_repmlp,
     published_repmlpnet, published_weight_norm, published_plugins, published_repvgg, published_mobileone,
-    published_dynamic, published_cheap,
+    published_dynamic, published_cheap, published_dbb,
 ]  # fmt: skip
 #: Published layer -> function(published arguments) -> our layer or network in float64.
 LAYERS = {name: make for family in FAMILIES for name, make in family.LAYERS.items()}

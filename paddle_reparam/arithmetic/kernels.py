@@ -131,8 +131,7 @@ def one_by_one_then(
     """Return (kernel, bias) of a 1x1 convolution followed by a kxk one of the same number of groups.
 
     first `[middle, in / groups, 1, 1]`, second `[out, middle / groups, k, k]`. Exact where the second convolution does
-    not pad, or pads with the first one's bias (zeros if that has none). No layer here needs it or `average_pool_kernel`
-    yet; the branches of a Diverse Branch Block (arXiv 2103.13425), a rival of the layers here, fuse by these two.
+    not pad, or pads with the first one's bias (zeros if that has none).
     """
     first, second = _f64(first), _f64(second)
     middle, out_channels = first.shape[0], second.shape[0]

@@ -1,7 +1,9 @@
 """The layers, one paper a file; importing this package registers those that stand in for convolutions."""
 
+from .acb import ACB2D as ACB2D
 from .centered_weight_norm import CenteredWeightNormConv2D as CenteredWeightNormConv2D
 from .condconv import CondConv2D as CondConv2D
+from .dbb import DBB2D as DBB2D
 from .dcd import DCDConv2D as DCDConv2D
 from .dcd import DCDLinear as DCDLinear
 from .dcd_matrix import DCDDepthwiseConv2D as DCDDepthwiseConv2D
