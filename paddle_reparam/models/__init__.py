@@ -10,6 +10,7 @@ from . import mobileone as mobileone
 from . import replknet as replknet
 from . import repmlpnet as repmlpnet
 from . import repvgg as repvgg
+from . import resnet_dbb as resnet_dbb
 from . import resnet_dcd as resnet_dcd
 from . import resnet_repmlp as resnet_repmlp
 from . import resnet_spconv as resnet_spconv
