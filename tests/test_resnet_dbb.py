@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
+import sys
+from types import ModuleType
 
 import numpy as np
 import paddle
@@ -17,7 +20,8 @@ from network_contract import (
 from numpy.lib.stride_tricks import sliding_window_view
 from paddle import nn
 
-from paddle_reparam.errors import CheckpointError
+from paddle_reparam.arithmetic.geometry import ConvGeometry
+from paddle_reparam.errors import CheckpointError, ReparamError
 from paddle_reparam.layers.acb import ACB2D
 from paddle_reparam.layers.dbb import DBB2D
 from paddle_reparam.models.resnet_dbb import BranchedResNet
@@ -234,3 +238,75 @@ def test_files_of_paddleclas(tmp_path):
     assert (
         fit_exactly(ours, in_our_names("ResNet18_DBB", arrays, ours), "ResNet18_DBB").keys() == ours.state_dict().keys()
     )
+
+
+class LaterBlock(nn.Layer):
+    """A block of the same branches and a ReLU, with the names and the protocol of PaddleClas 2.6."""
+
+    def __init__(self, geometry: ConvGeometry) -> None:
+        super().__init__()
+        self.is_repped, self.nonlinear = False, nn.ReLU()
+        self.layer = [layer := DBB2D(geometry)]
+        for name, branch in layer.named_children():
+            setattr(self, name, branch)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.nonlinear(self.dbb_reparam(x) if self.is_repped else self.layer[0].forward_branches(x))
+
+    def re_parameterize(self) -> None:
+        raise AssertionError("it was to be fused by this library")
+
+
+@pytest.mark.parametrize("more", [{}, {"stride": (2, 2)}, {"groups": 4}, {"out_channels": 16}], ids=str)
+def test_blocks_of_paddleclas_are_fused_by_this_library(more):
+    geometry = ConvGeometry(**{"in_channels": 8, "out_channels": 8, "kernel_size": (3, 3), "padding": (1,) * 4, **more})
+    model = nn.Sequential(nn.Conv2D(3, 8, 1), LaterBlock(geometry))
+    randomise_batch_norms(model)
+    model.eval()
+    x = paddle.randn([2, 3, 9, 8])
+    expected = model(x)
+    fused, report = reparameterize(model)
+    count = sum(name.startswith("dbb") for name, _ in model[1].named_children())
+    assert report.touched == [("1", f"LaterBlock: {count} branches -> Conv2D")]
+    assert relative_error(fused(x), expected) < 1e-5
+    assert sum(p.size for p in fused[1].parameters()) == math.prod(geometry.weight_shape) + geometry.out_channels
+    assert not model[1].is_repped
+
+
+def test_a_block_that_is_no_convolution_is_refused():
+    """Paddle's average pooling leaves the padding out, unless it is told."""
+    block = LaterBlock(ConvGeometry(8, 8, (3, 3), padding=(1,) * 4, groups=8))
+    block.dbb_avg[0] = nn.AvgPool2D(3, 1, 1)
+    model = nn.Sequential(block)
+    randomise_batch_norms(model)
+    model.eval()
+    with pytest.raises(ReparamError, match="0: this LaterBlock computes no convolution, as where it averages without"):
+        reparameterize(model)
+    assert isinstance(block.dbb_origin, nn.Sequential)
+
+
+def test_the_identity_of_paddleclas_own_block_gets_the_type_of_its_kernel(monkeypatch):
+    """In PaddleClas 2.6 it is float64, and since Paddle 2.6 the block cannot be run."""
+    setup()
+    from paddle_reparam.ppcls import mends
+
+    class IdentityBasedConv1x1(nn.Conv2D):
+        def __init__(self, channels):
+            super().__init__(channels, channels, 1, bias_attr=False)
+            self.id_tensor = paddle.to_tensor(np.eye(channels)[:, :, None, None])
+
+        def forward(self, x):
+            return nn.functional.conv2d(x, self.weight + self.id_tensor)
+
+    assert not mends._diverse_branches_add_float64(), "the PaddleClas that is here has no such block, or a whole one"
+    path = "ppcls.arch.backbone.base.dbb.dbb_block"
+    for depth in range(5, 7):
+        name = ".".join(path.split(".")[:depth])
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules[path].IdentityBasedConv1x1 = IdentityBasedConv1x1
+    assert mends._diverse_branches_add_float64()
+    mends._mend_diverse_branches()
+    assert not mends._diverse_branches_add_float64()
+    layer, x = IdentityBasedConv1x1(4), paddle.randn([2, 4, 3, 3])
+    layer.weight.set_value(paddle.zeros([4, 4, 1, 1]))
+    assert relative_error(layer(x), x) == 0

@@ -27,6 +27,7 @@ def apply() -> list[str]:
         (_multi_label_loss_multiplies_truths, _mend_multi_label_loss),
         (_multi_label_metrics_index_numbers, _mend_numbers_of_metrics),
         (_distillation_picks_twice, _mend_distillation_postprocess),
+        (_diverse_branches_add_float64, _mend_diverse_branches),
     ):
         if needed():
             mend()
@@ -270,3 +271,28 @@ def _mend_distillation_postprocess() -> None:
         return pick(self, x, file_names) if isinstance(x, dict) else self.func(x, file_names=file_names)
 
     DistillationPostProcess.__call__ = mended
+
+
+def _diverse_branches_add_float64() -> bool:
+    """The diverse branch block of 2.6 adds an identity in float64 to a kernel, which was float32 until Paddle 2.6."""
+    try:
+        from ppcls.arch.backbone.base.dbb.dbb_block import IdentityBasedConv1x1
+    except ImportError:
+        return False
+    try:
+        IdentityBasedConv1x1(1)(paddle.zeros([1, 1, 1, 1]))
+    except ValueError:
+        return True
+    return False
+
+
+def _mend_diverse_branches() -> None:
+    from ppcls.arch.backbone.base.dbb.dbb_block import IdentityBasedConv1x1
+
+    build = IdentityBasedConv1x1.__init__
+
+    def mended(self: Any, *args: Any, **options: Any) -> None:
+        build(self, *args, **options)
+        self.id_tensor = self.id_tensor.astype(self.weight.dtype)
+
+    IdentityBasedConv1x1.__init__ = mended

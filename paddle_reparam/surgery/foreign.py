@@ -13,6 +13,7 @@ from ..arithmetic.tensors import type_name
 from ..errors import ReparamError, UnsupportedConv
 from ..layers.base import FUSING_METHODS, ReparamLayer
 from ..layers.branches import MiddleTap, fuse_branches
+from ..layers.dbb import DBB2D
 from .places import RewriteReport, places_of
 from .tracing import relative_difference, visit_outputs, walk
 
@@ -24,12 +25,14 @@ _SIDE = 9
 
 class _Branches(NamedTuple):
     """What a block adds, where it looks for the convolution that they become, what is not needed then, and what stands
-    behind the sum, in this order."""
+    behind the sum, in this order; and a layer of this library that adds the same, where the parts are more than that.
+    """
 
     parts: list[nn.Layer]
     fused_as: str
     unused: list[str]
     behind: list[str]
+    same: ReparamLayer | None = None
 
 
 def fuse_foreign(model: nn.Layer, report: RewriteReport) -> list[nn.Layer]:
@@ -44,7 +47,10 @@ def fuse_foreign(model: nn.Layer, report: RewriteReport) -> list[nn.Layer]:
         method = next((m for name in FUSING_METHODS if callable(m := getattr(layer, name, None))), None)
         if isinstance(layer, ReparamLayer) or method is None or getattr(layer, "is_repped", False):
             continue
-        count = _fuse_known(layer)
+        try:
+            count = _fuse_known(layer)
+        except ReparamError as error:
+            raise error.at(paths[0] or type(layer).__name__) from error
         if count:
             report.touched.append((paths[0], f"{type(layer).__name__}: {count} branches -> Conv2D"))
             continue
@@ -79,15 +85,31 @@ def _read_depthwise(block: nn.Layer) -> _Branches | None:
     return _Branches(list(parts), "dw_conv", ["dw_conv_list"], [])
 
 
-_KNOWN: list[Callable[[nn.Layer], Any]] = [_read_repvgg, _read_depthwise]
+def _read_dbb(block: nn.Layer) -> _Branches | None:
+    """Read a diverse branch block: nonlinear(the branches of a DBB2D), whose entries have the same names."""
+    names = ["dbb_origin", "dbb_1x1", "dbb_1x1_kxk", "dbb_avg"]
+    parts = [part for name in names if isinstance(part := getattr(block, name, None), nn.Layer)]
+    try:
+        geometry = ConvGeometry.of(block.dbb_origin.conv)
+        same = DBB2D(geometry, internal_channels=block.dbb_1x1_kxk.conv2._in_channels)
+    except (AttributeError, UnsupportedConv):
+        return None
+    if same.state_dict().keys() != block.state_dict().keys():
+        return None
+    same.set_state_dict(block.state_dict())
+    same.eval()
+    return _Branches(parts, "dbb_reparam", names, ["nonlinear"], same)
+
+
+_KNOWN: list[Callable[[nn.Layer], Any]] = [_read_repvgg, _read_depthwise, _read_dbb]
 
 
 def _fuse_known(block: nn.Layer) -> int:
     """Fuse a block in place whose branches are known; return how many they were, 0 for every other block."""
     branches = next((found for read in _KNOWN if (found := read(block)) is not None), None)
-    if branches is None or not _meet(branches.parts):
+    if branches is None or not (branches.same or _meet(branches.parts)):
         return 0
-    conv = fuse_branches(branches.parts)
+    conv = branches.same.fuse() if branches.same else fuse_branches(branches.parts)
     shape = [2, conv._in_channels, _SIDE, _SIDE]
     x = paddle.to_tensor(np.random.default_rng(0).standard_normal(shape).astype(type_name(conv.weight)))
     before, unfused = dict(block._sub_layers), _output(block, x)
@@ -108,6 +130,12 @@ def _fuse_known(block: nn.Layer) -> int:
     block._sub_layers.clear()
     block._sub_layers.update(before)
     block.is_repped = False
+    if branches.same and unfused is not None:
+        # Depthwise, its average is divided by fewer pixels at the borders, and what it fuses itself to is not.
+        raise ReparamError(
+            f"this {type(block).__name__} computes no convolution, as where it averages without the padding; train it "
+            "with DBB2D in the place of the convolution"
+        )
     return 0
 
 
