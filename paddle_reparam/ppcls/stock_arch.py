@@ -53,7 +53,7 @@ def _check_network(config: Any, place: str) -> None:
                     raise _odd(inner, value)
                 _check_network(*each.values(), inner)
         else:
-            _check_option(key, value, inner, words=name in list_models())
+            _check_option(key, value, inner, words=name in list_models() and name not in _stock_networks())
 
 
 def _check_gear(config: Any, place: str) -> None:
