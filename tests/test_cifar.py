@@ -18,7 +18,9 @@ from paddle_reparam.surgery.verify import verify
 #: Small, so that every layer can be tried; a ResNet-20 halves it twice.
 SHAPE = [None, 3, 16, 16]
 #: What a layer needs to know to stand in a ResNet-20 for images of that size.
-OPTIONS = {"RepMLP": {"where": "layer1.*", "height": 16, "width": 16}}
+OPTIONS = {"RepMLP": {"where": "layer1.0.*", "height": 16, "width": 16}}
+#: The stem and a stage: of each kind of convolution that a ResNet-20 has, one at least.
+WHERE = ["conv1", "layer2.*"]
 #: Layers for depthwise convolutions or for classifiers: a ResNet-20 has no convolution for them.
 FOR_OTHERS = {
     "DCDDepthwiseConv2D", "DCDLinear", "DecomposedLargeKernelConv2D", "RepMLPBlock", "ReparamLargeKernelConv2D",
@@ -64,7 +66,7 @@ def test_every_3x3_convolution_is_one_that_layers_take(name):
 
 @pytest.mark.parametrize("name", list_layers())
 def test_every_layer_goes_into_a_resnet20(name):
-    options = dict(OPTIONS.get(name, {}))
+    options = {"where": WHERE, **OPTIONS.get(name, {})}
     model = create_model("ResNet20")
     if name in FOR_OTHERS:
         with pytest.raises(ReparamError, match=f"{name} was put in the place of no convolution"):
