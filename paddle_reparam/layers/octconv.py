@@ -37,8 +37,8 @@ class OctConv2DFused(InferenceForm):
     # Measured in Paddle Inference 3.3.1 on one thread at batch 1, AVX-512, beside other work. Averaging and the
     # convolution behind it as one, of twice the kernel with stride 2: 0.7 to 1.1 of the time for 1x1 kernels, 0.8 to
     # 1.2 for 3x3 of 16 and 32 channels, 1.5 to 2.9 for more and for 7x7; low maps are averaged for other readers too,
-    # so nothing is left of the little there is to win. Doubling by `gather` took 0.9 to 1.1 of the time of a depthwise
-    # transposed convolution, `repeat_interleave` and reshapes, and is the only one that takes odd sides.
+    # so nothing is left of the little there is to win. Doubling by `index_select` took 0.9 to 1.1 of the time of a
+    # depthwise transposed convolution and of reshapes, and is the only one that takes odd sides as they are.
     #
     # On its own the layer is no faster than a plain convolution: blocks (1x1, this layer, 1x1) take 1.0 to 1.7 of the
     # time of the same with a plain 3x3, of 64 channels at 56x56 to 256 at 14x14, and six layers with pairs between them
@@ -273,7 +273,14 @@ def _halved(x: paddle.Tensor) -> paddle.Tensor:
 @paddle.jit.not_to_static
 def _doubled(low: paddle.Tensor, high: paddle.Tensor) -> paddle.Tensor:
     """Return low maps with each pixel repeated 2x2 times, cut to the size of high ones."""
+    if paddle.in_dynamic_mode():
+        # The gradient of `index_select` takes five times as long, and that of `gather` along other axes than the first
+        # is silently wrong in Paddle 2.6.
+        batch, channels, height, width = low.shape
+        pixels = low.reshape([batch, channels, height, 1, width, 1]).expand([batch, channels, height, 2, width, 2])
+        low = pixels.reshape([batch, channels, 2 * height, 2 * width])
+        return low if low.shape[2:] == high.shape[2:] else low[:, :, : high.shape[2], : high.shape[3]]
     for axis in (2, 3):
         length = high.shape[axis] if high.shape[axis] >= 0 else paddle.shape(high)[axis]
-        low = paddle.gather(low, paddle.arange(length) // 2, axis)
+        low = paddle.index_select(low, paddle.arange(length) // 2, axis)
     return low
