@@ -81,7 +81,8 @@ def forward_merged(layer: Any, x: paddle.Tensor) -> paddle.Tensor:
     first, border = _with_bn(first, kxk.bn1, covariance, mean, pixels_of(x))
     taps = kxk.conv2.weight.flatten(2).transpose([0, 2, 1])
     made = paddle.matmul(taps, first).transpose([0, 2, 1]).reshape([len(taps), -1, *size])
-    as_it_is = F.pad(origin.conv.weight, [0, 0, 0, 0, 0, 1])
+    blind = paddle.zeros([len(origin.conv.weight), 1, *size], x.dtype)
+    as_it_is = paddle.concat([origin.conv.weight, blind], 1)
     y = convolve(x, paddle.concat([as_it_is, made]), stride, padding)
     of_origin, of_kxk = paddle.split(y, 2, 1)
     out = beside + origin.bn(of_origin) + kxk.bn2(of_kxk)
@@ -192,7 +193,8 @@ def convolve(
     taps = weight.flatten(2) if met is None else paddle.index_select(weight.flatten(2), met, 2)
     rows = x.flatten(2).transpose([0, 2, 1])
     rows = paddle.concat([rows, paddle.zeros([images, 1, channels], x.dtype)], 1)
-    rows = paddle.gather(rows, index, 1).reshape([images * pixels, -1, channels])
+    # Not gather, whose gradient along another axis than the first is wrong in Paddle 2.6.
+    rows = paddle.index_select(rows, index, 1).reshape([images * pixels, -1, channels])
     # One of the two has its axes in another order than it is stored in: the smaller one.
     if rows.size < taps.size:
         rows = rows.transpose([0, 2, 1])
