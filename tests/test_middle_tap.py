@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import paddle
 import pytest
-from contract import Case, randomise
+from contract import Case, check_traces, randomise
 from helpers import as_array, relative_error
 from paddle import nn
 
@@ -93,6 +93,12 @@ def test_what_it_computes(cls, options, case):
     given = paddle.to_tensor(x.transpose(axes))
     for form in (layer, layer.reparameterize()):
         assert relative_error(form(given), expected.transpose(axes)) < 1e-12
+
+
+@pytest.mark.parametrize("cls", [RepVGG2D, MobileOne2D])
+@pytest.mark.parametrize("case", [CASES[4], CASES[5], CASES[6]], ids=str)
+def test_it_is_traced_where_the_middle_tap_meets_other_pixels(cls, case):
+    check_traces(cls, case)
 
 
 def test_the_identity_is_there_where_the_size_is_kept():

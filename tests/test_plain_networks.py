@@ -315,7 +315,10 @@ def test_what_paddleclas_lacks_is_built_from_a_config():
     ppcls.setup()
     from ppcls import arch
 
-    assert isinstance(arch.MobileOne_S1(class_num=3), MobileOne)
+    model = arch.MobileOne_S1(class_num=3, return_stages=[0, 3])
+    assert isinstance(model, MobileOne)
+    model.eval()
+    assert model(image().astype("float32")).keys() == {"logits", "stage1", "stage4"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

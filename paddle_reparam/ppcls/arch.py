@@ -137,7 +137,7 @@ def _as_theseus(model: nn.Layer, options: dict[str, Any]) -> nn.Layer:
     """Make a plain network what RecModel and the pruners of PaddleClas ask for; forward and names stay."""
     model.__class__ = _theseus_class(type(model))
     model.res_dict, model.res_name, model.pruner, model.quanter = {}, model.full_name(), None, None
-    stages = [f"layer{i}" for i in range(1, 5) if hasattr(model, f"layer{i}")]
+    stages = [f"{word}{i}" for word in ("layer", "stage") for i in range(1, 5) if hasattr(model, f"{word}{i}")]
     stages = stages or [f"stages[{i}]" for i in range(len(getattr(model, "stages", ())))]
     patterns = options.get("return_patterns") or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
