@@ -82,7 +82,7 @@ def _rename(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------------------------
 # The networks
 
-_ZOOS = "model zoos, of the authors' weights"
+_ZOOS = "model zoos, for the authors' weights"
 _A, _B, _D = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
 
 
