@@ -12,6 +12,7 @@ import measured_tables
 import pytest
 
 from paddle_reparam.errors import UnknownName, UsageError
+from paddle_reparam.layers import dbb
 from paddle_reparam.layers.toeplitz import DepthwiseConv2D
 from paddle_reparam.measure import steps, timing
 from paddle_reparam.measure.steps import StepSettings
@@ -88,6 +89,16 @@ def test_a_network_of_paddle_with_a_layer_in_it():
     steps.make_step(StepSettings("shufflenet_v2_x0_25", size=32, layer="RefConv2D"), "replaced").run()
 
 
+def test_branches_are_merged_where_they_are_not_asked_to_be_native(monkeypatch):
+    merged = []
+    monkeypatch.setattr(dbb, "forward_merged", lambda layer, x: merged.append(1) or layer.forward_branches(x))
+    settings = StepSettings("ResNet20", size=8, layer="DBB2D")
+    for variant, count in [("replaced_native", 0), ("replaced", 19)]:
+        merged.clear()
+        steps.make_step(settings, variant).run()
+        assert len(merged) == count
+
+
 @pytest.mark.parametrize(
     "wrong", [["--rounds", "0"], ["--rounds", "4"], ["--threads", "-1"], ["--variants", "other"], ["--kernels"]]
 )
@@ -96,7 +107,9 @@ def test_wrong_usage(wrong):
         tool.main([*OF_SMALL, *wrong])
 
 
-@pytest.mark.parametrize("wrong", [{"variants": ["replaced"]}, {"layer": "RefConv2D"}])
+@pytest.mark.parametrize(
+    "wrong", [{"variants": ["replaced"]}, {"variants": ["plain", "replaced_native"]}, {"layer": "RefConv2D"}]
+)
 def test_a_layer_goes_with_its_variant(wrong):
     with pytest.raises(UsageError, match="give both, or neither"):
         steps.measure_steps(StepSettings("SLaK_micro", **wrong))

@@ -118,7 +118,7 @@ def add_step_arguments(step: argparse.ArgumentParser) -> None:
         "--variants", nargs="+", choices=steps.VARIANTS, default=["native", "plain"],
         help="; ".join(f"{name}: {what}" for name, what in steps.VARIANTS.items()),
     )  # fmt: skip
-    step.add_argument("--layer", help="that of the variant `replaced`")
+    step.add_argument("--layer", help="that of the variants `replaced` and `replaced_native`")
     step.add_argument("--density", type=float, default=0.6, help="of `sparse`: the share of weights that are not zero")
     step.add_argument("--update-frequency", type=positive, default=100, help="of `sparse`: steps for each mask update")
 

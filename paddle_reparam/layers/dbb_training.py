@@ -27,6 +27,7 @@ from paddle import nn
 from paddle.autograd import PyLayer
 
 from ..arithmetic.geometry import BATCH_NORMS
+from .toeplitz import is_native
 
 #: Pixels of an output up to which a product of all images at once is faster than Paddle's convolution, for any kernel,
 #: and for one of `LARGE_KERNEL` numbers or more. A step on one thread, 64 images, 3x3, in ms (Paddle's / product):
@@ -45,9 +46,9 @@ def can_merge(layer: Any, x: paddle.Tensor) -> bool:
     """Tell whether `forward_merged` computes what the branches of a `DBB2D` do: in training, on a CPU.
 
     It does for zero padding, one group and no dilation, in float32 or float64, where all BNs normalise by the batch and
-    nobody watches the parts of the layer by hooks. There is no second derivative then.
+    nobody watches the parts of the layer by hooks; not in `formulation("native")`. There is no second derivative then.
     """
-    if not (layer.training and paddle.in_dynamic_mode() and paddle.get_device() == "cpu"):
+    if is_native() or not (layer.training and paddle.in_dynamic_mode() and paddle.get_device() == "cpu"):
         return False
     geometry = layer.geometry
     if (geometry.padding_mode, geometry.data_format) != ("zeros", "NCHW"):

@@ -65,7 +65,7 @@ def product_pays(kernel_size: Sequence[int], shape: Sequence[int], device: str) 
 def formulation(name: str) -> Iterator[None]:
     """While the `with` block runs, let every `DepthwiseConv2D` be a "product" or "native", or by the rule: "auto".
 
-    What cannot be a product stays native. Raises `ReparamError` for another name.
+    X
     """
     if name not in FORMULATIONS:
         raise ReparamError(f"there is no formulation {name!r}; choose one of {', '.join(map(repr, FORMULATIONS))}")
@@ -74,6 +74,11 @@ def formulation(name: str) -> Iterator[None]:
         yield
     finally:
         _formulation.reset(token)
+
+
+def is_native() -> bool:
+    """Tell whether Paddle's own convolutions are asked for."""
+    return _formulation.get() == "native"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,7 +136,7 @@ class DepthwiseConv2D(nn.Conv2D):
         return _formulation.get() == "product" or product_pays(self.weight.shape[2:], x.shape, paddle.get_device())
 
     def _may_be_product(self, x: paddle.Tensor) -> bool:
-        if _formulation.get() == "native" or not self._keeps_size or not paddle.in_dynamic_mode():
+        if is_native() or not self._keeps_size or not paddle.in_dynamic_mode():
             return False
         return x.dtype == self.weight.dtype and x.dtype in (paddle.float32, paddle.float64)
 

@@ -29,7 +29,9 @@ VARIANTS = {
     "native": "Paddle's own convolutions only, no matrix products in their place",
     "sparse": "with masks of a density, updated now and then",
     "replaced": "with a layer in the place of its convolutions",
+    "replaced_native": "with that layer by Paddle's own convolutions only, each branch on its own",
 }
+_REPLACED = {"replaced", "replaced_native"}
 #: What is measured of kernels: heights and widths, and sides and channels of maps as in the stages of a network.
 KERNELS = ((3, 3), (5, 5), (7, 7), (9, 9), (13, 13), (31, 31), (51, 5), (5, 51))
 MAPS = {7: 768, 14: 384, 28: 192, 56: 96, 112: 48}
@@ -42,8 +44,8 @@ class StepSettings:
     """What is trained, and how: the name of a network of this library or of paddle.vision.models, the side of its
     images and how many are in a step, threads of Paddle's kernels, timed rounds, and variants (of `VARIANTS`).
 
-    `layer` is that of the variant `replaced`; of `sparse`, `density` is the share of the weights that are not zero, and
-    masks are updated after `update_frequency` steps.
+    `layer` is that of the variants `replaced` and `replaced_native`; of `sparse`, `density` is the share of the weights
+    that are not zero, and masks are updated after `update_frequency` steps.
     """
 
     model: str
@@ -127,7 +129,7 @@ def measure_steps(settings: StepSettings) -> StepReport:
 
     Raises `UsageError` for a layer without its variant, or the variant without its layer.
     """
-    if ("replaced" in settings.variants) != bool(settings.layer):
+    if bool(_REPLACED.intersection(settings.variants)) != bool(settings.layer):
         raise UsageError("a layer and the variant `replaced` go together; give both, or neither")
     report = in_process_of(settings.threads, time_variants, settings)
     for each in report.variants:
@@ -168,14 +170,14 @@ class Step:
 def make_step(settings: StepSettings, variant: str) -> Step:
     """Build a variant's network and optimizer."""
     model = build_model(settings.model)
-    if variant == "replaced":
+    if variant in _REPLACED:
         replace(model, settings.layer)
     model.train()
     images, labels = paddle.randn([settings.batch, 3, settings.size, settings.size]), paddle.arange(settings.batch) % 10
     optimizer = paddle.optimizer.AdamW(1e-4, parameters=model.parameters())
 
     def step() -> None:
-        with formulation("native" if variant == "native" else "auto"):
+        with formulation("native" if variant.endswith("native") else "auto"):
             F.cross_entropy(model(images), labels).backward()
         optimizer.step()
         optimizer.clear_grad()
