@@ -83,7 +83,9 @@ def test_equal_differences_are_larger_than_a_spread_of_nothing():
     found = difference("plain", {0: 53.0, 1: 45.0}, {0: 52.0, 1: 44.0})
     assert (found.low, found.high, found.seeds_needed) == (1.0, 1.0, 2)
     assert found.is_larger_than_the_spread
-    assert not difference("plain", {0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).is_larger_than_the_spread
+    same = difference("plain", {0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0})
+    assert not same.is_larger_than_the_spread
+    assert same.wins == 0
 
 
 @pytest.mark.parametrize(("mean", "deviation", "seeds"), [(1, 1, 10), (-1, 1, 10), (0.5, 1, 34), (0.2, 1, 199)])
