@@ -42,9 +42,10 @@ def convolve_in_groups(x: paddle.Tensor, by_image: paddle.Tensor, geometry: Conv
     """Return the convolution of each image with its own kernels `[N, out, in / groups * kh * kw]`, in dygraph.
 
     One convolution in which each image is a group, of any geometry. The number of groups is that of the images, so it
-    is for training alone. Forward and backward of 8 images on a CPU, as a share of the static convolution's time: 64
-    channels of 3x3 at 28 pixels 1.04, 256 at 14 pixels 1.5, 1x1 kernels 0.6 to 0.9, depthwise ones 0.9 to 1.2; by
-    unfolded patches 2.2, 1.8, 0.3 to 1.3 and 0.6 to 4.7; as a weighted sum of four convolutions 4.5 and more.
+    is for training alone, and the kernels of all images are in memory at once. Forward and backward of 8 images on a
+    CPU, as a share of the static convolution's time: 64 channels of 3x3 at 28 pixels 1.04, 256 at 14 pixels 1.5, 1x1
+    kernels 0.6 to 0.9, depthwise ones 0.9 to 1.2; by unfolded patches 2.2, 1.8, 0.3 to 1.3 and 0.6 to 4.7; as a
+    weighted sum of four convolutions 4.2 and more.
     """
     if geometry.data_format != "NCHW":
         x = x.transpose([0, 3, 1, 2])
