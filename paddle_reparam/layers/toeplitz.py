@@ -65,7 +65,7 @@ def product_pays(kernel_size: Sequence[int], shape: Sequence[int], device: str) 
 def formulation(name: str) -> Iterator[None]:
     """While the `with` block runs, let every `DepthwiseConv2D` be a "product" or "native", or by the rule: "auto".
 
-     What cannot be a product stays native. A `DBB2D` that is "native" trains each branch on its own. Raises
+    What cannot be a product stays native. A `DBB2D` that is "native" trains each branch on its own. Raises
     `ReparamError` for another name.
     """
     if name not in FORMULATIONS:
