@@ -1,8 +1,10 @@
 """Methods compared by one command, on images of 16 pixels that the tests draw."""
 
+import io
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 from pathlib import Path
@@ -389,6 +391,27 @@ def test_several_share_the_tasks_and_do_each_once(tmp_path):
     done = (tmp_path / "done.txt").read_text().split()
     assert sorted(done) == sorted([*map(str, range(10)), "last"])
     assert done[-1] == "last"
+
+
+def test_a_bar_shows_what_all_have_done_and_the_time_left(tmp_path, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    first, second = (Noted(tmp_path / name, name) for name in ("first", "second"))
+    first.do(lambda share: None)
+    drawn = Terminal()
+    monkeypatch.setattr(sys, "stderr", drawn)
+    monkeypatch.setattr(compare, "_LOOK", 0.01)
+    with compare._Shown([first, second], Claims()), Claims(beat=0.01).take(second.folder) as claim:
+        claim.tell(0.5)
+        deadline = time.monotonic() + 20
+        while "1.5 of 2 runs" not in drawn.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert "1.0 of 2 runs" in drawn.getvalue()
+    assert " left" in drawn.getvalue()
+    assert capsys.readouterr().out.splitlines()[0] == "2 runs, 1 of them done before"
 
 
 def test_one_of_several_creates_a_file(tmp_path, monkeypatch):
