@@ -292,7 +292,6 @@ DYNAMIC = {
     "MobileNetV2_x1_0_DYConv": (51, "features.1.conv.0.0", "features.18.0"),
     "ResNet10_CondConv": (7, "layer2.0.conv1", "classifier.1.conv"),
     "ResNet10_DYConv": (11, "layer1.0.conv1", "layer4.0.downsample.0"),
-    "ResNet18_CondConv": (7, "layer3.1.conv1", "classifier.1.conv"),
     "ResNet18_DYConv": (19, "layer1.0.conv1", "layer4.1.conv2"),
 }
 #: Parameters of the static networks. ResNet-10 is ResNet-18 with one block less in each stage.
@@ -322,9 +321,8 @@ def test_the_dynamic_convolutions_of_a_network_and_its_size(name):
         assert round(expected / 1e6, 1) == 45.5, "what others published"
 
 
-@pytest.mark.parametrize("name", ["MobileNetV2_x0_5_CondConv", "ResNet10_DYConv"])
-def test_a_network_fuses_and_learns(name):
+def test_a_network_fuses_and_learns():
     shape = [None, 3, 32, 32]
-    model = create_model(name, class_num=10, experts=2)
+    model = create_model("MobileNetV2_x0_5_CondConv", class_num=10, experts=2)
     check_one_step_changes_every_parameter(model, shape)
-    check_fused_is_the_same_function(model, shape, [None, 3, 40, 45])
+    check_fused_is_the_same_function(model, shape)
