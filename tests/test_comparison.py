@@ -132,6 +132,24 @@ def test_what_ships_at_no_cost_is_first_and_then_accuracy_decides(results):
     assert ordered[-1].mean is None
 
 
+@pytest.mark.parametrize(
+    ("parameters", "macs", "latency", "free"),
+    [
+        (1010, 1000, 1.04, True),
+        (1011, 1000, 0.5, False),
+        (1000, 1011, 0.5, False),
+        (1010, 1000, 1.06, False),
+        (1000, 1000, 1.06, True),
+        (500, 500, 1.06, False),
+    ],
+)
+def test_a_few_biases_are_free_and_the_same_network_always_is(parameters, macs, latency, free):
+    plain = result_of("plain", {0: 1.0}, 1000, 1000)
+    other = result_of("Other", {0: 2.0}, parameters, macs, latency=latency)
+    complete([plain, other], {})
+    assert other.at_no_cost is free
+
+
 def test_nothing_is_said_to_be_free_that_was_not_timed():
     plain, other = complete([result_of("plain", {0: 1.0}), result_of("Other", {0: 2.0}, latency=None)], {})
     assert (plain.method, other.at_no_cost) == ("plain", False)

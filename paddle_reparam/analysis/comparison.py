@@ -22,8 +22,9 @@ from ..report import Report, format_markdown, format_table
 
 #: The level of the intervals, the chance to see a difference, and the seeds beyond which it is not worth counting.
 LEVEL, POWER, MOST_SEEDS = 0.05, 0.8, 1000
-#: A network that is another than the plain one ships at its cost if it needs so much more time at most.
-_NOISE_OF_TIME = 1.05
+#: A network that is another than the plain one ships at its cost if it is so much larger at most, as by biases where
+#: the plain one has none, and needs so much more time at most.
+_BIASES, _NOISE_OF_TIME = 1.01, 1.05
 PLAIN = "plain"
 
 
@@ -118,8 +119,8 @@ class MethodResult:
     """A method: its accuracy of each seed in percent, what it differs by, what it costs to train and to ship.
 
     `trainings`: how many a network of it needs, one after the other. `step` and `latency` are shares of the plain
-    network's, with quartiles; `memory` is in bytes. `at_no_cost`: what ships is no larger and no slower than the plain
-    network. What was not measured is None.
+    network's, with quartiles; `memory` is in bytes. `at_no_cost`: what ships is hardly larger and no slower than the
+    plain network. What was not measured is None.
     """
 
     method: str
@@ -218,14 +219,13 @@ def complete(results: Sequence[MethodResult], controls: Mapping[str, str]) -> li
 
 
 def _is_at_no_cost(result: MethodResult, plain: MethodResult) -> bool:
-    """Tell whether what ships is no larger than the plain network, and the same network or no slower one."""
+    """Tell whether what ships is hardly larger than the plain network, and the same network or no slower one."""
     if None in (result.shipped_parameters, plain.shipped_parameters, result.latency):
         return False
     sizes = [(each.shipped_parameters, each.shipped_macs) for each in (result, plain)]
     if sizes[0] == sizes[1]:
         return True
-    smaller = sizes[0][0] <= sizes[1][0] and sizes[0][1] <= sizes[1][1]
-    return smaller and result.latency["low"] <= _NOISE_OF_TIME
+    return all(here <= _BIASES * there for here, there in zip(*sizes)) and result.latency["low"] <= _NOISE_OF_TIME
 
 
 def in_a_sentence(results: Sequence[MethodResult]) -> str:
