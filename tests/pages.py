@@ -84,5 +84,5 @@ def cut_short(command: str) -> str:
     """Return a training with one epoch only, and any other command as it is, but for what so little training gives."""
     if command.startswith("python tools/quantize.py") or " --tune " in command:
         return f"{command} --largest-drop 100"
-    trains = command.startswith(("python tools/train.py", "python tools/refocus.py"))
+    trains = command.startswith(("python tools/train.py", "python tools/refocus.py", "python tools/compare.py"))
     return f"{command} -o Global.epochs=1" if trains else command
