@@ -82,7 +82,7 @@ class ModelEntry:
     build: Callable[..., Any]
     published: Sequence[Published]
     rename: Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]] | None
-    in_paddleclas: bool
+    in_paddleclas: bool = False
 
 
 _layers = Registry("layer")

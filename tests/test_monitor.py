@@ -258,7 +258,7 @@ def bar_of(monkeypatch, terminal, steps):
     engine = SimpleNamespace(
         config={"Global": {"epochs": 2}}, train_dataloader=Batches(),
         output_info={"loss": SimpleNamespace(avg=0.25), "top1": SimpleNamespace(avg=0.5)},
-        time_info={"batch_cost": SimpleNamespace(avg=0.5)},
+        time_info={"batch_cost": SimpleNamespace(avg=0.5)}, watch=None,
     )  # fmt: skip
     with monitoring.progress(engine):
         for engine.global_step in steps:
