@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import threading
 import time
@@ -110,7 +111,17 @@ def test_two_that_find_a_dead_one_do_not_both_take_over(tmp_path, monkeypatch):
     assert second.take(tmp_path) is None
 
 
-def test_who_lost_a_task_while_it_slept_is_interrupted(tmp_path):
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def test_who_lost_a_task_while_it_slept_is_interrupted(tmp_path, handler):
+    """Also where interrupts are ignored, as they are by what a script starts in the background."""
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        lose_a_task(tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def lose_a_task(tmp_path):
     claim, interrupted = Claims(beat=0.01).take(tmp_path), False
     try:
         with claim:

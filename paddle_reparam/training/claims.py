@@ -8,8 +8,8 @@ cannot both think that they were first.
 
 from __future__ import annotations
 
-import _thread
 import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -30,7 +30,7 @@ class Claim:
     """A task that this process holds while it is in the `with` block.
 
     What is put into `done`, the share that is done, the others see. Where another process has taken the task over, as
-    from a machine that slept, `lost` is True and the main thread is interrupted as by the user.
+    from a machine that slept, `lost` is True and the thread that is in the block is interrupted as by the user.
     """
 
     def __init__(self, folder: Path, number: int, owner: dict[str, Any], beat: float) -> None:
@@ -40,6 +40,7 @@ class Claim:
         self._thread = threading.Thread(target=self._go_on, daemon=True)
 
     def __enter__(self) -> Claim:
+        self._holder = threading.get_ident()
         self._thread.start()
         return self
 
@@ -57,7 +58,10 @@ class Claim:
         while not self._ended.wait(self._beat):
             if _last(self.folder) > self.number:
                 self.lost = True
-                _thread.interrupt_main()
+                # By no signal: what a script starts in the background ignores that of an interrupt.
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self._holder), ctypes.py_object(KeyboardInterrupt)
+                )
                 return
             self._write()
 
