@@ -1,4 +1,4 @@
-"""What RepVGG and MobileOne share: blocks of a layer, squeeze-and-excitation and ReLU, and names of weights."""
+"""What RepVGG and MobileOne share: blocks of a layer, squeeze-and-excitation and ReLU, stages, and names of weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from ..arithmetic.initializers import uniform_fan_in
 from ..layers.base import ReparamLayer
 from ..layers.repmlpnet import GlobalPerceptron
 from .builders import bn_that_adds
@@ -52,6 +53,21 @@ class Activated(ReparamLayer):
         if "se" in self._sub_layers:
             parts.append(("se", Scaled(copy.deepcopy(self.se))))
         return nn.Sequential(*parts, ("nonlinearity", nn.ReLU()))
+
+
+class FiveStages(nn.Layer):
+    """A stem, `stage0`, and `stage1` to `stage4` of such blocks, the average over the image and a classifier."""
+
+    def add_classifier(self, channels: int, class_num: int) -> None:
+        """Put the average and a classifier for so many channels behind the stages."""
+        self.gap = nn.AdaptiveAvgPool2D(1)
+        start = uniform_fan_in(channels)
+        self.linear = nn.Linear(channels, class_num, weight_attr=start, bias_attr=start)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        for stage in (self.stage0, self.stage1, self.stage2, self.stage3, self.stage4):
+            x = stage(x)
+        return self.linear(paddle.flatten(self.gap(x), 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -11,14 +11,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle import nn
 
 from ..arithmetic.geometry import ConvGeometry
-from ..arithmetic.initializers import uniform_fan_in
 from ..layers.mobileone import MobileOne2D
 from ..registry import Published, register_model
-from .activated import Activated, renamed_paths, split_merged
+from .activated import Activated, FiveStages, renamed_paths, split_merged
 from .builders import check_arguments, load_pretrained
 
 _BLOCKS = (2, 8, 10, 1)
@@ -46,7 +44,7 @@ class MobileOneBlock(Activated, MobileOne2D):
             self.squeeze_and_excite(out_channels)
 
 
-class MobileOne(nn.Layer):
+class MobileOne(FiveStages):
     """A stem and four stages of depthwise 3x3 and 1x1 blocks by turns, the average over the image and a classifier.
 
     The stem and each stage halve the size. `widths` is the stages' channels in units of 64, 128, 256 and 512, `blocks`
@@ -75,14 +73,7 @@ class MobileOne(nn.Layer):
                 parts.append(MobileOneBlock(before, after, 1, **options))
                 before = after
             setattr(self, f"stage{stage}", nn.Sequential(*parts))
-        self.gap = nn.AdaptiveAvgPool2D(1)
-        start = uniform_fan_in(before)
-        self.linear = nn.Linear(before, class_num, weight_attr=start, bias_attr=start)
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        for stage in (self.stage0, self.stage1, self.stage2, self.stage3, self.stage4):
-            x = stage(x)
-        return self.linear(paddle.flatten(self.gap(x), 1))
+        self.add_classifier(before, class_num)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -10,14 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import paddle
 from paddle import nn
 
 from ..arithmetic.geometry import ConvGeometry
-from ..arithmetic.initializers import uniform_fan_in
 from ..layers.repvgg import RepVGG2D
 from ..registry import Published, register_model
-from .activated import Activated, renamed_paths, split_merged
+from .activated import Activated, FiveStages, renamed_paths, split_merged
 from .builders import check_arguments, load_pretrained
 
 
@@ -32,7 +30,7 @@ class RepVGGBlock(Activated, RepVGG2D):
             self.squeeze_and_excite(out_channels)
 
 
-class RepVGG(nn.Layer):
+class RepVGG(FiveStages):
     """A stem and four stages, each of which halves the size, the average over the image and a classifier.
 
     `blocks` is how many blocks each stage has, `widths` its channels in units of 64, 128, 256 and 512. Every second
@@ -54,14 +52,7 @@ class RepVGG(nn.Layer):
                 parts.append(RepVGGBlock(before, after, stride, grouped, se))
                 before, index = after, index + 1
             setattr(self, f"stage{stage}", nn.Sequential(*parts))
-        self.gap = nn.AdaptiveAvgPool2D(1)
-        start = uniform_fan_in(before)
-        self.linear = nn.Linear(before, class_num, weight_attr=start, bias_attr=start)
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        for stage in (self.stage0, self.stage1, self.stage2, self.stage3, self.stage4):
-            x = stage(x)
-        return self.linear(paddle.flatten(self.gap(x), 1))
+        self.add_classifier(before, class_num)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
