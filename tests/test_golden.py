@@ -196,8 +196,7 @@ REGISTERED = [path for path in FILES if layer_of(path) in LAYERS]
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_our_layer_computes_what_the_published_one_does(path):
-    if path not in REGISTERED:
-        pytest.skip(f"this library has no {layer_of(path)}")
+    assert path in REGISTERED, f"this library has no {layer_of(path)}"
     check(load(path))
 
 
