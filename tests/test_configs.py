@@ -62,6 +62,7 @@ RECIPES = {
     "digits/repmlp/RepMLPNet": Recipe(16, 1, 4, 2e-3, 0.1, "AdamW"),
     "cifar10/refconv": Recipe(128, 1, 105, 0.1, 5e-4),
     "cifar10/refconv/ShuffleNetV2_x0_25": Recipe(64, 1, 12, 0.1, 5e-4),
+    "cifar10/compare": Recipe(32, 1, 3, 0.025, 5e-4),
     "cifar10/weight_norm": Recipe(128, 1, 105, 0.1, 5e-4),
     "cifar10/spconv": Recipe(128, 1, 200, 0.1, 5e-4),
     "cifar10/dcd": Recipe(128, 1, 200, 0.1, 5e-4),
@@ -87,6 +88,7 @@ RECIPES = {
 PAPERS = {
     "refconv": "arXiv 2310.10563",
     "weight_norm": "arXiv 1602.07868",
+    "compare": "tools/compare.py",
     "spconv": "arXiv 2006.12085",
     "slak": "arXiv 2207.03620",
     "replknet": "arXiv 2203.06717",
