@@ -21,9 +21,10 @@ from .base import FLAG, ODD, ReparamLayer, one_of
 INITS = ("xavier", "zero", "torch_default")
 BASES = ("pretrained", "random")
 
-# Planes that the 3x3 transform takes at once on a CPU. Their temporaries (25 floats a plane) stay in the cache and
-# below the size from which Paddle's allocator asks the system for fresh pages: those cost more than the arithmetic.
-_PLANES_AT_ONCE = 8192
+# Planes that the 3x3 transform takes at once on a CPU: enough for a product of matrices to be worth a call, and few
+# enough for its temporaries (25 floats a plane) to be written where the last ones were. All planes of a layer at once
+# take 1.5 times as long, 8192 at once 1.4.
+_PLANES_AT_ONCE = 65536
 
 
 @register_layer
@@ -204,24 +205,24 @@ def refocused(base: paddle.Tensor, refocus: paddle.Tensor, identity: bool = True
 # Modulo x^4 - 1 only its coefficients of 1 and x^4, which nobody needs, fall together. So the product is needed
 # at 1, -1 and i: 5 real multiplications, t = C ((A b) * (R r)), where the definition takes 7; in two axes 25, not 49,
 # with the Kronecker squares of A, R and C. Exact but for rounding: all entries are 0 or +-1, in C also +-1/2, +-1/4.
-# ResNet18, forward and backward of all 17 transforms against a training step (CPU time, one thread, Paddle 3.3.1):
-# 0.02 at 224 px, batch 32, and 0.29 at 32 px, batch 64; as a grouped convolution 0.16 and 2.2 (2.6.2 at 32 px: 0.34
-# and 4.5). What is left is spent on the three products, the transpose back, and fresh pages for the results.
+# ResNet18, forward and backward of all 17 transforms against a training step (two threads, Paddle 3.3.1): 0.15 at 224
+# px, batch 8, and 0.34 at 32 px, batch 64. A quarter of that are fresh pages for the temporaries and the results; the
+# planes are the rows of every product, so that nothing is transposed.
 _A = np.array([[1, 1, 1], [1, -1, 1], [1, 0, -1], [0, 1, 0], [1, 1, -1]])
 _R = _A[:, ::-1]
 _C = np.array([[1, -1, -2, -2, 2], [1, 1, -2, 2, 0], [1, -1, 2, 2, -2]]) / 4
 
 
-def _squared(matrix: np.ndarray, like: paddle.Tensor) -> paddle.Tensor:
-    """Return the matrix of both axes from that of one, in the dtype of `like`."""
+def _matrix(of_one_axis: np.ndarray, like: paddle.Tensor) -> paddle.Tensor:
+    """Return what multiplies rows of both axes from the right, for the matrix of one axis, in the dtype of `like`."""
     # float32 holds every entry, and the tracer of Paddle 2.6 has no constants of float64.
-    return paddle.to_tensor(np.kron(matrix, matrix).astype("float32")).astype(like.dtype)
+    return paddle.to_tensor(np.kron(of_one_axis, of_one_axis).T.astype("float32")).astype(like.dtype)
 
 
 def _refocus_planes_3x3(base: paddle.Tensor, refocus: paddle.Tensor) -> paddle.Tensor:
     """Return T for planes that are not mixed: `[N, 9]` and `[N, 9]` to `[N, 9]`."""
     if not paddle.in_dynamic_mode():
-        return _combine(_squared(_A, base), base, _squared(_R, base), refocus, _squared(_C, base))
+        return _combine(base, _matrix(_A, base), refocus, _matrix(_R, base), _matrix(_C, base))
     change = _OfRefocus.apply(refocus, base.detach())
     if base.stop_gradient or not paddle.is_grad_enabled():
         return change
@@ -238,12 +239,12 @@ class _OfRefocus(PyLayer):
     @staticmethod
     def forward(ctx: Any, refocus: paddle.Tensor, base: paddle.Tensor) -> paddle.Tensor:
         ctx.save_for_backward(base)
-        return _in_pieces(_squared(_A, base), base, _squared(_R, base), refocus, _squared(_C, base))
+        return _in_pieces(base, _matrix(_A, base), refocus, _matrix(_R, base), _matrix(_C, base))
 
     @staticmethod
     def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, None]:
         [base] = ctx.saved_tensor()
-        return _in_pieces(_squared(_A, base), base, _squared(_C.T, base), gradient, _squared(_R.T, base)), None
+        return _in_pieces(base, _matrix(_A, base), gradient, _matrix(_C.T, base), _matrix(_R.T, base)), None
 
 
 class _OfBase(PyLayer):
@@ -257,23 +258,21 @@ class _OfBase(PyLayer):
     @staticmethod
     def backward(ctx: Any, gradient: paddle.Tensor) -> tuple[paddle.Tensor, None]:
         [refocus] = ctx.saved_tensor()
-        of_base = _in_pieces(_squared(_R, refocus), refocus, _squared(_C.T, refocus), gradient, _squared(_A.T, refocus))
-        return of_base, None
+        turned = [_matrix(each, refocus) for each in (_R, _C.T, _A.T)]
+        return _in_pieces(refocus, turned[0], gradient, turned[1], turned[2]), None
 
 
 def _in_pieces(
-    left: paddle.Tensor, x: paddle.Tensor, right: paddle.Tensor, y: paddle.Tensor, out: paddle.Tensor
+    x: paddle.Tensor, of_x: paddle.Tensor, y: paddle.Tensor, of_y: paddle.Tensor, out: paddle.Tensor
 ) -> paddle.Tensor:
     planes = x.shape[0]
     step = _PLANES_AT_ONCE if x.place.is_cpu_place() else planes
     pieces = [slice(i, i + step) for i in range(0, planes, step)]
-    return paddle.concat([_combine(left, x[piece], right, y[piece], out) for piece in pieces])
+    return paddle.concat([_combine(x[piece], of_x, y[piece], of_y, out) for piece in pieces])
 
 
 def _combine(
-    left: paddle.Tensor, x: paddle.Tensor, right: paddle.Tensor, y: paddle.Tensor, out: paddle.Tensor
+    x: paddle.Tensor, of_x: paddle.Tensor, y: paddle.Tensor, of_y: paddle.Tensor, out: paddle.Tensor
 ) -> paddle.Tensor:
-    """Return out ((left x) * (right y)) for each row of x and y `[planes, 9]`."""
-    # The planes are the columns of every product: that is the fast side of a product of matrices this small.
-    product = paddle.matmul(left, x, transpose_y=True) * paddle.matmul(right, y, transpose_y=True)
-    return paddle.transpose(paddle.matmul(out, product), [1, 0])
+    """Return ((x of_x) * (y of_y)) out, for x and y `[planes, 9]`."""
+    return paddle.matmul(paddle.matmul(x, of_x) * paddle.matmul(y, of_y), out)
