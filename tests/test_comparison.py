@@ -2,7 +2,10 @@
 
 import json
 import math
+import shlex
 
+import comparison_table
+import measured_tables
 import numpy as np
 import pytest
 from PIL import Image
@@ -211,6 +214,7 @@ def test_the_table_and_the_file(report):
     written = json.loads(report.to_json())
     assert written["methods"][1]["to_control"]["of"] == "retrain"
     assert written["methods"][1]["accuracy"] == {"0": 53.0, "1": 54.0}
+    assert ComparisonReport.from_dict(written) == report
 
 
 def test_pictures(report, tmp_path):
@@ -231,3 +235,42 @@ def test_pictures(report, tmp_path):
     empty = ComparisonReport("N", "top-1", [0], 2, [MethodResult("plain", 1, {})], [], {})
     for draw in (draw_cost, draw_curves):
         draw(empty).savefig(tmp_path / "empty.png")
+
+
+def test_the_pages_show_a_comparison_with_every_run(report, tmp_path, monkeypatch, capsys):
+    result = tmp_path / "result.json"
+    result.write_text(report.to_json())
+    monkeypatch.setattr(comparison_table, "DOCS", tmp_path)
+    assert comparison_table.main([str(result), "N"]) == 1
+    assert "runs of it failed" in capsys.readouterr().err
+    report.failed.clear()
+    report.methods = [each for each in report.methods if each.accuracy]
+    report.costs = {
+        "threads": 1,
+        "machine": {"processor": "P", "cores": 2, "load": 0.1, "paddle": "3", "device": "cpu"},
+    }
+    report.source = {"config": {"name": "a b.yaml", "overrides": ["Global.epochs=2"]}}
+    result.write_text(report.to_json())
+    (tmp_path / "measured").mkdir()
+    (tmp_path / "images").mkdir()
+    assert comparison_table.main([str(result), "N"]) == 0
+    with Image.open(tmp_path / "images" / "compare_N.png") as picture:
+        assert picture.info[comparison_table.DIGEST] == comparison_table.digest_of(report)
+    (tmp_path / "page.md").write_text("<!-- measured/compare_N.json -->\n<!-- end -->\n")
+    assert measured_tables.write_pages(tmp_path) == ["page.md"]
+    page = (tmp_path / "page.md").read_text()
+    assert report.markdown() in page
+    assert "| every run, % | seed 0 | seed 1 |" in page
+    assert "| Slower | 60.00 | 62.50 |" in page
+    [command] = [line.strip("`") for line in page.splitlines() if line.startswith("`python")]
+    given = shlex.split(command)
+    assert given[: given.index("--methods")] == [
+        "python",
+        "tools/compare.py",
+        "-c",
+        "a b.yaml",
+        "-o",
+        "Global.epochs=2",
+    ]
+    named = given[given.index("--methods") + 1 : given.index("--seeds")]
+    assert named == [each.method for each in report.methods if each.method not in ("plain", "retrain")]

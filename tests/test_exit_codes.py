@@ -112,6 +112,8 @@ WRONG = [
     ("baseline_exports", "--nothing", 2),
     ("measured_tables", "--nothing", 2),
     ("chinese_pages", "--nothing", 2),
+    ("comparison_table", "missing N", 1),
+    ("comparison_table", "list.json N", 1),
     ("compare_refocus", "missing", 1),
     ("compare_refocus", "folder", 1),
     ("compare_refocus", "garbage", 1),

@@ -1,4 +1,4 @@
-"""Write the tables of training steps, of runtimes and of int8 on the pages of docs/, as they were measured.
+"""Write the tables of training steps, runtimes, int8 and comparisons on the pages of docs/, as they were measured.
 
 A page shows `measured/NAME.json` between the lines `<!-- measured/NAME.json -->` and `<!-- end -->`.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import comparison_table
 import int8_table
 
 from paddle_reparam.errors import exit_code
@@ -22,6 +23,8 @@ from paddle_reparam.measure.ways import WaysReport
 from paddle_reparam.report import format_markdown
 
 DOCS = Path(__file__).resolve().parents[1]
+#: What this module makes tables of.
+FILES = ("step_*", "ways", "int8", "compare_*")
 BEGIN, END = "<!-- measured/{}.json -->", "<!-- end -->"
 
 
@@ -38,8 +41,7 @@ def write_pages(folder: Path) -> list[str]:
     found = []
     for page in sorted(folder.glob("*.md")):
         old = new = page.read_text(encoding="utf-8")
-        measured = folder / "measured"
-        for file in sorted(file for name in ("step_*", "ways", "int8") for file in measured.glob(f"{name}.json")):
+        for file in sorted(file for name in FILES for file in (folder / "measured").glob(f"{name}.json")):
             before, begin, rest = new.partition(BEGIN.format(file.stem))
             if begin:
                 new = f"{before}{begin}\n{to_markdown(file)}\n{END}{rest.partition(END)[2]}"
@@ -54,6 +56,8 @@ def to_markdown(file: Path) -> str:
     measured = json.loads(file.read_text(encoding="utf-8"))
     if "int8" in measured:
         return int8_table.to_markdown(measured)
+    if "methods" in measured:
+        return comparison_table.to_markdown(measured)
     if "networks" in measured:
         return WaysReport.from_dict(measured).to_markdown()
     report = (KernelReport if "kernels" in measured else StepReport)(**measured)

@@ -157,6 +157,11 @@ class ComparisonReport(Report):
     source: dict[str, Any] = field(default_factory=dict)
     sentence: str = ""
 
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> ComparisonReport:
+        """Return the report that `to_dict` wrote."""
+        return cls(**{**written, "methods": [_method_from(each) for each in written["methods"]]})
+
     def columns(self) -> list[str]:
         """Return the heads of the table."""
         return [
@@ -184,6 +189,12 @@ class ComparisonReport(Report):
 
     def __str__(self) -> str:
         return f"{format_table(self.columns(), self.rows())}\n\n{self.sentence}"
+
+
+def _method_from(written: Mapping[str, Any]) -> MethodResult:
+    accuracy = {int(seed): value for seed, value in written["accuracy"].items()}
+    both = {key: written[key] and Difference(**written[key]) for key in ("to_plain", "to_control")}
+    return MethodResult(**{**written, "accuracy": accuracy, **both})
 
 
 def _number(value: float | None, form: str) -> str:
