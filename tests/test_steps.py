@@ -162,6 +162,26 @@ def test_a_table_is_written_between_its_lines(tmp_path):
     assert after == "end -->\nafter\n"
 
 
+def test_layers_are_measured_and_shown(monkeypatch, capsys, in_this_process, tmp_path):
+    """Each beside the plain network; of a layer whose branches are merged, the branches on their own too."""
+    monkeypatch.setattr(steps, "LAYERS", (("ResNet20", 8, 2, "RefConv2D"), ("ResNet20", 8, 2, "DBB2D")))
+    output = tmp_path / "step_layers.json"
+    words = ["step", "--layers", "--threads", "1", "--rounds", "5", "--output", str(output)]
+    assert tool.main(words) == 0
+    assert "each branch alone" in capsys.readouterr().out
+    result = json.loads(output.read_text())
+    assert result["command"] == " ".join(["python", "tools/benchmark.py", *words])
+    names = [[variant["name"] for variant in each["variants"]] for each in result["layers"]]
+    assert names == [["plain", "replaced"], ["plain", "replaced", "replaced_native"]]
+    result["layers"][1]["variants"] = [
+        {"name": name, "median": median, "low": median - 0.5, "high": median + 0.5, "ratio": median / 2, "rounds": 5}
+        for name, median in (("plain", 2.0), ("replaced", 3.0), ("replaced_native", 7.0))
+    ]
+    output.write_text(json.dumps(result))
+    *_, last = [line for line in measured_tables.to_markdown(output).splitlines() if line.startswith("|")]
+    assert last == "| ResNet20 | 2 of 8x8 | DBB2D | 2.000 | 1.50 | 1.25 to 1.75 | 3.50 |"
+
+
 def test_kernels_are_measured_and_shown(monkeypatch, capsys, in_this_process, tmp_path):
     """The rule's own table: each kernel on each map, with a star where the rule takes the product."""
     monkeypatch.setattr(steps, "KERNELS", ((3, 3), (13, 5)))

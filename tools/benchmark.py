@@ -112,6 +112,10 @@ def add_step_arguments(step: argparse.ArgumentParser) -> None:
         "--kernels", action="store_true",
         help="depthwise convolutions alone, as Paddle's own and as matrix products, with several kernels and maps",
     )  # fmt: skip
+    what.add_argument(
+        "--layers", action="store_true",
+        help="layers in the place of the convolutions of ResNet18 and MobileNetV2, beside the plain networks",
+    )  # fmt: skip
     step.add_argument("--size", type=positive, default=224, help="side of the images (224)")
     step.add_argument("--batch", type=positive, default=2, help="images in a step (2)")
     step.add_argument(
@@ -198,9 +202,11 @@ def run_table(given: argparse.Namespace) -> Report:
 
 
 def run_step(given: argparse.Namespace) -> Report:
-    """Time training steps, or the kernels of depthwise convolutions."""
+    """Time training steps of one network or of several layers, or the kernels of depthwise convolutions."""
     if given.kernels:
         report = steps.measure_kernels(given.batch, given.threads, given.rounds)
+    elif given.layers:
+        report = steps.measure_layers(given.threads, given.rounds)
     else:
         settings = steps.StepSettings(
             given.model, given.size, given.batch, given.threads, given.rounds, given.variants, given.layer,

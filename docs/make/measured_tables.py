@@ -18,7 +18,7 @@ import int8_table
 
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
-from paddle_reparam.measure.steps import KernelReport, StepReport
+from paddle_reparam.measure.steps import KernelReport, LayersReport, StepReport
 from paddle_reparam.measure.ways import WaysReport
 from paddle_reparam.report import format_markdown
 
@@ -60,7 +60,8 @@ def to_markdown(file: Path) -> str:
         return comparison_table.to_markdown(measured)
     if "networks" in measured:
         return WaysReport.from_dict(measured).to_markdown()
-    report = (KernelReport if "kernels" in measured else StepReport)(**measured)
+    kinds = {"kernels": KernelReport, "layers": LayersReport, "variants": StepReport}
+    [report] = [kind(**measured) for key, kind in kinds.items() if key in measured]
     table = format_markdown(report.columns(), report.rows())
     return f"`{report.command}`\n\n{table}\n\n{report.conditions()}"
 

@@ -32,6 +32,13 @@ VARIANTS = {
     "replaced_native": "with that layer by Paddle's own convolutions only, each branch on its own",
 }
 _REPLACED = {"replaced", "replaced_native"}
+#: What is measured of layers: a network, the side of its images, how many are in a step, and the layer in it.
+LAYERS = (
+    *(("resnet18", 32, 64, layer) for layer in ("RefConv2D", "DBB2D", "ACB2D", "RepVGG2D", "MobileOne2D")),
+    ("resnet18", 224, 8, "RefConv2D"), ("resnet18", 224, 8, "DBB2D"), ("mobilenet_v2", 224, 8, "RefConv2D"),
+)  # fmt: skip
+#: Layers that train by other convolutions than their branches are, which are measured as well.
+_MERGED = {"DBB2D"}
 #: What is measured of kernels: heights and widths, and sides and channels of maps as in the stages of a network.
 KERNELS = ((3, 3), (5, 5), (7, 7), (9, 9), (13, 13), (31, 31), (51, 5), (5, 51))
 MAPS = {7: 768, 14: 384, 28: 192, 56: 96, 112: 48}
@@ -124,6 +131,29 @@ class KernelReport(MeasuredReport):
         ]
 
 
+@dataclass
+class LayersReport(MeasuredReport):
+    """Layers in the place of a network's convolutions larger than 1x1: their steps over the plain network's, with
+    quartiles, and where branches are merged while they train the step with each branch on its own as well."""
+
+    layers: list[dict[str, Any]] = field(default_factory=list)
+
+    def columns(self) -> list[str]:
+        return ["network", "images", "layer", "plain step, s", "step, x plain", "quartiles", "each branch alone"]
+
+    def rows(self) -> list[list[str]]:
+        found = []
+        for each in self.layers:
+            plain, layer, *alone = each["variants"]
+            quartiles = [layer[key] / plain["median"] for key in ("low", "high")]
+            found.append([
+                each["model"], f"{each['batch']} of {each['size']}x{each['size']}", each["layer"],
+                f"{plain['median']:.3f}", f"{layer['ratio']:.2f}", "{:.2f} to {:.2f}".format(*quartiles),
+                f"{alone[0]['ratio']:.2f}" if alone else "-",
+            ])  # fmt: skip
+        return found
+
+
 def measure_steps(settings: StepSettings) -> StepReport:
     """Time steps in a new process, then measure the memory of each variant in one of its own.
 
@@ -141,6 +171,19 @@ def measure_kernels(batch: int, threads: int = 1, rounds: int = timing.FEWEST_RO
     """Time each of `KERNELS` on each of `MAPS`, forward and backward, as Paddle's convolution and as a matrix product
     in turns, in a new process."""
     return in_process_of(threads, time_kernels, batch, threads, rounds)
+
+
+def measure_layers(threads: int = 1, rounds: int = timing.FEWEST_ROUNDS) -> LayersReport:
+    """Time a step of each of `LAYERS` beside the plain network's in turns, each in a new process."""
+    report = None
+    for model, size, batch, layer in LAYERS:
+        variants = ["plain", "replaced", *(["replaced_native"] if layer in _MERGED else [])]
+        settings = StepSettings(model, size, batch, threads, rounds, variants, layer)
+        timed = in_process_of(threads, time_variants, settings)
+        report = report or LayersReport(timed.machine, {"threads": threads, "rounds": rounds})
+        entry = {"model": model, "size": size, "batch": batch, "layer": layer, "variants": timed.variants}
+        report.layers.append(entry)
+    return report
 
 
 def in_process_of(threads: int, function: Callable[..., Returned], *arguments: Any) -> Returned:
