@@ -3,6 +3,7 @@
 from . import cifar as cifar
 from . import condconv_dyconv as condconv_dyconv
 from . import convnext as convnext
+from . import faces as faces
 from . import hbonet as hbonet
 from . import mlp_repmlp as mlp_repmlp
 from . import mobilenetv2_dcd as mobilenetv2_dcd

@@ -51,11 +51,11 @@ class _Block(nn.Layer):
 
 
 class BaseBlock(_Block):
-    """ResNet's bottleneck: 1x1 to out_channels / 4, 3x3 with the stride, 1x1."""
+    """ResNet's bottleneck: 1x1 to out_channels / squeeze, 3x3 with the stride, 1x1."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, squeeze: int) -> None:
         super().__init__(in_channels, out_channels, stride)
-        middle = out_channels // 4
+        middle = out_channels // squeeze
         self.conv1 = ConvBN(in_channels, middle, 1)
         self.conv2 = ConvBN(middle, middle, 3, stride)
         self.conv3 = ConvBN(middle, out_channels, 1, relu=False)
@@ -79,11 +79,11 @@ class LightBlock(_Block):
 
 
 class BottleneckBlock(_Block):
-    """1x1 to out_channels / 4, 3x3 to a part of that by `reduction`, RepMLP, 3x3 back, 1x1."""
+    """1x1 to out_channels / squeeze, 3x3 to a part of that by `reduction`, RepMLP, 3x3 back, 1x1."""
 
-    def __init__(self, in_channels: int, out_channels: int, reduction: int, **repmlp: Any) -> None:
+    def __init__(self, in_channels: int, out_channels: int, squeeze: int, reduction: int, **repmlp: Any) -> None:
         super().__init__(in_channels, out_channels, 1)
-        middle = out_channels // 4
+        middle = out_channels // squeeze
         reduced = middle // reduction
         self.btnk_conv1 = ConvBN(in_channels, middle, 1)
         self.btnk_conv2 = ConvBN(middle, reduced, 3)
@@ -102,7 +102,9 @@ class RepMLPResNet(nn.Layer):
     `fc3_groups` names these stages with the number of FC3's groups in each, `reduction` the share of a bottleneck's
     channels that RepMLP gets there: `{"c3": 8, "c4": 16}` and `{"c3": 2, "c4": 4}`. Images must then be of
     image_size x image_size pixels; partitions are of partition x partition. `width` is the number of channels of the
-    stem, `depths` that of the blocks of each stage.
+    stem, `depths` that of the blocks of each stage. The first stage puts out `expansion` times the stem's channels, and
+    each further one twice as many; in a block's middle there are `squeeze` times fewer. With `plain_first` the first
+    block of every stage has no RepMLP.
     """
 
     def __init__(
@@ -116,19 +118,22 @@ class RepMLPResNet(nn.Layer):
         class_num: int,
         depths: Sequence[int] = (3, 4, 6, 3),
         width: int = 64,
+        expansion: int = 4,
+        squeeze: int = 4,
+        plain_first: bool = False,
     ) -> None:
         super().__init__()
         self.image_size = image_size if fc3_groups else None
         self.stage0 = nn.Sequential(ConvBN(3, width, 7, 2), nn.MaxPool2D(3, 2, 1))
         in_channels, side = width, -(-image_size // 4)
         for number, (stage, depth) in enumerate(zip(_STAGES, depths), start=1):
-            out_channels = width * 2 ** (number + 1)
+            out_channels = width * expansion * 2 ** (number - 1)
             side = side if number == 1 else -(-side // 2)
             blocks = []
             for i in range(depth):
                 stride = 2 if i == 0 and number > 1 else 1
-                if stage not in fc3_groups or stride == 2:
-                    blocks.append(BaseBlock(in_channels, out_channels, stride))
+                if stage not in fc3_groups or stride == 2 or (plain_first and i == 0):
+                    blocks.append(BaseBlock(in_channels, out_channels, stride, squeeze))
                 else:
                     repmlp = {
                         "H": side, "W": side, "h": partition, "w": partition, "fc3_groups": fc3_groups[stage],
@@ -137,21 +142,27 @@ class RepMLPResNet(nn.Layer):
                     if block == "light":
                         blocks.append(LightBlock(in_channels, out_channels, **repmlp))
                     else:
-                        blocks.append(BottleneckBlock(in_channels, out_channels, reduction[stage], **repmlp))
+                        blocks.append(BottleneckBlock(in_channels, out_channels, squeeze, reduction[stage], **repmlp))
                 in_channels = out_channels
             setattr(self, f"stage{number}", nn.Sequential(*blocks))
         self.gap = nn.AdaptiveAvgPool2D(1)
         self.linear = nn.Linear(in_channels, class_num)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        built, got = f"{self.image_size}x{self.image_size}", size_of(x)
-        if self.image_size is not None and got != built:
-            raise ReparamError(
-                f"this network is built for images of {built} pixels and got images of {got}; "
-                "build it with another image_size, or resize the images"
-            )
+        if self.image_size is not None:
+            require_size(x, self.image_size)
         x = self.stage4(self.stage3(self.stage2(self.stage1(self.stage0(x)))))
         return self.linear(paddle.flatten(self.gap(x), 1))
+
+
+def require_size(images: paddle.Tensor, side: int) -> None:
+    """Raise `ReparamError` for images that are not of the side that a network was built for."""
+    built, got = f"{side}x{side}", size_of(images)
+    if got != built:
+        raise ReparamError(
+            f"this network is built for images of {built} pixels and got images of {got}; "
+            "build it with another image_size, or resize the images"
+        )
 
 
 def kernels_within(area: int) -> tuple[int, ...]:
