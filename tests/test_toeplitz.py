@@ -122,12 +122,38 @@ def test_of_several_kernels_each_gradient_can_be_had_alone():
 
 
 def test_blocks_keep_to_their_size():
-    blocks = toeplitz._blocks(paddle.zeros([124, 2, 56, 56]), 5)
+    def blocks_of(shape: tuple[int, ...], copies: int) -> list[slice]:
+        return toeplitz.Shifts(np.zeros(shape, "float32"), copies, tall=False).blocks()
+
+    blocks = blocks_of((2, 124, 56, 56), 5)
     sizes = [block.stop - block.start for block in blocks]
     assert [block.start for block in blocks] == [sum(sizes[:number]) for number in range(len(sizes))]
     assert sum(sizes) == 124
     assert max(sizes) == toeplitz.BLOCK_BYTES // (5 * 2 * 56 * 56 * 4) == 33
-    assert toeplitz._blocks(paddle.zeros([3, 64, 56, 56]), 31) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert blocks_of((64, 3, 56, 56), 31) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+
+
+def test_a_map_and_a_gradient_may_lie_in_memory_in_any_order():
+    x, weights = random(9, 8, 3, 2).transpose([3, 2, 0, 1]), [random(3, 1, 5, 3), random(3, 1, 3, 5)]
+    co_vector = paddle.randn([8, 9, 2, 3], dtype="float64").transpose([2, 3, 1, 0])
+    ours, theirs = (
+        [*outputs, *paddle.grad(outputs, [x, *weights], [co_vector, co_vector])]
+        for outputs in (toeplitz.depthwise_conv2d(x, weights), [native(x, weight) for weight in weights])
+    )
+    for actual, expected in zip(ours, theirs):
+        assert relative_error(actual, expected) <= 1e-14
+
+
+def test_what_a_graph_keeps_is_not_written_to_by_later_blocks_and_calls(monkeypatch):
+    monkeypatch.setattr(toeplitz, "BLOCK_BYTES", 1)
+    x, weights = random(2, 3, 6, 6), [random(3, 1, 7, 5), random(3, 1, 5, 7)]
+    first = toeplitz.depthwise_conv2d(x, weights)
+    kept = [as_array(y).copy() for y in first]
+    gradients = [as_array(each) for each in paddle.grad(first, [x, *weights], retain_graph=True)]
+    toeplitz.depthwise_conv2d(random(2, 3, 6, 6), weights)
+    again = [as_array(each) for each in paddle.grad(first, [x, *weights])]
+    for before, after in zip([*kept, *gradients], [*map(as_array, first), *again]):
+        np.testing.assert_array_equal(before, after)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -225,7 +251,7 @@ def test_a_bias_is_added():
     assert relative_error(outputs["product"], outputs["native"]) <= 2e-6
 
 
-SHARED, APART = [[(13, 5), (5, 5)], [(5, 13)]], [[(13, 5)], [(5, 13)]]
+SHARED, APART = [[(13, 5), (5, 13), (5, 5)]], [[(13, 5)], [(5, 13)]]
 
 
 @pytest.mark.parametrize("bn", [True, False])
@@ -236,11 +262,13 @@ SHARED, APART = [[(13, 5), (5, 5)], [(5, 13)]], [[(13, 5)], [(5, 13)]]
         ("native", (32, 4, 14, 14), []),
         ("auto", (2, 4, 216, 216), []),
         ("product", (2, 4, 14, 15), SHARED),
-        # The matrices of the tall kernel lie along the width, which asks for 13 copies; the small kernel has 5.
-        ("product", (2, 4, 42, 14), [[(13, 5)], [(5, 5)], [(5, 13)]]),
+        # The matrices of the tall kernel lie along the width, which asks for 13 copies; the others have 5.
+        ("product", (2, 4, 42, 14), SHARED),
+        # By the rule the wide kernel is no product on a map so wide.
+        ("auto", (2, 4, 14, 210), [[(13, 5), (5, 5)]]),
     ],
 )
-def test_the_tall_and_the_small_kernel_share_what_both_need(name, shape, expected, bn, monkeypatch):
+def test_the_kernels_share_what_they_need(name, shape, expected, bn, monkeypatch):
     layer, x = DecomposedLargeKernelConv2D(4, 13, bn=bn), paddle.randn(shape)
     counter = Counter(monkeypatch)
     with formulation(name):
@@ -267,16 +295,20 @@ def test_both_biases_are_added():
     for layer in (first, second):
         layer.bias.set_value(paddle.randn([4]))
     with formulation("product"):
-        together = first.forward_with(second, x)
+        together = toeplitz.forward_all([first, second], x)
     for y, layer in zip(together, (first, second)):
         assert relative_error(y, nn.Conv2D.forward(layer, x)) <= 2e-6
 
 
-def test_what_cannot_share_is_refused():
-    first, x = make(), paddle.randn([32, 4, 14, 14])
-    assert first.forward_with(make((5, 5)), x) is not None
-    for other in (make((3, 3)), make((5, 5), stride=2), make((5, 5)).to(dtype="float64")):
-        assert first.forward_with(other, x) is None
+def test_what_cannot_share_is_computed_on_its_own(monkeypatch):
+    first, x, counter = make(), paddle.randn([32, 4, 14, 14]), Counter(monkeypatch)
+    for other, together in ((make((5, 5)), True), (make((3, 3)), False), (make((5, 5), stride=2), False)):
+        counter.kernels.clear()
+        outputs = toeplitz.forward_all([first, other], x)
+        assert counter.kernels == [[(13, 5), (5, 5)] if together else [(13, 5)]]
+        for y, layer in zip(outputs, (first, other)):
+            assert relative_error(y, nn.Conv2D.forward(layer, x)) <= 2e-6
+    assert toeplitz.forward_all([make((3, 3)), make((5, 5))], x) is None
 
 
 def test_it_counts_and_fuses_as_a_convolution():

@@ -3,6 +3,7 @@ arXiv 2203.06717)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import FLAG, WHOLE, ReparamLayer, one_of, or_none
 from .branches import INITS, fold_conv_bn, start_as_identity
-from .toeplitz import DepthwiseConv2D
+from .toeplitz import DepthwiseConv2D, forward_all
 
 
 @register_layer
@@ -145,18 +146,15 @@ def conv_bn(
     return nn.Sequential(("conv", conv), *([("bn", nn.BatchNorm2D(channels))] if bn else []))
 
 
-def forward_together(
-    first: nn.Sequential, second: nn.Sequential, x: paddle.Tensor
-) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """Return first(x) and second(x), for two of `conv_bn`, with what both need of x made once where it can be."""
-    convolved = None if _is_hooked(first, second) else first.conv.forward_with(second.conv, x)
+def forward_together(branches: Sequence[nn.Sequential], x: paddle.Tensor) -> list[paddle.Tensor]:
+    """Return what each of some `conv_bn` does with x, with what they need of x made once where it can be."""
+    convolved = None if _is_hooked(branches) else forward_all([branch.conv for branch in branches], x)
     if convolved is None:
-        return first(x), second(x)
-    y, of_second = convolved
-    return _forward_bn(first, y), _forward_bn(second, of_second)
+        return [branch(x) for branch in branches]
+    return [_forward_bn(branch, y) for branch, y in zip(branches, convolved)]
 
 
-def _is_hooked(*branches: nn.Sequential) -> bool:
+def _is_hooked(branches: Sequence[nn.Sequential]) -> bool:
     layers = [layer for branch in branches for layer in (branch, branch.conv)]
     return any(layer._forward_pre_hooks or layer._forward_post_hooks for layer in layers)
 

@@ -145,9 +145,10 @@ class DecomposedLargeKernelConv2D(ReparamLayer):
 
     def forward_train_form(self, x: paddle.Tensor) -> paddle.Tensor:
         if "small_conv" not in self._sub_layers:
-            return self.LoRA1(x) + self.LoRA2(x)
-        tall, small = forward_together(self.LoRA1, self.small_conv, x)
-        return tall + self.LoRA2(x) + small
+            tall, wide = forward_together([self.LoRA1, self.LoRA2], x)
+            return tall + wide
+        tall, wide, small = forward_together([self.LoRA1, self.LoRA2, self.small_conv], x)
+        return tall + wide + small
 
     def fuse(self) -> DecomposedLargeKernelConv2DFused:
         """Return the two convolutions: the small kernel in the middle of the tall one, computed in float64."""

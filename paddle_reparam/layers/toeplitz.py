@@ -15,14 +15,15 @@ large as x.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import paddle
+from numpy.lib.stride_tricks import as_strided
 from paddle import nn
 from paddle.autograd import PyLayer
 
@@ -117,20 +118,6 @@ class DepthwiseConv2D(nn.Conv2D):
         [y] = depthwise_conv2d(x, [self.weight])
         return self._with_bias(y)
 
-    def forward_with(self, other: DepthwiseConv2D, x: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor] | None:
-        """Return self(x) and other(x) from the same shifted copies of x, or None: call them one by one.
-
-        That is where this layer is a product and the other, however small its kernel, can be one from these copies.
-        Hooks of the two layers are not called.
-        """
-        if not (other._may_be_product(x) and self._is_product(x)):
-            return None
-        axis = 3 if _is_tall(self.weight.shape[2:], x.shape[2:]) else 2
-        if other.weight.shape[axis] != self.weight.shape[axis]:
-            return None
-        y, of_other = depthwise_conv2d(x, [self.weight, other.weight])
-        return self._with_bias(y), other._with_bias(of_other)
-
     def _is_product(self, x: paddle.Tensor) -> bool:
         if not self._may_be_product(x):
             return False
@@ -139,10 +126,30 @@ class DepthwiseConv2D(nn.Conv2D):
     def _may_be_product(self, x: paddle.Tensor) -> bool:
         if is_native() or not self._keeps_size or not paddle.in_dynamic_mode():
             return False
+        if not (x.place.is_cpu_place() and self.weight.place.is_cpu_place()):
+            return False
         return x.dtype == self.weight.dtype and x.dtype in (paddle.float32, paddle.float64)
 
     def _with_bias(self, y: paddle.Tensor) -> paddle.Tensor:
         return y if self.bias is None else y + self.bias.reshape([1, -1, 1, 1])
+
+
+def forward_all(layers: Sequence[DepthwiseConv2D], x: paddle.Tensor) -> list[paddle.Tensor] | None:
+    """Return what each layer does with x, or None where none of them is a product: call them one by one.
+
+    The products are computed at once, and with them whatever kernel can share the shifted copies of x that one of them
+    needs, however small it is. Hooks of the layers are not called.
+    """
+    groups = [_group_of(layer.weight.shape[2:], x.shape[2:]) for layer in layers if layer._is_product(x)]
+    if not groups:
+        return None
+    products = [
+        layer
+        for layer in layers
+        if layer._may_be_product(x) and _group_of(layer.weight.shape[2:], x.shape[2:]) in groups
+    ]
+    outputs = dict(zip(products, depthwise_conv2d(x, [layer.weight for layer in products])))
+    return [layer._with_bias(outputs[layer]) if layer in outputs else nn.Conv2D.forward(layer, x) for layer in layers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,102 +159,82 @@ class DepthwiseConv2D(nn.Conv2D):
 def depthwise_conv2d(x: paddle.Tensor, weights: Sequence[paddle.Tensor]) -> list[paddle.Tensor]:
     """Return x, `[N, C, H, W]`, convolved with each weight: an odd kernel for each channel, `[C, 1, height, width]`.
 
-    All are float32, or all float64. All matrices lie along one axis, chosen for the first weight; along the other axis
-    all weights have as many taps. There is a gradient, but no second one. Beside its results it needs a few maps as
-    large as x, and a few times `BLOCK_BYTES`, or what one channel of all images needs where that is more.
+    All are on a CPU, and float32, or float64. There is a gradient, but no second one. Beside its results it needs a few
+    maps as large as x, and a few times `BLOCK_BYTES`, or what one channel of all images needs where that is more.
     """
-    tall = _is_tall(weights[0].shape[2:], x.shape[2:])
-    kernels = [_kernel_of(weight, tall) for weight in weights]
-    taps = [kernel.shape[2] for kernel in kernels]
-    kernel = paddle.concat(kernels, 2)
-    outputs = _OfInput.apply(x, kernel.detach(), taps, tall)
-    if kernel.stop_gradient or not paddle.is_grad_enabled():
-        return list(outputs)
-    return [y + zeros for y, zeros in zip(outputs, _OfWeight.apply(kernel, x.detach(), taps, tall))]
+    wanted = [paddle.is_grad_enabled() and not tensor.stop_gradient for tensor in (x, *weights)]
+    # One tensor has the gradients of all. Where `paddle.grad` asks for some only, Paddle refuses what a PyLayer returns
+    # for the others; of a `concat` it takes what it needs.
+    parts = [tensor.flatten() for tensor, is_wanted in zip((x, *weights), wanted) if is_wanted]
+    source = paddle.concat(parts) if parts else x.detach()
+    return list(_Convolutions.apply(source, x.detach(), [weight.detach() for weight in weights], wanted))
 
 
-# Written out, as what autograd would keep of a forward pass are all shifted copies of the map. And one for each of the
-# two gradients, all kernels in one: where `paddle.grad` asks for some only, Paddle refuses what a PyLayer returns for
-# the others.
+class _Convolutions(PyLayer):
+    """The convolutions, with a gradient for `source`: all tensors that want one, flat, one behind the other."""
 
-
-class _OfInput(PyLayer):
-    """The convolutions with kernels `[C, b, a]`, one behind the other, `taps` long, with a gradient for their input."""
+    # Written out, as what autograd would keep of a forward pass are all shifted copies of the map.
 
     @staticmethod
-    def forward(ctx: Any, x: paddle.Tensor, kernel: paddle.Tensor, taps: list[int], tall: bool) -> tuple[paddle.Tensor]:
-        ctx.save_for_backward(kernel)
-        ctx.given = taps, tall
-        return tuple(_convolve(x, paddle.split(kernel, taps, 2), tall))
+    def forward(
+        ctx: Any, source: paddle.Tensor, x: paddle.Tensor, weights: list[paddle.Tensor], wanted: list[bool]
+    ) -> tuple[paddle.Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.wanted = wanted
+        outputs = [paddle.empty(x.shape, x.dtype) for _ in weights]
+        maps = _array_of(x)
+        kernels = [_array_of(weight) for weight in weights]
+        for (tall, copies), members in _groups(weights, x.shape[2:]).items():
+            shifts = Shifts(maps, copies, tall)
+            targets = [(_kernel_of(kernels[member], tall), _array_of(outputs[member])) for member in members]
+            for block in shifts.blocks():
+                shifted = shifts(maps[:, block])
+                for kernel, y in targets:
+                    shifts.put(y[:, block], shifts.product(shifted, toeplitz(kernel[block], shifts.size)))
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: paddle.Tensor) -> tuple[paddle.Tensor, None]:
-        [kernel] = ctx.saved_tensor()
-        taps, tall = ctx.given
-        # A gradient is convolved with the kernel turned round.
-        turned = [each.flip([1, 2]) for each in paddle.split(kernel, taps, 2)]
-        parts = [_convolve(gradient, [each], tall)[0] for gradient, each in zip(gradients, turned)]
-        return sum(parts[1:], parts[0]), None
+    def backward(ctx: Any, *gradients: paddle.Tensor) -> paddle.Tensor:
+        x, *weights = ctx.saved_tensor()
+        sizes = [wanted * math.prod(tensor.shape) for wanted, tensor in zip(ctx.wanted, (x, *weights))]
+        result = paddle.empty([sum(sizes)], x.dtype)
+        of_x, *of_weights = np.split(_array_of(result), np.cumsum(sizes)[:-1])
+        of_x = of_x.reshape(x.shape) if ctx.wanted[0] else None
+        maps, is_first = _array_of(x), True
+        for (tall, copies), members in _groups(weights, x.shape[2:]).items():
+            shifts = Shifts(maps, copies, tall)
+            for member in members:
+                gradient = _array_of(gradients[member])
+                # A gradient is convolved with the kernel turned round.
+                turned = _kernel_of(_array_of(weights[member]), tall)[:, ::-1, ::-1]
+                of_turned = np.empty(turned.shape, turned.dtype)
+                for block in shifts.blocks():
+                    shifted = shifts(gradient[:, block])
+                    if of_x is not None:
+                        product = shifts.product(shifted, toeplitz(turned[block], shifts.size))
+                        shifts.put(of_x[:, block], product, add=not is_first)
+                    if ctx.wanted[1 + member]:
+                        matrices = shifts.gradient(shifted, maps[:, block])
+                        of_turned[block] = sum_diagonals(matrices, copies, turned.shape[2])
+                is_first = False
+                if ctx.wanted[1 + member]:
+                    weight = of_weights[member].reshape(weights[member].shape)
+                    _kernel_of(weight, tall)[...] = of_turned[:, ::-1, ::-1]
+        return result
 
 
-class _OfWeight(PyLayer):
-    """Zeros, which have what the gradient of the convolutions is for their kernels."""
-
-    @staticmethod
-    def forward(ctx: Any, kernel: paddle.Tensor, x: paddle.Tensor, taps: list[int], tall: bool) -> tuple[paddle.Tensor]:
-        ctx.save_for_backward(x)
-        ctx.given = kernel.shape[1], taps, tall
-        return tuple(paddle.zeros_like(x) for _ in taps)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: paddle.Tensor) -> tuple[paddle.Tensor, None]:
-        [x] = ctx.saved_tensor()
-        return _correlate(x, gradients, *ctx.given), None
+def _groups(weights: Sequence[paddle.Tensor], map_size: Sequence[int]) -> dict[tuple[bool, int], list[int]]:
+    """Return the numbers of the weights that can share shifted copies: (are the matrices tall?, copies) -> numbers."""
+    groups: dict[tuple[bool, int], list[int]] = {}
+    for number, weight in enumerate(weights):
+        groups.setdefault(_group_of(weight.shape[2:], map_size), []).append(number)
+    return groups
 
 
-def _convolve(x: paddle.Tensor, kernels: Sequence[paddle.Tensor], tall: bool) -> list[paddle.Tensor]:
-    """Return x convolved with each of the kernels `[C, b, a]`."""
-    maps, copies = _channels_first(x, tall), kernels[0].shape[1]
-    places = [places_of_taps(maps.shape[3], kernel.shape[2], x.dtype) for kernel in kernels]
-    parts: list[list[paddle.Tensor]] = [[] for _ in kernels]
-    for block in _blocks(maps, copies):
-        shifted = shifts(maps[block], copies)
-        for kernel, where, part in zip(kernels, places, parts):
-            part.append(paddle.matmul(shifted, toeplitz(kernel[block], where)))
-    return [_channels_first(paddle.concat(part, 0).reshape(maps.shape), tall) for part in parts]
-
-
-def _correlate(
-    x: paddle.Tensor, gradients: Sequence[paddle.Tensor], copies: int, taps: Sequence[int], tall: bool
-) -> paddle.Tensor:
-    """Return the gradient of the kernels, `[C, copies, sum of taps]`."""
-    maps, gradients = _channels_first(x, tall), [_channels_first(each, tall) for each in gradients]
-    size = maps.shape[3]
-    places = [places_of_taps(size, each, x.dtype) for each in taps]
-    parts = []
-    for block in _blocks(maps, copies):
-        shifted = shifts(maps[block], copies)
-        sums = []
-        for gradient, where in zip(gradients, places):
-            of_block = gradient[block]
-            matrices = paddle.matmul(shifted, of_block.reshape([len(of_block), -1, size]), transpose_x=True)
-            sums.append(sum_places(matrices, where, copies))
-        parts.append(paddle.concat(sums, 2))
-    return paddle.concat(parts, 0)
-
-
-def _channels_first(x: paddle.Tensor, tall: bool) -> paddle.Tensor:
-    """Return `[N, C, H, W]` as `[C, N, H, W]`, or `[C, N, W, H]` where the matrices are tall; and back."""
-    # One by one: Paddle takes eight times as long for both at once.
-    x = x.transpose([1, 0, 2, 3]).contiguous()
-    return x.transpose([0, 1, 3, 2]).contiguous() if tall else x
-
-
-def _blocks(maps: paddle.Tensor, copies: int) -> list[slice]:
-    """Return which channels of `[C, N, B, A]` are computed at a time."""
-    channels, images, other, size = maps.shape
-    count = max(1, BLOCK_BYTES // (copies * max(images * other, size) * size * maps.element_size()))
-    return [slice(start, min(start + count, channels)) for start in range(0, channels, count)]
+def _group_of(kernel_size: Sequence[int], map_size: Sequence[int]) -> tuple[bool, int]:
+    """Return whether the matrices are tall, and the number of shifted copies."""
+    tall = _is_tall(kernel_size, map_size)
+    return tall, kernel_size[1 if tall else 0]
 
 
 def _is_tall(kernel_size: Sequence[int], map_size: Sequence[int]) -> bool:
@@ -255,55 +242,116 @@ def _is_tall(kernel_size: Sequence[int], map_size: Sequence[int]) -> bool:
     return kernel_size[1] * map_size[0] <= kernel_size[0] * map_size[1]
 
 
-def _kernel_of(weight: paddle.Tensor, tall: bool) -> paddle.Tensor:
-    """Return a weight `[C, 1, height, width]` as `[C, b, a]`, the axis of the matrices last."""
-    return weight.squeeze(1).transpose([0, 2, 1]) if tall else weight.squeeze(1)
+def _kernel_of(weight: np.ndarray, tall: bool) -> np.ndarray:
+    """Return a weight `[C, 1, height, width]` as a view `[C, b, a]`, the axis of the matrices last."""
+    return weight[:, 0].transpose(0, 2, 1) if tall else weight[:, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Its parts
+# Its parts. numpy copies whole rows, into memory that is there already, several times faster than Paddle's operators
+# do, which write to new memory each time; the products are Paddle's.
 
 
-def shifts(maps: paddle.Tensor, copies: int) -> paddle.Tensor:
-    """Return shifted copies of `[C, N, B, A]` side by side, `[C, N * B, copies * A]`.
+class Shifts:
+    """Shifted copies of `[N, C, H, W]` side by side, of a block of channels at a time, and what is computed from them.
 
-    They are shifted along B, with zeros where there was nothing; the middle one is as it was.
+    They are shifted along the width where the matrices are `tall`, along the height else, with zeros where there was
+    nothing; the middle one is as it was. Of a block they are `[c, copies * H, N * W]`, or `[c, N * H, copies * W]`.
     """
-    channels, images, length, size = maps.shape
-    rows = maps.reshape([channels * images, length, size])
-    rows = paddle.concat([rows, paddle.zeros([channels * images, 1, size], maps.dtype)], 1)
-    rows = paddle.gather(rows, _shifted_rows(length, copies, paddle.get_device()), 1)
-    return rows.reshape([channels, images * length, copies * size])
+
+    def __init__(self, maps: np.ndarray, copies: int, tall: bool) -> None:
+        images, self._channels, height, width = maps.shape
+        self.size = height if tall else width
+        rest = images * (width if tall else height)
+        per_channel = copies * max(rest, self.size) * self.size * maps.itemsize
+        self._count = min(max(1, BLOCK_BYTES // per_channel), self._channels)
+        self._tall, self._reach = tall, copies // 2
+        padded = [height, width + copies - 1] if tall else [height + copies - 1, width]
+        self._padded = np.zeros([self._count, images, *padded], maps.dtype)
+        shape = [copies * height, images * width] if tall else [images * height, copies * width]
+        self._copies = paddle.empty([self._count, *shape], str(maps.dtype))
+        channel, image, row, column = self._padded.strides
+        if tall:
+            shape, strides = [copies, height, images, width], [column, row, image, column]
+        else:
+            shape, strides = [images, height, copies, width], [image, row, row, column]
+        self._windows = as_strided(self._padded, [self._count, *shape], [channel, *strides], writeable=False)
+        #: The axes of `[N, C, H, W]` as products have them.
+        self._order = (1, 2, 0, 3) if tall else (1, 0, 2, 3)
+
+    def blocks(self) -> list[slice]:
+        """Return which channels are computed at a time."""
+        starts = range(0, self._channels, self._count)
+        return [slice(start, min(start + self._count, self._channels)) for start in starts]
+
+    def __call__(self, maps: np.ndarray) -> paddle.Tensor:
+        """Return the shifted copies of a block, in memory that the next call overwrites."""
+        count, middle = maps.shape[1], slice(self._reach, -self._reach or None)
+        inside = (slice(count), slice(None), slice(None), middle) if self._tall else (slice(count), slice(None), middle)
+        self._padded[inside] = maps.transpose(1, 0, 2, 3)
+        # The last block may be smaller.
+        copies = self._copies
+        if count < self._count:
+            copies = paddle.empty([count, *copies.shape[1:]], copies.dtype)
+        windows = self._windows[:count]
+        np.copyto(_array_of(copies).reshape(windows.shape), windows)
+        return copies
+
+    def product(self, shifted: paddle.Tensor, matrices: paddle.Tensor) -> paddle.Tensor:
+        """Return the copies of a block times its matrices of `toeplitz`."""
+        if self._tall:
+            return paddle.matmul(matrices, shifted)
+        return paddle.matmul(shifted, matrices, transpose_y=True)
+
+    def gradient(self, shifted: paddle.Tensor, maps: np.ndarray) -> paddle.Tensor:
+        """Return the gradient of the matrices, where `maps` is that of the product as `put` writes it."""
+        maps = maps.transpose(self._order)
+        shape = [len(maps), self.size, -1] if self._tall else [len(maps), -1, self.size]
+        rows = paddle.empty(maps.shape, shifted.dtype)
+        np.copyto(_array_of(rows), maps)
+        return paddle.matmul(rows.reshape(shape), shifted, transpose_x=not self._tall, transpose_y=self._tall)
+
+    def put(self, maps: np.ndarray, product: paddle.Tensor, add: bool = False) -> None:
+        """Write a product, or add it, to a block `[N, c, H, W]`."""
+        target = maps.transpose(self._order)
+        product = _array_of(product).reshape(target.shape)
+        if add:
+            target += product
+        else:
+            target[...] = product
 
 
-def toeplitz(kernel: paddle.Tensor, places: paddle.Tensor) -> paddle.Tensor:
-    """Return the matrices of kernels, `[C, b, a]` to `[C, b * size, size]`, with `places_of_taps(size, a)`."""
+def toeplitz(kernel: np.ndarray, size: int) -> paddle.Tensor:
+    """Return the matrices of kernels, `[C, b, a]` to `[C, size, b * size]`: T[p, (b, q)] = k[b, q - p + a // 2]."""
     channels, copies, taps = kernel.shape
-    size = math.isqrt(places.shape[1])
-    # A product with zeros and ones is faster here than any way of copying.
-    return paddle.matmul(kernel.reshape([channels * copies, taps]), places).reshape([channels, copies * size, size])
+    reach = min(taps // 2, size - 1)
+    diagonals = np.zeros([channels, copies, 2 * size - 1], kernel.dtype)
+    diagonals[:, :, size - 1 - reach : size + reach] = kernel[:, :, taps // 2 - reach : taps // 2 + reach + 1]
+    channel, copy, tap = diagonals.strides
+    rows = as_strided(diagonals[:, :, size - 1 :], [channels, size, copies, size], [channel, -tap, copy, tap])
+    matrices = paddle.empty([channels, size, copies * size], str(kernel.dtype))
+    np.copyto(_array_of(matrices).reshape(rows.shape), rows)
+    return matrices
 
 
-def sum_places(matrices: paddle.Tensor, places: paddle.Tensor, copies: int) -> paddle.Tensor:
+def sum_diagonals(matrices: paddle.Tensor, copies: int, taps: int) -> np.ndarray:
     """Return the gradient of kernels, `[C, b, a]`, from that of the matrices that `toeplitz` makes of them."""
-    channels, taps = matrices.shape[0], places.shape[0]
-    sums = paddle.matmul(matrices.reshape([channels * copies, -1]), places, transpose_y=True)
-    return sums.reshape([channels, copies, taps])
+    channels, size, _ = matrices.shape
+    rows = _array_of(matrices).reshape([channels, size, copies, size])
+    diagonals = np.zeros([channels, copies, 2 * size - 1], rows.dtype)
+    for row in range(size):
+        diagonals[:, :, size - 1 - row : 2 * size - 1 - row] += rows[:, row]
+    reach = min(taps // 2, size - 1)
+    sums = np.zeros([channels, copies, taps], rows.dtype)
+    sums[:, :, taps // 2 - reach : taps // 2 + reach + 1] = diagonals[:, :, size - 1 - reach : size + reach]
+    return sums
 
 
-def places_of_taps(size: int, taps: int, dtype: Any = paddle.float32) -> paddle.Tensor:
-    """Return `[taps, size * size]`, which is 1 where the Toeplitz matrix holds the tap and 0 elsewhere."""
-    return _places_of_taps(size, taps, dtype, paddle.get_device())
-
-
-@lru_cache(maxsize=32)
-def _places_of_taps(size: int, taps: int, dtype: Any, device: str) -> paddle.Tensor:
-    tap = np.arange(size)[:, None] - np.arange(size) + taps // 2
-    return paddle.to_tensor(tap.reshape(-1) == np.arange(taps)[:, None]).astype(dtype)
-
-
-@lru_cache(maxsize=32)
-def _shifted_rows(length: int, copies: int, device: str) -> paddle.Tensor:
-    """Return, for each row and copy, the row that it is; `length` stands for a row of zeros."""
-    rows = np.arange(length)[:, None] + np.arange(copies) - copies // 2
-    return paddle.to_tensor(np.where((rows >= 0) & (rows < length), rows, length).reshape(-1))
+def _array_of(tensor: paddle.Tensor) -> np.ndarray:
+    """Return a tensor in a CPU's memory as an array of the same numbers, which keeps it alive; a copy if it must."""
+    tensor = tensor.contiguous()
+    kind = {paddle.float32: ctypes.c_float, paddle.float64: ctypes.c_double}[tensor.dtype]
+    # `Tensor.numpy` copies, and what DLPack gives must not be written to.
+    numbers = (kind * math.prod(tensor.shape)).from_address(tensor.data_ptr())
+    numbers.tensor = tensor
+    return np.ctypeslib.as_array(numbers).reshape(tensor.shape)
