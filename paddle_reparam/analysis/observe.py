@@ -81,10 +81,11 @@ def numbers_of(row: Any) -> dict[str, Any]:
 def table_of(rows: Sequence[Any]) -> str:
     """Return dataclasses of one kind as a table: a row each, a column for each field that is no array."""
     header = [name.replace("_", " ") for name in numbers_of(rows[0])]
-    return format_table(header, [[_cell(value) for value in numbers_of(row).values()] for row in rows])
+    return format_table(header, [[cell_of(value) for value in numbers_of(row).values()] for row in rows])
 
 
-def _cell(value: Any) -> str:
+def cell_of(value: Any) -> str:
+    """Return a number, a name or None as a table shows it."""
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
