@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import paddle
+import paddle.nn.functional as F
 import pytest
 from helpers import as_array, randomise_batch_norms, relative_error
 from network_contract import (
@@ -498,3 +499,30 @@ def test_published_weights_of_convnext(cheap_weights):
     block = model.stages[2][7]
     np.testing.assert_array_equal(block.dwconv.bias.numpy(), state["stages.2.7.dwconv.bias"])
     np.testing.assert_array_equal(block.pwconv2.weight.numpy(), state["stages.2.7.pwconv2.weight"].T)
+
+
+@pytest.mark.parametrize("learns", ["all", "weights", "biases", "none"])
+def test_the_fully_connected_layers_of_a_block_are_those_of_paddle(learns):
+    block = ConvNeXtBlock(6, layer_scale_init_value=0.5)
+    block.to(dtype="float64")
+    for bias in (block.pwconv1.bias, block.pwconv2.bias, block.gamma):
+        bias.set_value(paddle.randn(bias.shape, dtype="float64"))
+    for parameter in block.parameters():
+        parameter.stop_gradient = {"all": False, "none": True}.get(
+            learns, (parameter.ndim > 1) != (learns == "weights")
+        )
+    x = paddle.randn([2, 6, 5, 4], dtype="float64")
+    x.stop_gradient = False
+    y = block.norm(block.dwconv(x).transpose([0, 2, 3, 1]))
+    y = F.linear(
+        F.gelu(F.linear(y, block.pwconv1.weight, block.pwconv1.bias)), block.pwconv2.weight, block.pwconv2.bias
+    )
+    outputs = block(x), x + (block.gamma * y).transpose([0, 3, 1, 2])
+    assert relative_error(*outputs) <= 1e-14
+    wanted = [x, *(parameter for parameter in block.parameters() if not parameter.stop_gradient)]
+    co_vector = paddle.randn(x.shape, dtype="float64")
+    alone = [paddle.grad(outputs[0], [each], co_vector, retain_graph=True)[0] for each in wanted]
+    ours, theirs = (paddle.grad(y, wanted, co_vector) for y in outputs)
+    for actual, by_itself, expected in zip(ours, alone, theirs):
+        assert relative_error(actual, expected) <= 1e-13
+        assert relative_error(by_itself, expected) <= 1e-13

@@ -6,6 +6,7 @@ Entries are named as in the published weight files: `stages.0.0.dwconv.weight`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, ClassVar
 
@@ -38,6 +39,31 @@ class _LayerNorm2D(nn.LayerNorm):
         # Not super().forward, which Paddle 2.6 cannot trace.
         x = x.transpose([0, 2, 3, 1])
         return F.layer_norm(x, self._normalized_shape, self.weight, self.bias, self._epsilon).transpose([0, 3, 1, 2])
+
+
+class _PixelwiseLinear(nn.Linear):
+    """A fully connected layer on many pixels, `[..., in]` to `[..., out]`."""
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        if not _is_trained_on_cpu(self.bias, x):
+            return F.linear(x, self.weight, self.bias)
+        y = paddle.matmul(x, self.weight)
+        return y + _along_pixels(self.bias, y)
+
+
+def _is_trained_on_cpu(vector: paddle.Tensor, x: paddle.Tensor) -> bool:
+    learns = paddle.in_dynamic_mode() and paddle.is_grad_enabled() and not vector.stop_gradient
+    return learns and x.place.is_cpu_place() and x.dtype == vector.dtype
+
+
+def _along_pixels(vector: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
+    """Return `[C]` for each pixel of x, `[..., C]`, as a product with ones, which has one for its gradient, too.
+
+    The sum over pixels by which Paddle finds the gradient of what it broadcasts takes a CPU as long as a whole fully
+    connected layer.
+    """
+    ones = paddle.ones([math.prod(x.shape[:-1]), 1], vector.dtype)
+    return paddle.matmul(ones, vector.unsqueeze(0)).reshape(x.shape)
 
 
 class FusedBlock(nn.Layer):
@@ -79,9 +105,9 @@ class ResidualBlock(ReparamLayer):
         super().__init__()
         self.add_sublayer(self.spatial, layer)
         self.norm = nn.LayerNorm(dim, epsilon=_EPSILON)
-        self.pwconv1 = nn.Linear(dim, 4 * dim, init_normal)
+        self.pwconv1 = _PixelwiseLinear(dim, 4 * dim, init_normal)
         self.act = nn.GELU()
-        self.pwconv2 = nn.Linear(4 * dim, dim, init_normal)
+        self.pwconv2 = _PixelwiseLinear(4 * dim, dim, init_normal)
         start = nn.initializer.Constant(layer_scale_init_value)
         self.gamma = self.create_parameter([dim], default_initializer=start) if layer_scale_init_value > 0 else None
         # A dropout whose mask lies along the batch: whole samples lose the branch.
@@ -91,7 +117,7 @@ class ResidualBlock(ReparamLayer):
         y = getattr(self, self.spatial)(x).transpose([0, 2, 3, 1])
         y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
         if self.gamma is not None:
-            y = self.gamma * y
+            y = y * (_along_pixels(self.gamma, y) if _is_trained_on_cpu(self.gamma, y) else self.gamma)
         return x + self.drop_path(y.transpose([0, 3, 1, 2]))
 
     def fuse(self) -> FusedBlock:
