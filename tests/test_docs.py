@@ -15,12 +15,13 @@ from PIL import Image
 from paddle_reparam import create_model, list_layers
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-#: The pages with commands and a picture; test_serving.py, test_tasks.py, test_deploy.py and test_choose.py run others,
-#: and what has no command describes the project.
+#: The pages with commands and a picture; test_serving.py, test_tasks.py, test_recognition.py, test_deploy.py and
+#: test_choose.py run others, and what has no command describes the project.
 TEXTS = {
     page.stem: page.read_text(encoding="utf-8")
     for page in PAGES
-    if page.stem not in ("serving", "tasks", "deploy", "compare", "choose") and "```bash" in page.read_text("utf-8")
+    if page.stem not in ("serving", "tasks", "deploy", "compare", "choose", "faces")
+    and "```bash" in page.read_text("utf-8")
 }
 PAPERS = sorted(TEXTS.keys() - {"monitor"})
 PREPARE = "python tools/prepare_data.py digits --output dataset/digits"

@@ -317,7 +317,7 @@ def test_predict(walk, capsys):
     predict = tool("predict")
     arguments = [str(walk.released), str(walk.data)]
     if walk.task == "recognition":
-        refused(capsys, 1, "its network puts out no probabilities", predict, arguments)
+        refused(capsys, 2, "a recognition network compares two images, and 1 places are given", predict, arguments)
         return
     images, _ = walk.images()
     for more, floor in ([], 0.5), (["--threshold", "0.2"], 0.2):

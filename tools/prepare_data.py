@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam.errors import exit_code
-from paddle_reparam.training.datasets import Checked, list_folder, write_digits
+from paddle_reparam.training.datasets import Checked, draw_pairs, list_folder, write_digits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,14 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="how much of each class is for validation, unless there are train and val (0.2)",
     )
     folder.add_argument("--skip-check", action="store_true", help="do not decode every image")
-    for kind in (digits, folder):
+    pairs = kinds.add_parser("pairs", help="draw pairs of images of one class and of two, for tools/pairs.py")
+    pairs.add_argument("--list", required=True, help="a list file, such as val_list.txt")
+    pairs.add_argument("--output", required=True, help="the file to write")
+    pairs.add_argument("--count", type=int, default=6000, help="how many pairs, half of them of one class (6000)")
+    for kind in (digits, folder, pairs):
         kind.add_argument("--force", action="store_true", help="replace what an earlier run wrote")
     given = parser.parse_args(arguments)
     if given.kind == "folder" and not 0 < given.val_share < 1:
         parser.error(f"--val-share is {given.val_share:g}; it is a share, between 0 and 1")
+    if given.kind == "pairs" and (given.count < 2 or given.count % 2):
+        parser.error(f"--count is {given.count}; it is an even number, 2 or more")
     with exit_code() as result:
         if given.kind == "digits":
             print(write_digits(given.output, given.force))
+        elif given.kind == "pairs":
+            print(draw_pairs(given.list, given.output, given.count, given.force))
         else:
             print(list_folder(given.root, given.force, not given.skip_check, _show_progress, given.val_share))
     return result[0]

@@ -22,7 +22,7 @@ from ..surgery.computed_weights import store_computed_weights
 from ..surgery.places import copy_model
 from ..surgery.tracing import InputSpec, input_shapes, require_eval, walk
 from .old_programs import HAS_NEW_PROGRAMS
-from .outputs import AS_THE_NETWORK, Normalization, OutputSpec, first_of
+from .outputs import AS_THE_NETWORK, SHORTEST, Normalization, OutputSpec, first_of
 from .programs import FILE_NAME, FORMATS, WEIGHTS_SUFFIX, add_biases_by_axis, program_file, programs_of
 from .replacements import replaced_operators
 
@@ -63,6 +63,9 @@ class ExportedNetwork(nn.Layer):
                 outputs = F.softmax(outputs, axis=1)
             elif self.activation == "sigmoid":
                 outputs = F.sigmoid(outputs)
+            elif self.activation == "l2":
+                length = paddle.sqrt(paddle.sum(outputs * outputs, axis=1, keepdim=True))
+                outputs = outputs / paddle.clip(length, min=SHORTEST)
         return _apart(outputs, x)
 
 

@@ -101,7 +101,7 @@ _KERNEL = record({
 }, closed=True)  # fmt: skip
 
 _OUTPUT = record({
-    "activation": one_of(None, "softmax", "sigmoid", "identity"), "keys": list_of(text, 0, 64),
+    "activation": one_of(None, "softmax", "sigmoid", "l2", "identity"), "keys": list_of(text, 0, 64),
     "left_out": list_of(text),
 })  # fmt: skip
 

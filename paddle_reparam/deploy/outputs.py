@@ -16,6 +16,9 @@ from ..errors import ReparamError
 THRESHOLD = 0.5
 
 
+#: Features of this length, or shorter, have no direction.
+SHORTEST = 1e-12
+
 #: The smallest probability whose logarithm is compared: Paddle's own softmax stops at e^-64, oneDNN's does not.
 _SMALLEST_PROBABILITY = 1e-25
 
@@ -23,17 +26,18 @@ _SMALLEST_PROBABILITY = 1e-25
 @dataclass(frozen=True)
 class OutputSpec:
     """What an exported network puts out: `keys` pick from a network's dicts, `activation` follows ("softmax" over the
-    classes, which are axis 1; "sigmoid"; "identity" or None). Where either is asked for, the first entry of a list is
-    taken, and of a dict before an activation "logits", as PaddleClas does. Without both, all that a network puts out.
+    classes, which are axis 1; "sigmoid"; "l2", which makes features along axis 1 of length 1; "identity" or None).
+    Where either is asked for, the first entry of a list is taken, and of a dict before an activation "logits", as
+    PaddleClas does. Without both, all that a network puts out.
     """
 
     activation: str | None = None
     keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.activation not in (None, "softmax", "sigmoid", "identity"):
+        if self.activation not in (None, "softmax", "sigmoid", "l2", "identity"):
             raise ReparamError(
-                f"the activation of an exported network is softmax, sigmoid, identity or None: {self.activation}"
+                f"the activation of an exported network is softmax, sigmoid, l2, identity or None: {self.activation}"
             )
 
 
@@ -153,7 +157,14 @@ def reference_outputs(network: nn.Layer, inputs: Sequence[Any], output: OutputSp
         return [(p / p.sum(axis=1, keepdims=True)).astype(array.dtype) for p, array in zip(powers, kept)]
     if output.activation == "sigmoid":
         return [(0.5 * (1.0 + np.tanh(0.5 * array.astype(np.float64)))).astype(array.dtype) for array in kept]
+    if output.activation == "l2":
+        return [unit_length(array.astype(np.float64)).astype(array.dtype) for array in kept]
     return kept
+
+
+def unit_length(features: np.ndarray) -> np.ndarray:
+    """Return features `[N, C, ...]` divided by their lengths along axis 1, or by `SHORTEST` where they are shorter."""
+    return features / np.maximum(np.sqrt(np.square(features).sum(axis=1, keepdims=True)), SHORTEST)
 
 
 def comparable(outputs: Sequence[np.ndarray], output: OutputSpec) -> list[np.ndarray]:

@@ -149,14 +149,14 @@ class _Read:
     taken: np.ndarray
 
 
-class ImageClassifier:
-    """A released folder, or an ONNX file of one, that labels images.
+class NetworkOfImages:
+    """A released folder, or an ONNX file of one, whose network takes one image.
 
     A folder's files are checked against their hashes first.
     """
 
     def __init__(self, release: Folder) -> None:
-        """Raises `ReparamError` for what is no release, is damaged, or cannot label images."""
+        """Raises `ReparamError` for what is no release, is damaged, or does not say how it reads an image."""
         in_one_file = Path(release).is_file()
         if in_one_file:
             network = InferenceModel(release)
@@ -168,14 +168,10 @@ class ImageClassifier:
         if len(manifest["input"]["shape"]) != 1:
             raise ReparamError(f"{release}: its network takes several inputs, and no image alone")
         self.dtype = manifest["input"]["dtype"]
-        self.steps, self.labels = manifest["input"].get("preprocessing"), manifest.get("labels")
+        self.steps = manifest["input"].get("preprocessing")
         if self.steps is None:
             raise ReparamError(f"{release}: its manifest does not say how its input is made of an image; release again")
-        activation = manifest["output"]["activation"]
-        if activation not in ("softmax", "sigmoid"):
-            raise ReparamError(f"{release}: its network puts out no probabilities, so it cannot label images")
-        #: Whether each label has a probability of its own.
-        self.several_labels = activation == "sigmoid"
+        self.manifest = manifest
         # Photographs have many sizes: without `keep_shapes`, as a folder of them would fill the memory.
         self._network = network if in_one_file else InferenceModel(release, keep_shapes=False)
 
@@ -183,6 +179,49 @@ class ImageClassifier:
     def passed_over(self) -> dict[str, str]:
         """Runtime -> why this machine cannot run the release by it, though it is faster than the one that is used."""
         return self._network.passed_over
+
+    def batches(self, paths: Iterable[Path], failed: Failed) -> Iterator[list[_Read]]:
+        """Yield images that follow each other and have one size: a few, or one where they are large."""
+        batch: list[_Read] = []
+        for path in paths:
+            try:
+                read = self._read(path)
+            except ReparamError as error:
+                failed(error)
+                continue
+            full = len(batch) == _IMAGES_AT_ONCE or (len(batch) + 1) * read.taken.size > _NUMBERS_AT_ONCE
+            if batch and (full or read.taken.shape != batch[0].taken.shape):
+                yield batch
+                batch = []
+            batch.append(read)
+        if batch:
+            yield batch
+
+    def _read(self, path: Path) -> _Read:
+        image = read_rgb(path)
+        with one_sentence(f"{path}: it cannot be read as the network takes it"):
+            try:
+                # A copy: a view would keep all of a photograph.
+                taken = np.array(preprocess(image, self.steps), self.dtype, order="C")
+                if self.size == "fixed" and list(taken.shape) != self.shape:
+                    raise ReparamError(f"the network takes images of {self.shape}, this one is {list(taken.shape)}")
+            except ReparamError as error:
+                raise error.at(str(path)) from error
+            return _Read(path, _thumbnail(image), taken)
+
+
+class ImageClassifier(NetworkOfImages):
+    """A release that labels images."""
+
+    def __init__(self, release: Folder) -> None:
+        """Raises `ReparamError` as its base does, and for what cannot label images."""
+        super().__init__(release)
+        activation = self.manifest["output"]["activation"]
+        if activation not in ("softmax", "sigmoid"):
+            raise ReparamError(f"{release}: its network puts out no probabilities, so it cannot label images")
+        #: Whether each label has a probability of its own.
+        self.several_labels = activation == "sigmoid"
+        self.labels = self.manifest.get("labels")
 
     def predict(
         self,
@@ -206,7 +245,7 @@ class ImageClassifier:
         else:
             floor, most = 0.0, 5 if top is None else top
         failed = failed or _raise
-        for batch in self._batches(paths, failed):
+        for batch in self.batches(paths, failed):
             try:
                 rows = self._probabilities(np.stack([read.taken for read in batch]))
             except ReparamError as error:
@@ -218,35 +257,6 @@ class ImageClassifier:
             for read, row in zip(batch, rows):
                 best = [i for i in np.argsort(-row, kind="stable") if row[i] >= floor][:most]
                 yield Prediction(read.path, read.thumbnail, [(self._label(int(i)), float(row[i])) for i in best])
-
-    def _batches(self, paths: Iterable[Path], failed: Failed) -> Iterator[list[_Read]]:
-        """Yield images that follow each other and have one size: a few, or one where they are large."""
-        batch: list[_Read] = []
-        for path in paths:
-            try:
-                read = self._read(path)
-            except ReparamError as error:
-                failed(error)
-                continue
-            full = len(batch) == _IMAGES_AT_ONCE or (len(batch) + 1) * read.taken.size > _NUMBERS_AT_ONCE
-            if batch and (full or read.taken.shape != batch[0].taken.shape):
-                yield batch
-                batch = []
-            batch.append(read)
-        if batch:
-            yield batch
-
-    def _read(self, path: Path) -> _Read:
-        image = read_rgb(path)
-        with one_sentence(f"{path}: it cannot be labelled"):
-            try:
-                # A copy: a view would keep all of a photograph.
-                taken = np.array(preprocess(image, self.steps), self.dtype, order="C")
-                if self.size == "fixed" and list(taken.shape) != self.shape:
-                    raise ReparamError(f"the network takes images of {self.shape}, this one is {list(taken.shape)}")
-            except ReparamError as error:
-                raise error.at(str(path)) from error
-            return _Read(path, _thumbnail(image), taken)
 
     def _probabilities(self, images: np.ndarray) -> np.ndarray:
         """Return the probabilities `[N, classes]` of images `[N, C, H, W]`."""

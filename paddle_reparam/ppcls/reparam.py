@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--normalize", nargs="?", const="uint8", choices=("uint8", "float32"),
         help="put the config's NormalizeImage into the export, which then takes RGB pixels 0..255 of this type",
     )  # fmt: skip
+    parser.add_argument(
+        "--normalize-features", action="store_true", help="of a recognition network: ship features of length 1"
+    )
     parser.add_argument("--onnx", action="store_true", help="put an ONNX file beside the export, compared as well")
     parser.add_argument(
         "--precision",
@@ -177,6 +180,8 @@ def _released(given: argparse.Namespace, config: dict[str, Any]) -> ReleaseRepor
         stock = None if of_stock is None else _build(of_stock)
     normalization = None if given.normalize is None else read_normalization(config, given.normalize)
     output = read_output(config)
+    if given.normalize_features:
+        output = _of_unit_length(output, config)
     shape = image_shape(config)
     steps, labels = release_steps(config, normalization), read_labels(shipped(config), Path(ppcls.__file__).parents[1])
     return release(
@@ -312,6 +317,21 @@ def read_output(config: dict[str, Any]) -> OutputSpec:
     else:
         activation = "softmax" if arch.get("infer_add_softmax", True) else None
     return OutputSpec(activation, () if key is None else (key,))
+
+
+def _of_unit_length(output: OutputSpec, config: dict[str, Any]) -> OutputSpec:
+    """Return an output of features as one whose features have length 1; raises `ConfigError` where it is none."""
+    if output.activation is not None or "features" not in output.keys:
+        raise ConfigError(
+            "--normalize-features is for features: set Arch.infer_output_key to features and Arch.infer_add_softmax to "
+            "False"
+        )
+    if not config["Global"].get("feature_normalize", True):
+        raise ConfigError(
+            "Global.feature_normalize is False, so the features were measured as they are; leave out "
+            "--normalize-features, or that"
+        )
+    return OutputSpec("l2", output.keys)
 
 
 def image_shape(config: dict[str, Any]) -> list[int]:

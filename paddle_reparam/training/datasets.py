@@ -16,7 +16,7 @@ from typing import Callable, Optional
 
 import numpy as np
 
-from ..errors import BY_FORCE, OutputExists, ReparamError, UsageError, printable
+from ..errors import BY_FORCE, MissingFile, OutputExists, ReparamError, UsageError, printable
 from ..files import atomic_write, new_folder
 from ..images import IMAGE_SUFFIXES, images_below, left_out_sentence, others_below, why_unreadable
 from ..report import Report
@@ -27,6 +27,8 @@ DELIMITER = "\t"
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
 _CHECKED_AT_ONCE = 256
+#: Pairs are drawn from so many images at most: all pairs of them are in the memory.
+_COMPARED = 10_000
 
 #: Pairs of an image and why it cannot be read, if so.
 Checked = Iterable[tuple[Path, Optional[str]]]
@@ -134,6 +136,39 @@ def list_folder(
     _write_whole(root, _lists(classes, train, val))
     others = others_below([root / part / name for part in given or (".",) for name in classes])
     return _report(root, classes, train, val, others)
+
+
+def draw_pairs(listed: str | os.PathLike[str], output: str | os.PathLike[str], count: int, force: bool = False) -> str:
+    """Write `count` pairs of the images of a list file, half of one class and half of two, and say what was written.
+
+    Lines are two paths and 1 or 0, between tabs. No pair is there twice, and the same list gives the same pairs.
+    Raises `UsageError` for a file that would be replaced, `ReparamError` for a list that is none or has too few images.
+    """
+    if os.path.lexists(output) and not force:
+        raise OutputExists(f"{output} exists already and is kept; name another file, or {BY_FORCE}")
+    if not os.path.isfile(listed):
+        raise MissingFile(f"there is no list file {listed}")
+    lines = Path(listed).read_text(encoding="utf-8", errors="replace").splitlines()
+    entries = [line.rpartition(DELIMITER)[::2] for line in lines if line.strip()]
+    if not all(path and label for path, label in entries):
+        raise ReparamError(f"{listed} is no list file: its lines are a path, a tab and the number of a class")
+    generator = np.random.default_rng(0)
+    if len(entries) > _COMPARED:
+        entries = [entries[i] for i in sorted(generator.choice(len(entries), _COMPARED, replace=False))]
+    labels = np.array([label for _, label in entries])
+    pairs: dict[tuple[int, int], bool] = {}
+    for same in (True, False):
+        possible = np.argwhere(np.triu((labels[:, None] == labels) == same, 1))
+        if len(possible) < count // 2:
+            kind = "of one class" if same else "of two classes"
+            raise ReparamError(f"{listed}: there are {len(possible)} pairs {kind}, not {count // 2}; ask for fewer")
+        drawn = generator.choice(len(possible), count // 2, replace=False)
+        pairs.update(((int(a), int(b)), same) for a, b in possible[drawn])
+    text = "".join(
+        DELIMITER.join([entries[a][0], entries[b][0], str(int(same))]) + "\n" for (a, b), same in pairs.items()
+    )
+    atomic_write(output, lambda path: path.write_text(text, encoding="utf-8"))
+    return printable(f"wrote {output}: {len(pairs)} pairs, half of them of one class")
 
 
 def _report(
