@@ -84,5 +84,7 @@ def cut_short(command: str) -> str:
     """Return a training with one epoch only, and any other command as it is, but for what so little training gives."""
     if command.startswith("python tools/quantize.py") or " --tune " in command:
         return f"{command} --largest-drop 100"
+    if command.startswith("python tools/analyze.py landscape"):
+        return f"{command} --points 5 --directions 2"
     trains = command.startswith(("python tools/train.py", "python tools/refocus.py", "python tools/compare.py"))
     return f"{command} -o Global.epochs=1" if trains else command

@@ -24,6 +24,8 @@ TEXTS = {
     and "```bash" in page.read_text("utf-8")
 }
 PAPERS = sorted(TEXTS.keys() - {"monitor"})
+#: Page -> what it draws of a whole network.
+WHOLE_NETWORKS = {"refconv": ["landscape"], "slak": ["field"]}
 PREPARE = "python tools/prepare_data.py digits --output dataset/digits"
 
 
@@ -123,6 +125,8 @@ def test_every_command_runs_in_order(project, runs, page):
     results = project / "output" / "digits" / page
     assert (results / "shipped" / "manifest.json").is_file()
     assert {path.name for path in (results / "figures").iterdir()} == {"analysis.json", f"{page}.png"}
+    for whole in WHOLE_NETWORKS.get(page, ()):
+        assert {path.suffix for path in (results / whole).iterdir()} == {".json", ".png"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +152,7 @@ def test_every_layer_is_in_the_readme_and_on_the_page_that_it_links():
 
 def test_every_paper_has_its_picture():
     assert set(pictures.PICTURES) == set(PAPERS)
-    drawn_elsewhere = {"benchmarks", "refocus_cifar10"}
+    drawn_elsewhere = {"benchmarks", "refocus_cifar10", "landscape_cifar10", "field_digits"}
     assert {path.stem for path in (ROOT / "docs" / "images").iterdir()} - drawn_elsewhere == set(TEXTS)
     for page, text in TEXTS.items():
         assert f"(images/{page}.png)" in text

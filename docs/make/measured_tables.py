@@ -1,4 +1,4 @@
-"""Write the tables of training steps, runtimes, int8 and comparisons on the pages of docs/, as they were measured.
+"""Write the tables of training steps, runtimes, int8, comparisons and whole networks on the pages of docs/.
 
 A page shows `measured/NAME.json` between the lines `<!-- measured/NAME.json -->` and `<!-- end -->`.
 """
@@ -10,12 +10,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import comparison_table
 import int8_table
 
+from paddle_reparam.analysis.observe import cell_of
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
 from paddle_reparam.measure.steps import KernelReport, LayersReport, StepReport
@@ -24,7 +26,7 @@ from paddle_reparam.report import format_markdown
 
 DOCS = Path(__file__).resolve().parents[1]
 #: What this module makes tables of.
-FILES = ("step_*", "ways", "int8", "compare_*")
+FILES = ("step_*", "ways", "int8", "compare_*", "landscape_*", "field_*")
 BEGIN, END = "<!-- measured/{}.json -->", "<!-- end -->"
 
 
@@ -58,12 +60,22 @@ def to_markdown(file: Path) -> str:
         return int8_table.to_markdown(measured)
     if "methods" in measured:
         return comparison_table.to_markdown(measured)
+    if "rows" in measured:
+        return f"`{measured['command']}`\n\n{of_rows(measured['rows'])}"
     if "networks" in measured:
         return WaysReport.from_dict(measured).to_markdown()
     kinds = {"kernels": KernelReport, "layers": LayersReport, "variants": StepReport}
     [report] = [kind(**measured) for key, kind in kinds.items() if key in measured]
     table = format_markdown(report.columns(), report.rows())
     return f"`{report.command}`\n\n{table}\n\n{report.conditions()}"
+
+
+def of_rows(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows that tools/analyze.py found as a table, without what is drawn of them."""
+    kept = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
+    return format_markdown(
+        [key.replace("_", " ") for key in kept[0]], [list(map(cell_of, row.values())) for row in kept]
+    )
 
 
 if __name__ == "__main__":

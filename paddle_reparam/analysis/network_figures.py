@@ -10,13 +10,12 @@ from matplotlib.figure import Figure
 
 from ..fonts import drawable
 from ..style import BLUE, GREEN, GREY, ORANGE, plain_axes
+from .figures import in_two_lines
 from .landscape import LandscapeRow
 from .receptive_field import FieldRow, displayed, shares_within
 
 _WIDTH, _HEIGHT = 11, 3.9
 _COLORS = (BLUE, ORANGE, GREEN, GREY)
-#: Columns of a name over a panel.
-_LONGEST = 44
 _LEVELS = 16
 
 
@@ -24,7 +23,8 @@ def draw_landscape(rows: Sequence[LandscapeRow]) -> Figure:
     """Draw the plane of each network by the same contours, and below it the cuts along all directions."""
     figure = Figure(figsize=(_WIDTH, 2 * _HEIGHT), facecolor="white", layout="constrained")
     figure.suptitle("The loss around the weights", x=0.01, ha="left", fontsize=13, weight="bold")
-    names, text = drawable([row.network for row in rows], max(12, 2 * _LONGEST // len(rows)))
+    characters = 120 // len(rows)
+    names, text = drawable([row.network for row in rows], 2 * characters - 2)
     planes, lines = figure.subplots(2, len(rows), squeeze=False)
     low, high = (bound([row.cuts for row in rows]) for bound in (_lowest, _highest))
     levels = np.linspace(low, high, _LEVELS)
@@ -34,20 +34,20 @@ def draw_landscape(rows: Sequence[LandscapeRow]) -> Figure:
         drawn = axes.contourf(row.axis, row.axis, surface, levels, cmap="viridis", extend="both")
         axes.contour(row.axis, row.axis, surface, levels, colors="white", linewidths=0.5)
         axes.set_aspect("equal")
-        axes.set_title(f"{name}\nloss {row.loss:.3g}", loc="left", fontsize=9, **text)
+        axes.set_title(f"{in_two_lines(name, characters)}\nloss {row.loss:.3g}", loc="left", fontsize=8, **text)
         axes.set(xlabel="along the first direction", ylabel="along the second")
         for cut in row.cuts:
             below.plot(row.axis, cut, color=GREY, lw=0.7)
         below.plot(row.axis, row.cuts.mean(axis=0), color=BLUE, lw=2)
         plain_axes(
             below,
-            f"{len(row.cuts)} directions and their mean; it rises by {row.sharpness:.3g} half way to the edge",
+            f"{len(row.cuts)} directions and their mean\n{row.sharpness:.3g} higher half way",
             "along a direction, in lengths of the filters",
             "loss",
         )
         below.title.set_fontsize(9)
         below.set_ylim(low - 0.03 * (high - low), high)
-    figure.colorbar(drawn, ax=planes, format="%.2g", label="loss", shrink=0.9)
+    figure.colorbar(drawn, ax=planes, format="%.3g", label="loss", shrink=0.9)
     return figure
 
 
@@ -69,7 +69,8 @@ def draw_fields(rows: Sequence[FieldRow]) -> Figure:
     figure = Figure(figsize=(_WIDTH, 3.2 * count + _HEIGHT), facecolor="white", layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3.2 * count, _HEIGHT))
     above.suptitle("The effective receptive field", x=0.01, ha="left", fontsize=13, weight="bold")
-    names, text = drawable([row.network for row in rows], 2 * _LONGEST // columns)
+    characters = 120 // columns
+    names, text = drawable([row.network for row in rows], 2 * characters - 2)
     cells = above.subplots(count, columns, squeeze=False).ravel()
     for axes in cells[len(rows) :]:
         axes.set_axis_off()
@@ -79,7 +80,7 @@ def draw_fields(rows: Sequence[FieldRow]) -> Figure:
         # Whole numbers are the middles of pixels.
         extent = (-(width // 2) - 0.5, width - width // 2 - 0.5, height - height // 2 - 0.5, -(height // 2) - 0.5)
         shown = axes.imshow(displayed(row.contributions), cmap="viridis", vmin=0, vmax=1, extent=extent)
-        axes.set_title(f"{name}\n{row.form}", loc="left", fontsize=8, **text)
+        axes.set_title(f"{in_two_lines(name, characters)}\n{row.form}", loc="left", fontsize=7.5, **text)
         axes.set_xlabel("column, from the middle", fontsize=8)
         axes.set_ylabel("row, from the middle", fontsize=8)
         axes.tick_params(labelsize=7)
