@@ -50,7 +50,7 @@ def product(x: paddle.Tensor, weight: paddle.Tensor) -> paddle.Tensor:
 # The function
 
 
-@pytest.mark.parametrize("block_bytes", [1, 4 << 20])
+@pytest.mark.parametrize("block_bytes", [1, 1 << 16, 4 << 20])
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("shape", "kernel"), CASES)
 def test_it_is_the_convolution_with_its_gradients(shape, kernel, dtype, block_bytes, monkeypatch):
@@ -142,6 +142,22 @@ def test_a_map_and_a_gradient_may_lie_in_memory_in_any_order():
     )
     for actual, expected in zip(ours, theirs):
         assert relative_error(actual, expected) <= 1e-14
+
+
+@pytest.mark.parametrize("frozen", ["x", "weights"])
+def test_what_is_frozen_costs_nothing_in_the_backward_pass(frozen, monkeypatch):
+    calls = []
+    for name in ("product", "gradient"):
+        original = getattr(toeplitz.Shifts, name)
+        monkeypatch.setattr(
+            toeplitz.Shifts, name, lambda *given, name=name, original=original: calls.append(name) or original(*given)
+        )
+    x, weight = random(2, 3, 6, 6), random(3, 1, 5, 5)
+    (x if frozen == "x" else weight).stop_gradient = True
+    y = product(x, weight)
+    calls.clear()
+    y.sum().backward()
+    assert calls == ["gradient" if frozen == "x" else "product"]
 
 
 def test_what_a_graph_keeps_is_not_written_to_by_later_blocks_and_calls(monkeypatch):
