@@ -42,28 +42,19 @@ class _LayerNorm2D(nn.LayerNorm):
 
 
 class _PixelwiseLinear(nn.Linear):
-    """A fully connected layer on many pixels, `[..., in]` to `[..., out]`."""
+    """A fully connected layer on many pixels, `[..., in]` to `[..., out]`.
+
+    Where a CPU trains it, its bias is added as a product with ones, which has one for its gradient, too: the sum over
+    pixels that is Paddle's own takes as long as the layer's matrix product.
+    """
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        if not _is_trained_on_cpu(self.bias, x):
+        learns = paddle.in_dynamic_mode() and paddle.is_grad_enabled() and not self.bias.stop_gradient
+        if not (learns and x.place.is_cpu_place() and x.dtype == self.bias.dtype):
             return F.linear(x, self.weight, self.bias)
         y = paddle.matmul(x, self.weight)
-        return y + _along_pixels(self.bias, y)
-
-
-def _is_trained_on_cpu(vector: paddle.Tensor, x: paddle.Tensor) -> bool:
-    learns = paddle.in_dynamic_mode() and paddle.is_grad_enabled() and not vector.stop_gradient
-    return learns and x.place.is_cpu_place() and x.dtype == vector.dtype
-
-
-def _along_pixels(vector: paddle.Tensor, x: paddle.Tensor) -> paddle.Tensor:
-    """Return `[C]` for each pixel of x, `[..., C]`, as a product with ones, which has one for its gradient, too.
-
-    The sum over pixels by which Paddle finds the gradient of what it broadcasts takes a CPU as long as a whole fully
-    connected layer.
-    """
-    ones = paddle.ones([math.prod(x.shape[:-1]), 1], vector.dtype)
-    return paddle.matmul(ones, vector.unsqueeze(0)).reshape(x.shape)
+        ones = paddle.ones([math.prod(x.shape[:-1]), 1], x.dtype)
+        return y + paddle.matmul(ones, self.bias.unsqueeze(0)).reshape(y.shape)
 
 
 class FusedBlock(nn.Layer):
@@ -117,7 +108,7 @@ class ResidualBlock(ReparamLayer):
         y = getattr(self, self.spatial)(x).transpose([0, 2, 3, 1])
         y = self.pwconv2(self.act(self.pwconv1(self.norm(y))))
         if self.gamma is not None:
-            y = y * (_along_pixels(self.gamma, y) if _is_trained_on_cpu(self.gamma, y) else self.gamma)
+            y = self.gamma * y
         return x + self.drop_path(y.transpose([0, 3, 1, 2]))
 
     def fuse(self) -> FusedBlock:
