@@ -416,12 +416,25 @@ def check_is_optimized_as_the_convolution_was(cls: type[ReparamLayer], case: Cas
         np.testing.assert_array_equal(as_array(parameter), before[name], err_msg=f"{case}: {name} moved")
 
 
+class Unconverted(nn.Layer):
+    """A network whose code Paddle does not convert when it traces it, nor what it calls: as one of paddle.vision."""
+
+    def __init__(self, layer: nn.Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    @paddle.jit.not_to_static
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.layer(x)
+
+
 def check_traces(cls: type[ReparamLayer], case: Case) -> None:
-    """to_static with an open batch, height and width, in the train form and fused."""
+    """to_static with an open batch, height and width, in the train form and fused, which others' networks hold too."""
     layer = ready(cls, case, "float32")
     assert layer is not None, f"{cls.__name__} does not support {case}"
     spec = [paddle.static.InputSpec([None, case.inputs, None, None], "float32")]
-    for form in (layer, layer.reparameterize()):
+    fused = layer.reparameterize()
+    for form in (layer, fused, Unconverted(fused)):
         traced = paddle.jit.to_static(copy.deepcopy(form), input_spec=spec, full_graph=True)
         for batch in (1, 3):
             for x in case.inputs_of_all_sizes("float32", batch):

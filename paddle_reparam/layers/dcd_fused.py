@@ -11,6 +11,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from ..arithmetic.geometry import ConvGeometry, absorb_affine_into
+from ..arithmetic.tensors import sides
 from .base import InferenceForm
 
 
@@ -124,12 +125,9 @@ def averages(x: paddle.Tensor, size: int) -> paddle.Tensor:
     return x if sides == [size, size] else F.adaptive_avg_pool2d(x, size)
 
 
-@paddle.jit.not_to_static
 def mixed(matrices: paddle.Tensor, z: paddle.Tensor) -> paddle.Tensor:
     """Return the dynamic matrices `[N * blocks, L, L]` times the channels of z `[N, blocks * L, H, W]`, by blocks."""
-    latent, channels, height, width = matrices.shape[1], z.shape[1], z.shape[2], z.shape[3]
-    if min(height, width) < 0:
-        height, width = paddle.shape(z)[2], paddle.shape(z)[3]
+    latent, channels, (height, width) = matrices.shape[1], z.shape[1], sides(z)
     rows = paddle.matmul(matrices, z.reshape([-1, latent, height * width]))
     return rows.reshape([-1, channels, height, width])
 

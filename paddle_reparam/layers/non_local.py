@@ -8,7 +8,7 @@ import paddle.nn.functional as F
 from paddle import nn
 
 from ..arithmetic.initializers import init_fan_out_normal
-from ..arithmetic.tensors import assign
+from ..arithmetic.tensors import assign, sides
 from ..errors import ReparamError
 from .base import WHOLE
 
@@ -42,11 +42,5 @@ class NonLocal2D(nn.Layer):
         # wrong for the one, and raises in bfloat16 for the other.
         t, p, g = self.t(x).flatten(2), self.p(x).flatten(2), self.g(x).flatten(2)
         matches = F.softmax(paddle.matmul(t * self.scale, p, transpose_x=True), -1)
-        return x + self.norm(self.z(_as_maps(paddle.matmul(g, matches, transpose_y=True), x)))
-
-
-# Not converted when a network is traced: a side of unknown length is -1 to it.
-@paddle.jit.not_to_static
-def _as_maps(pixels: paddle.Tensor, like: paddle.Tensor) -> paddle.Tensor:
-    sides = [like.shape[axis] if like.shape[axis] >= 0 else paddle.shape(like)[axis] for axis in (2, 3)]
-    return pixels.reshape([-1, pixels.shape[1], *sides])
+        pixels = paddle.matmul(g, matches, transpose_y=True)
+        return x + self.norm(self.z(pixels.reshape([-1, pixels.shape[1], *sides(x)])))

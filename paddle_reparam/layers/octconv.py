@@ -14,7 +14,7 @@ from paddle import nn
 from ..arithmetic import kernels
 from ..arithmetic.geometry import ConvGeometry, absorb_affine_into, read_bn_affine
 from ..arithmetic.initializers import init_uniform_fan_in
-from ..arithmetic.tensors import to_float64
+from ..arithmetic.tensors import sides, to_float64
 from ..errors import ReparamError, UnsupportedConv
 from ..forms import is_number
 from ..registry import register_layer
@@ -280,7 +280,6 @@ def _doubled(low: paddle.Tensor, high: paddle.Tensor) -> paddle.Tensor:
         pixels = low.reshape([batch, channels, height, 1, width, 1]).expand([batch, channels, height, 2, width, 2])
         low = pixels.reshape([batch, channels, 2 * height, 2 * width])
         return low if low.shape[2:] == high.shape[2:] else low[:, :, : high.shape[2], : high.shape[3]]
-    for axis in (2, 3):
-        length = high.shape[axis] if high.shape[axis] >= 0 else paddle.shape(high)[axis]
+    for axis, length in zip((2, 3), sides(high)):
         low = paddle.index_select(low, paddle.arange(length) // 2, axis)
     return low

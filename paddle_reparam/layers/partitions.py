@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import paddle
 import paddle.nn.functional as F
 
+from ..arithmetic.tensors import sides
+
 
 def pad_to_partitions(x: paddle.Tensor, height: int, width: int) -> paddle.Tensor:
     """Return `[N, C, H, W]` with zeros at the bottom and right, so that H and W are multiples of height and width."""
     rows, columns = partition_counts(x, height, width)
-    bottom, right = rows * height - x.shape[2], columns * width - x.shape[3]
+    bottom, right = (filled - side for filled, side in zip((rows * height, columns * width), sides(x)))
     if not isinstance(bottom, int) or not isinstance(right, int):
         # A side of unknown length, in a network that is being traced: Paddle 2.6 pads by numbers only.
         x = F.pad(x, [0, width - 1, 0, height - 1])
@@ -59,7 +61,8 @@ def moved(x: paddle.Tensor, order: Sequence[int], shape: Sequence[int]) -> paddl
 
 def partition_counts(x: paddle.Tensor, height: int, width: int) -> tuple[int, int]:
     """Return (rows, columns) of the partitions of `[N, C, H, W]`, the last ones filled up."""
-    return (x.shape[2] + height - 1) // height, (x.shape[3] + width - 1) // width
+    rows, columns = sides(x)
+    return (rows + height - 1) // height, (columns + width - 1) // width
 
 
 def size_of(x: paddle.Tensor) -> str:

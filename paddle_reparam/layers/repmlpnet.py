@@ -14,7 +14,7 @@ from paddle import nn
 from ..arithmetic import kernels
 from ..arithmetic.geometry import ConvGeometry, fold_into, read_bn_affine
 from ..arithmetic.initializers import uniform_fan_in
-from ..arithmetic.tensors import assign, to_float64
+from ..arithmetic.tensors import assign, sides, to_float64
 from ..errors import ReparamError, UnsupportedConv
 from ..registry import register_layer
 from .base import WHOLE, InferenceForm, ReparamLayer, or_none, several
@@ -325,8 +325,8 @@ def _check_sizes(
 
 
 def _is_one_partition(x: paddle.Tensor, partition: tuple[int, int]) -> bool:
-    # A side of unknown length, in a network that is being traced, is no int or negative.
-    height, width = x.shape[2:]
+    # A side of unknown length, in a network that is being traced, is no int.
+    height, width = sides(x)
     return isinstance(height, int) and isinstance(width, int) and (height, width) == partition
 
 
@@ -348,7 +348,7 @@ def _map_of_rows(
     rows_by_set: paddle.Tensor, x: paddle.Tensor, partition: tuple[int, int], published_order: bool
 ) -> paddle.Tensor:
     """Return what `_rows_by_set` gives as a map of the shape of `x` again."""
-    (_, channels, height, width), (h, w) = x.shape, partition
+    channels, (height, width), (h, w) = x.shape[1], sides(x), partition
     sets = rows_by_set.shape[0]
     if _is_one_partition(x, partition):
         return moved(rows_by_set.reshape([sets, -1, h, w]), [1, 0, 2, 3], [-1, channels, h, w])
@@ -363,7 +363,7 @@ def _map_of_rows(
 
 def _map_of_parts(parts: paddle.Tensor, x: paddle.Tensor, published_order: bool) -> paddle.Tensor:
     """Return the rows of `_rows_by_set` as a map of the shape of `x` again, given as `[rows, sets, h, w]`."""
-    _, channels, height, width = x.shape
+    channels, (height, width) = x.shape[1], sides(x)
     _, sets, h, w = parts.shape
     if not _is_one_partition(x, (h, w)):
         rows, columns = partition_counts(x, h, w)
@@ -380,11 +380,11 @@ def _published_order(x: paddle.Tensor, runs: int, partition: tuple[int, int]) ->
 
     It writes them down as (partition, run), and reads the results as (run, partition).
     """
-    h, w = partition
+    (height, width), (h, w) = sides(x), partition
     rows, columns = partition_counts(x, h, w)
     # 1 where partitions are filled up, which the published layer cannot do, else 0. Arithmetic, and no `if`, because
     # the sides may be unknown while a network is traced.
-    filled = (rows - x.shape[2] // h + columns - x.shape[3] // w + 1) // 2
+    filled = (rows - height // h + columns - width // w + 1) // 2
     partitions = rows * columns - filled * (rows * columns - 1)
     runs = runs * rows * columns // partitions
     numbers = paddle.arange(0, runs * partitions, dtype="int64")
