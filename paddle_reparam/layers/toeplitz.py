@@ -338,12 +338,10 @@ def sum_diagonals(matrices: paddle.Tensor, copies: int, taps: int) -> np.ndarray
     """Return the gradient of kernels, `[C, b, a]`, from that of the matrices that `toeplitz` makes of them."""
     channels, size, _ = matrices.shape
     rows = _array_of(matrices).reshape([channels, size, copies, size])
-    diagonals = np.zeros([channels, copies, 2 * size - 1], rows.dtype)
-    for row in range(size):
-        diagonals[:, :, size - 1 - row : 2 * size - 1 - row] += rows[:, row]
-    reach = min(taps // 2, size - 1)
     sums = np.zeros([channels, copies, taps], rows.dtype)
-    sums[:, :, taps // 2 - reach : taps // 2 + reach + 1] = diagonals[:, :, size - 1 - reach : size + reach]
+    for row in range(size):
+        first, last = max(0, row - taps // 2), min(size, row + taps // 2 + 1)
+        sums[:, :, taps // 2 + first - row : taps // 2 + last - row] += rows[:, row, :, first:last]
     return sums
 
 
