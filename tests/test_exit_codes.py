@@ -118,6 +118,8 @@ WRONG = [
     ("benchmark_pages", "--nothing", 2),
     ("baseline_exports", "--nothing", 2),
     ("measured_tables", "--nothing", 2),
+    ("position_prior", "--epochs 0", 2),
+    ("position_prior", "--seeds 1 --epochs 1 --output taken/x", 1),
     ("chinese_pages", "--nothing", 2),
     ("comparison_table", "missing N", 1),
     ("comparison_table", "list.json N", 1),

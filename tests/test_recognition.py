@@ -8,8 +8,10 @@ import re
 
 import numpy as np
 import paddle
+import position_prior
 import pytest
 from helpers import relative_error
+from network_contract import count
 from pages import ROOT, blocks_of, commands_of, keep_few, named_files, run_here
 from test_exit_codes import run
 
@@ -17,6 +19,7 @@ from paddle_reparam.deploy.pairs import best_threshold, folds_of, measure_pairs,
 from paddle_reparam.deploy.recognition import FeatureExtractor, read_gallery
 from paddle_reparam.deploy.released import read_manifest
 from paddle_reparam.errors import MissingFile, NothingProven, ReparamError
+from paddle_reparam.layers.repmlp import RepMLP
 from paddle_reparam.ppcls import setup
 from paddle_reparam.weights import checkpoints
 
@@ -224,9 +227,9 @@ def test_the_threshold_is_chosen_on_the_other_folds():
 
 
 def test_lfws_own_list(tmp_path):
-    for name, count in (("A_B", 3), ("C", 3)):
+    for name in ("A_B", "C"):
         (tmp_path / name).mkdir()
-        for number in range(1, count + 1):
+        for number in (1, 2, 3):
             suffix = ".png" if number == 3 else ".jpg"
             (tmp_path / name / f"{name}_{number:04}{suffix}").write_bytes(b"")
     lines = ["2\t1", "A_B\t1\t3", "A_B\t1\tC\t2", "C\t1\t2", "C\t3\tA_B\t2", ""]
@@ -304,3 +307,29 @@ def test_the_config_for_faces_takes_a_step(tmp_path, monkeypatch):
     losses["loss"].backward()
     assert np.isfinite(float(losses["loss"]))
     assert all(parameter.grad is not None for parameter in engine.model.parameters() if not parameter.stop_gradient)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The position prior
+
+
+def test_digits_are_in_the_middle_or_anywhere_else():
+    digits = np.arange(1.0, 65.0, dtype=np.float32).reshape(1, 8, 8)
+    for top, left in ((4, 4), (0, 8)):
+        [[field]] = position_prior._placed(digits, np.array([[top, left]]))
+        assert np.array_equal(field[top : top + 8, left : left + 8], digits[0])
+        assert field.sum() == digits.sum()
+
+
+def test_the_position_prior_is_measured_by_its_command(tmp_path, capsys):
+    file = tmp_path / "measured.json"
+    assert run("position_prior", "--seeds", "1", "--epochs", "1", "--output", str(file)) == 0
+    measured = json.loads(file.read_text())
+    shares = measured["position_prior"]
+    assert len(re.findall(r"^(aligned|shifted), (convolutions|RepMLP), seed 0: ", capsys.readouterr().out, re.M)) == 4
+    assert all(0 < share < 1 for each in shares.values() for [share] in each.values())
+    rich = position_prior._build("RepMLP")
+    assert sum(isinstance(layer, RepMLP) for layer in rich.sublayers()) == 2
+    assert measured["parameters"]["RepMLP"] == count(rich) == 156_730
+    gain = 100 * (shares["shifted"]["RepMLP"][0] - shares["shifted"]["convolutions"][0])
+    assert f"shifted {gain:+.2f} points, by seed {gain:+.2f}." in position_prior.to_markdown(measured)

@@ -1,4 +1,4 @@
-"""Write the tables of training steps, runtimes, int8, comparisons and whole networks on the pages of docs/.
+"""Write the tables of steps, runtimes, int8, comparisons, whole networks and the position prior on the pages of docs/.
 
 A page shows `measured/NAME.json` between the lines `<!-- measured/NAME.json -->` and `<!-- end -->`.
 """
@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import comparison_table
 import int8_table
+import position_prior
 
 from paddle_reparam.analysis.observe import cell_of
 from paddle_reparam.errors import exit_code
@@ -26,7 +27,7 @@ from paddle_reparam.report import format_markdown
 
 DOCS = Path(__file__).resolve().parents[1]
 #: What this module makes tables of.
-FILES = ("step_*", "ways", "int8", "compare_*", "landscape_*", "field_*")
+FILES = ("step_*", "ways", "int8", "compare_*", "landscape_*", "field_*", "position_prior")
 BEGIN, END = "<!-- measured/{}.json -->", "<!-- end -->"
 
 
@@ -62,6 +63,8 @@ def to_markdown(file: Path) -> str:
         return comparison_table.to_markdown(measured)
     if "rows" in measured:
         return f"`{measured['command']}`\n\n{of_rows(measured['rows'])}"
+    if "position_prior" in measured:
+        return position_prior.to_markdown(measured)
     if "networks" in measured:
         return WaysReport.from_dict(measured).to_markdown()
     kinds = {"kernels": KernelReport, "layers": LayersReport, "variants": StepReport}
