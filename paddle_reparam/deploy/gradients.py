@@ -48,15 +48,13 @@ class DifferentiatedProgram(LoadedProgram):
         maps = [value for value in values if -1 not in value.shape[1:] and is_map(value.shape, x.shape[2:])]
         if not maps:
             raise ReparamError(f"{folder}: it computes no map of more than one pixel")
-        # In what is saved for inference nothing asks for a gradient.
+        # In what is saved for inference nothing asks for a gradient. Parameters are among the values: without the
+        # gradient of its weight a LayerNorm's is wrong, as in `receptive_field.input_gradients`.
         for value in [x, *values]:
             value.stop_gradient = False
-        # Without the gradients of its weights a LayerNorm's is wrong, as in `receptive_field.input_gradients`.
-        norms = [value for op in block.ops if op.name() == "builtin.parameter" for value in op.results()]
-        norms = [value for value in norms if len(value.shape) == 1]
         self.shape = list(maps[-1].shape)
         with paddle.static.program_guard(self._program):
-            self._outputs = paddle.static.gradients([middle_of(maps[-1])], [x, *norms])[:1]
+            self._outputs = paddle.static.gradients([middle_of(maps[-1])], [x])
 
     def gradients(self, images: np.ndarray) -> np.ndarray:
         """Return the gradient of the middle of the last map with respect to images `[N, C, H, W]`."""
