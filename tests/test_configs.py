@@ -60,7 +60,6 @@ RECIPES = {
     "digits/slak": Recipe(16, 1, 4, 2e-3, 0.05, "AdamW"),
     "digits/repmlp/RepMLP_CIFAR": Recipe(16, 1, 5, 0.05, 1e-4),
     "digits/repmlp/RepMLPNet": Recipe(16, 1, 4, 2e-3, 0.1, "AdamW"),
-    "digits/mobileone": Recipe(32, 1, 4, 0.05, 1e-4),
     "digits/dyconv": Recipe(16, 1, 4, 0.05, 5e-4),
     "cifar10/refconv": Recipe(128, 1, 105, 0.1, 5e-4),
     "cifar10/refconv/ShuffleNetV2_x0_25": Recipe(64, 1, 12, 0.1, 5e-4),
