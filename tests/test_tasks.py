@@ -550,6 +550,9 @@ PAGE = (ROOT / "docs" / "tasks.md").read_text(encoding="utf-8")
 def test_the_page_shows_the_networks_of_the_configs():
     blocks = [yaml.safe_load(block)["Arch"] for language, block in blocks_of(PAGE) if language == "yaml"]
     configs = sorted((ROOT / "ppcls_configs" / "tasks").iterdir(), reverse=True)
+    # Those of faces have a page of their own.
+    faces = (ROOT / "docs" / "faces.md").read_text(encoding="utf-8")
+    configs = [path for path in configs if path.name not in faces]
     assert [path.stem for path in configs] == ["recognition", "distillation"]
     assert blocks == [yaml.safe_load(path.read_text(encoding="utf-8"))["Arch"] for path in configs]
     assert not [name for name in named_files(PAGE) if not (ROOT / name).exists()]
