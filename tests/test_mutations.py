@@ -53,7 +53,8 @@ class Place:
         """Return a shipped config with these images, one step of training, and the digits' network of its paper."""
         config = yaml.safe_load((ROOT / path).read_text())
         paper = path.split("/")[1]
-        paper = {"replknet": "slak", "weight_norm": "spconv"}.get(paper, paper)
+        paper = {"replknet": "slak"}.get(paper, paper)
+        paper = paper if (ROOT / "digits" / paper).is_dir() else "spconv"
         near = [ROOT / path] if path.startswith("digits") else sorted((ROOT / "digits" / paper).glob("*.yaml"))
         wanted = [p for p in near if p.name.endswith("_RefConv.yaml") == path.endswith("_RefConv.yaml")]
         small = yaml.safe_load(wanted[0].read_text())

@@ -16,15 +16,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import numpy as np
-import paddle
-import paddle.nn.functional as F
-from paddle import nn
-
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
 from paddle_reparam.report import format_markdown
 from paddle_reparam.surgery.rewrite import replace
+
+# isort: split
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
 
 IMAGES = ("aligned", "shifted")
 NETWORKS = ("convolutions", "RepMLP")
