@@ -26,6 +26,7 @@ from paddle_reparam.measure import benchmark
 from paddle_reparam.measure.charts import draw_bars, draw_curves
 from paddle_reparam.measure.sweeps import name_of, points_of
 from paddle_reparam.ppcls.contenders import contenders_of, images_of
+from paddle_reparam.style import DIGEST, digest_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -375,7 +376,7 @@ def test_the_page_and_its_picture_are_what_was_measured():
     networks, sweeps = page.read_measured()
     assert page.PAGE.read_text(encoding="utf-8") == page.page_of(networks, sweeps), "run docs/make/benchmark_pages.py"
     with Image.open(page.PICTURE) as picture:
-        assert picture.info[page.DIGEST] == page.digest_of(sweeps), "run docs/make/benchmark_pages.py"
+        assert picture.info[DIGEST] == digest_of(sweeps), "run docs/make/benchmark_pages.py"
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 

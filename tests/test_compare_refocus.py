@@ -10,6 +10,8 @@ import compare_refocus
 import pytest
 from PIL import Image
 
+from paddle_reparam.style import DIGEST, digest_of
+
 ROOT = Path(__file__).resolve().parents[1]
 
 MEASURED = ROOT / "docs" / "measured" / "refocus_cifar10.json"
@@ -102,7 +104,7 @@ def test_the_page_shows_what_was_measured():
     [table] = re.findall(r"^\| top-1, % .*?(?=\n<!-- end -->)", page, re.M | re.S)
     assert table == compare_refocus.table_of(runs)
     with Image.open(PICTURE) as picture:
-        assert picture.info[compare_refocus.DIGEST] == compare_refocus.digest_of(runs)
+        assert picture.info[DIGEST] == digest_of(runs)
     assert f"(images/{PICTURE.name})" in page
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from paddle_reparam.analysis import comparison
 from paddle_reparam.analysis.comparison import ComparisonReport, Difference, MethodResult, complete, difference
 from paddle_reparam.analysis.comparison_figures import draw_cost, draw_curves
+from paddle_reparam.style import DIGEST, digest_of
 
 
 def result_of(method, accuracy, parameters=10, macs=100, step=1.0, latency=1.0, trainings=1):
@@ -255,7 +256,7 @@ def test_the_pages_show_a_comparison_with_every_run(report, tmp_path, monkeypatc
     (tmp_path / "images").mkdir()
     assert comparison_table.main([str(result), "N"]) == 0
     with Image.open(tmp_path / "images" / "compare_N.png") as picture:
-        assert picture.info[comparison_table.DIGEST] == comparison_table.digest_of(report)
+        assert picture.info[DIGEST] == digest_of(report.to_dict())
     (tmp_path / "page.md").write_text("<!-- measured/compare_N.json -->\n<!-- end -->\n")
     assert measured_tables.write_pages(tmp_path) == ["page.md"]
     page = (tmp_path / "page.md").read_text()

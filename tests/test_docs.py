@@ -13,6 +13,7 @@ from pages import ROOT, blocks_of, commands_of, copy_project, cut_short, keep_fe
 from PIL import Image
 
 from paddle_reparam import create_model, list_layers
+from paddle_reparam.style import DIGEST, DPI
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 #: The pages with commands and a picture; test_serving.py, test_tasks.py, test_recognition.py, test_deploy.py and
@@ -161,8 +162,8 @@ def test_every_paper_has_its_picture():
 @pytest.mark.parametrize("page", PAPERS)
 def test_the_pictures_are_what_the_code_draws(page):
     with Image.open(ROOT / "docs" / "images" / f"{page}.png") as picture:
-        drawn = picture.info[pictures.DIGEST]
-        assert picture.width == 11 * pictures.DPI
+        drawn = picture.info[DIGEST]
+        assert picture.width == 11 * DPI
         assert len(picture.convert("RGB").getcolors(1 << 24)) > 100
     assert drawn == pictures.PICTURES[page]().digest(), "run python docs/make/draw_pictures.py"
 

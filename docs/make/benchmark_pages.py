@@ -6,7 +6,6 @@ The exit code is 1 where a network takes longer than it was asked to.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -27,14 +26,13 @@ from paddle_reparam.measure.profiling import limit_by_operations, limit_by_weigh
 from paddle_reparam.measure.sweeps import GROWS, points_of
 from paddle_reparam.ppcls import contenders, setup
 from paddle_reparam.report import format_markdown
+from paddle_reparam.style import digest_of, save_with_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "images" / "benchmarks.png"
 MEASURED = ROOT / "docs" / "measured"
 NETWORKS = "benchmarks.json"
-#: The key of the digest in the PNG file's metadata.
-DIGEST = "Drawn"
 REFCONV = "ppcls_configs/imagenet/refconv"
 #: (network, the plain network beside it, how many times as long it may take at most), exported for images of 224.
 TARGETS = [
@@ -330,15 +328,9 @@ def command_of(stem: str) -> str:
     return " ".join(words)
 
 
-def digest_of(sweeps: Mapping[str, Any]) -> str:
-    """Return a sha256 of everything that is drawn."""
-    return hashlib.sha256(json.dumps(sweeps, sort_keys=True).encode()).hexdigest()
-
-
 def save_picture(sweeps: Mapping[str, Any], path: Path) -> None:
-    """Draw all sweeps into a PNG file that says what it was drawn of: its pixels depend on matplotlib's version."""
-    metadata = {"Software": None, DIGEST: digest_of(sweeps)}
-    draw_curves(list(sweeps.values())).savefig(path, dpi=110, format="png", metadata=metadata)
+    """Draw all sweeps into a PNG file that says what it was drawn of."""
+    save_with_digest(draw_curves(list(sweeps.values())), path, digest_of(sweeps))
 
 
 def _sweep_table(sweep: Mapping[str, Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import sys
@@ -20,11 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from paddle_reparam.errors import ReparamError, exit_code, one_sentence
 from paddle_reparam.files import atomic_write
 from paddle_reparam.report import format_markdown
-from paddle_reparam.style import BLUE, GREEN, GREY, ORANGE, plain_axes
+from paddle_reparam.style import BLUE, GREEN, GREY, ORANGE, digest_of, plain_axes, save_with_digest
 
 BASELINE = "baseline"
-#: The key of the digest in the PNG file's metadata.
-DIGEST = "Drawn"
 #: In the order of the table; a variant that is not here has no colour.
 COLOURS = {"refocus": ORANGE, "retrain": BLUE, "finetune": GREEN}
 
@@ -43,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = json.dumps({"runs": runs}, indent=1) + "\n"
             atomic_write(given.json, lambda path: path.write_text(text, encoding="utf-8"))
         if given.picture:
-            # The pixels differ between versions of matplotlib: the digest says what was drawn.
-            metadata = {"Software": None, DIGEST: digest_of(runs)}
-            atomic_write(given.picture, lambda path: draw(runs).savefig(path, dpi=110, metadata=metadata))
+            atomic_write(given.picture, lambda path: save_with_digest(draw(runs), path, digest_of(runs)))
         print(table_of(runs))
     return result[0]
 
@@ -75,11 +70,6 @@ def require_comparable(runs: list[dict[str, Any]]) -> None:
                 raise ReparamError(f"there are two runs of {run['variant']} with seed {run['seed']}")
             if seen.setdefault(key, digest) != digest:
                 raise ReparamError(f"the runs with seed {run['seed']} do not start from the same baseline")
-
-
-def digest_of(runs: list[dict[str, Any]]) -> str:
-    """Return a sha256 of everything that is drawn."""
-    return hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()
 
 
 def by_variant(runs: list[dict[str, Any]]) -> dict[str, dict[Any, float]]:

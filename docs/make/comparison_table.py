@@ -6,7 +6,6 @@ They become `measured/compare_NAME.json` and `images/compare_NAME.png`; `measure
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shlex
 import sys
@@ -20,13 +19,14 @@ from paddle_reparam.analysis.comparison import PLAIN, ComparisonReport
 from paddle_reparam.analysis.comparison_figures import draw_cost
 from paddle_reparam.errors import ReparamError, exit_code, one_sentence
 from paddle_reparam.files import atomic_write
+from paddle_reparam.measure.timing import conditions
+from paddle_reparam.ppcls.methods import RETRAIN
 from paddle_reparam.report import format_markdown
+from paddle_reparam.style import digest_of, save_with_digest
 
 DOCS = Path(__file__).resolve().parents[1]
-#: The key of the digest in the PNG file's metadata.
-DIGEST = "Drawn"
 #: Methods that the command does not name: they come by themselves.
-_BY_THEMSELVES = {PLAIN, "retrain"}
+_BY_THEMSELVES = {PLAIN, RETRAIN}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,30 +42,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ReparamError("runs of it failed, or their cost was not measured; give its command again")
         file, picture = DOCS / "measured" / f"compare_{given.name}.json", DOCS / "images" / f"compare_{given.name}.png"
         atomic_write(file, lambda path: path.write_text(text, encoding="utf-8"))
-        # The pixels differ between versions of matplotlib: the digest says what was drawn.
-        metadata = {"Software": None, DIGEST: digest_of(report)}
-        atomic_write(picture, lambda path: draw_cost(report).savefig(path, dpi=110, metadata=metadata))
+        atomic_write(picture, lambda path: save_with_digest(draw_cost(report), path, digest_of(report.to_dict())))
         print(f"written: {file.relative_to(DOCS)}, {picture.relative_to(DOCS)}")
     return result[0]
-
-
-def digest_of(report: ComparisonReport) -> str:
-    """Return a sha256 of a comparison."""
-    return hashlib.sha256(report.to_json().encode()).hexdigest()
 
 
 def to_markdown(measured: Mapping[str, Any]) -> str:
     """Return the command, the table, what can be said of it, and every run, for a page."""
     report = ComparisonReport.from_dict(measured)
-    machine = report.costs["machine"]
-    conditions = (
-        f"{report.epochs} epochs. Steps and latencies: threads: {report.costs['threads']}, on {machine['processor']} "
-        f"with {machine['cores']} cores (load before: {machine['load']}), Paddle {machine['paddle']} on "
-        f"{machine['device']}."
-    )
+    measured_on = conditions(report.costs["machine"], report.costs["threads"])
+    said = f"{report.epochs} epochs. Steps and latencies: {measured_on}."
     heads = ["every run, %", *(f"seed {seed}" for seed in report.seeds)]
     runs = [[each.method, *(f"{each.accuracy[seed]:.2f}" for seed in report.seeds)] for each in report.methods]
-    return "\n\n".join([command_of(report), report.markdown().rstrip(), conditions, format_markdown(heads, runs)])
+    return "\n\n".join([command_of(report), report.markdown().rstrip(), said, format_markdown(heads, runs)])
 
 
 def command_of(report: ComparisonReport) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +18,11 @@ from paddle_reparam.arithmetic import kernels
 from paddle_reparam.errors import exit_code
 from paddle_reparam.files import atomic_write
 from paddle_reparam.layers.refconv import refocused
-from paddle_reparam.style import BLUE, GREEN, GREY, ORANGE
+from paddle_reparam.style import BLUE, GREEN, GREY, ORANGE, digest_of, save_with_digest
 
 import paddle  # isort: skip - paddle_reparam quiets it
 
 FOLDER = Path(__file__).resolve().parents[1] / "images"
-DPI = 110
-#: The key of the digest in the PNG files' metadata.
-DIGEST = "Drawn"
 #: One colour for what is trained and goes, what is frozen or ships, and what depends on the input.
 TRAINED, SHIPPED, DYNAMIC = ORANGE, BLUE, GREEN
 
@@ -42,13 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no picture {unknown[0]!r}; there are {', '.join(PICTURES)}")
     with exit_code() as result:
         for paper in given.papers or PICTURES:
-            atomic_write(FOLDER / f"{paper}.png", lambda path, paper=paper: save(PICTURES[paper](), path))
+            atomic_write(FOLDER / f"{paper}.png", lambda path, paper=paper: PICTURES[paper]().save(path))
     return result[0]
-
-
-def save(canvas: Canvas, path: Path) -> None:
-    """Write a picture, with a digest of what is on it: its pixels differ between versions of matplotlib."""
-    canvas.figure.savefig(path, dpi=DPI, metadata={"Software": None, DIGEST: canvas.digest()})
 
 
 class Canvas:
@@ -64,7 +54,11 @@ class Canvas:
 
     def digest(self) -> str:
         """Return a hash of everything that was drawn, with numbers to three digits."""
-        return hashlib.sha256(json.dumps(self.drawn).encode()).hexdigest()
+        return digest_of(self.drawn)
+
+    def save(self, path: Path) -> None:
+        """Write the picture, with the digest of what is on it."""
+        save_with_digest(self.figure, path, self.digest())
 
     def text(self, x: float, y: float, text: str, size: float = 9, color: str = "#222222", align: str = "center",
              weight: str = "normal") -> None:  # fmt: skip

@@ -84,12 +84,10 @@ class MeasuredReport(Report):
 
     def conditions(self) -> str:
         """Return what it was measured on and with, as a sentence."""
-        facts, settings = self.machine, self.settings
-        mkl = facts[MKL_CODE]
-        return (
-            f"{settings['rounds']} rounds, threads: {settings['threads']}, on {facts['processor']} with "
-            f"{facts['cores']} cores (load before: {facts['load']}), Paddle {facts['paddle']} on {facts['device']}, "
-            + (f"{MKL_CODE}={mkl}." if mkl else f"no {MKL_CODE}.")
+        mkl = self.machine[MKL_CODE]
+        measured_on = timing.conditions(self.machine, self.settings["threads"])
+        return f"{self.settings['rounds']} rounds, {measured_on}, " + (
+            f"{MKL_CODE}={mkl}." if mkl else f"no {MKL_CODE}."
         )
 
     def __str__(self) -> str:

@@ -147,6 +147,14 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
+def conditions(facts: Mapping[str, Any], threads: int) -> str:
+    """Return `machine_facts`, with the device and the load that were measured beside them, as a part of a sentence."""
+    return (
+        f"threads: {threads}, on {facts['processor']} with {facts['cores']} cores (load before: {facts['load']}), "
+        f"Paddle {facts['paddle']} on {facts['device']}"
+    )
+
+
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
