@@ -2,7 +2,6 @@
 
 import gc
 import importlib
-import resource
 import sys
 import tempfile
 import weakref
@@ -38,6 +37,8 @@ def make():
 def peak_of_release(tuned=False):
     """Return the bytes of a network's weights, the most that its release held beyond what Paddle itself does, and the
     most that a process held which it started."""
+    import resource  # not there on Windows
+
     give_back()
     before = own_peak()
     net = make()

@@ -111,18 +111,16 @@ def pooled(x: paddle.Tensor, size: int) -> paddle.Tensor:
     return F.adaptive_avg_pool2d(x, size).flatten(1)
 
 
-# These two are not converted when a network is traced, so that a side of unknown length is -1 to them: as it is anyway
-# in the blocks of paddle.vision, and no tensor, on which an `if` would be a branch of the exported program.
-
-
+# Not converted when a network is traced, so that a side of unknown length is -1 to it: as it is anyway in the blocks of
+# paddle.vision, and no tensor, on which an `if` would be a branch of the exported program.
 @paddle.jit.not_to_static
 def averages(x: paddle.Tensor, size: int) -> paddle.Tensor:
     """Return the averages of `[N, C, H, W]` over size x size windows, `[N, C, size, size]`."""
     # A single pixel is repeated, which is faster than pooling; and paddle2onnx writes such pooling with a stride of 0.
-    sides = [size if side == 1 else side for side in x.shape[2:]]
-    if sides != list(x.shape[2:]):
-        x = x.expand([-1, -1, *sides])
-    return x if sides == [size, size] else F.adaptive_avg_pool2d(x, size)
+    repeated = [size if side == 1 else side for side in x.shape[2:]]
+    if repeated != list(x.shape[2:]):
+        x = x.expand([-1, -1, *repeated])
+    return x if repeated == [size, size] else F.adaptive_avg_pool2d(x, size)
 
 
 def mixed(matrices: paddle.Tensor, z: paddle.Tensor) -> paddle.Tensor:

@@ -27,8 +27,8 @@ DELIMITER = "\t"
 TRAIN_FOLDERS = ("train", "training")
 VAL_FOLDERS = ("val", "valid", "validation", "test", "testing")
 _CHECKED_AT_ONCE = 256
-#: Pairs are drawn from so many images at most: all pairs of them are in the memory.
-_COMPARED = 10_000
+#: Pairs are drawn from so many images at most: all pairs of them are in the memory, 130 MB.
+_COMPARED = 4_000
 
 #: Pairs of an image and why it cannot be read, if so.
 Checked = Iterable[tuple[Path, Optional[str]]]
