@@ -39,7 +39,7 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r $(VENV)/requirements.txt -e .
 	touch $@
 
-COMPILE = uv pip compile --universal --python-version 3.9 --extra ppcls --extra onnx --extra openvino --extra test \
+COMPILE = uv pip compile --universal --python-version 3.9 --extra ppcls --extra seg --extra onnx --extra openvino --extra test \
 	--upgrade --no-annotate --no-header --no-emit-index-url pyproject.toml -
 
 lock:

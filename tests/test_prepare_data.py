@@ -344,3 +344,35 @@ def test_the_command_as_it_is_typed(tmp_path):
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in failed.stderr
+
+
+def test_scenes_have_the_class_of_each_pixel(prepare, few_digits, tmp_path, capsys):
+    from paddle_reparam.training import scenes
+
+    root = tmp_path / "scenes"
+    assert str(scenes.write_scenes(root, train=4, val=2)).startswith(f"{root}: 4 scenes for training, 2")
+    names = (root / "class_names.txt").read_text().split()
+    assert names == ["background", *"0123456789"]
+    for part, count in (("train", 4), ("val", 2)):
+        pairs = [line.split() for line in (root / f"{part}.txt").read_text().splitlines()]
+        assert len(pairs) == count
+        for image, mask in pairs:
+            picture, classes = (np.asarray(Image.open(root / path)) for path in (image, mask))
+            assert (picture.shape, classes.shape) == ((64, 64, 3), (64, 64))
+            assert 0 in classes
+            assert 1 < len(np.unique(classes)) <= 11
+            # Ink is bright, the background is dark, whatever colours a scene has.
+            assert picture[classes > 0].mean() > picture[classes == 0].mean() + 50
+    before = contents(root)
+    assert prepare("scenes", "--output", root) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert contents(root) == before
+    scenes.write_scenes(root, force=True, train=4, val=2)
+    assert contents(root) == before
+
+
+def test_scenes_replace_nothing_else(prepare, tree, capsys):
+    before = contents(tree)
+    assert prepare("scenes", "--output", tree, "--force") == 2
+    assert "is kept" in capsys.readouterr().err
+    assert contents(tree) == before

@@ -1,4 +1,4 @@
-"""Bring images into the form that PaddleClas reads: lists of paths and labels, and a file of label names."""
+"""Bring images into the form that PaddleClas or PaddleSeg reads: lists of paths and labels, and a file of names."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from paddle_reparam.errors import exit_code
 from paddle_reparam.training.datasets import Checked, draw_pairs, list_folder, write_digits
+from paddle_reparam.training.scenes import write_scenes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pairs.add_argument("--list", required=True, help="a list file, such as val_list.txt")
     pairs.add_argument("--output", required=True, help="the file to write")
     pairs.add_argument("--count", type=int, default=6000, help="how many pairs, half of them of one class (6000)")
-    for kind in (digits, folder, pairs):
+    scenes = kinds.add_parser("scenes", help="write scenes of several digits with masks, for segmentation")
+    scenes.add_argument("--output", required=True, help="the folder to make")
+    for kind in (digits, folder, pairs, scenes):
         kind.add_argument("--force", action="store_true", help="replace what an earlier run wrote")
     given = parser.parse_args(arguments)
     if given.kind == "folder" and not 0 < given.val_share < 1:
@@ -47,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(write_digits(given.output, given.force))
         elif given.kind == "pairs":
             print(draw_pairs(given.list, given.output, given.count, given.force))
+        elif given.kind == "scenes":
+            print(write_scenes(given.output, given.force))
         else:
             print(list_folder(given.root, given.force, not given.skip_check, _show_progress, given.val_share))
     return result[0]

@@ -64,10 +64,15 @@ class FiveStages(nn.Layer):
         start = uniform_fan_in(channels)
         self.linear = nn.Linear(channels, class_num, weight_attr=start, bias_attr=start)
 
+    def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        """Return the maps of the stages, from the largest to the smallest."""
+        maps = [self.stage1(self.stage0(x))]
+        for stage in (self.stage2, self.stage3, self.stage4):
+            maps.append(stage(maps[-1]))
+        return maps
+
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        for stage in (self.stage0, self.stage1, self.stage2, self.stage3, self.stage4):
-            x = stage(x)
-        return self.linear(paddle.flatten(self.gap(x), 1))
+        return self.linear(paddle.flatten(self.gap(self.stage_maps(x)[-1]), 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

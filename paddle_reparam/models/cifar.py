@@ -33,10 +33,15 @@ class ResNetForCifar(nn.Layer):
         self.avgpool = nn.AdaptiveAvgPool2D(1)
         self.fc = nn.Linear(64, class_num)
 
+    def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        """Return the maps of the stages, from the largest to the smallest."""
+        maps = [self.layer1(self.relu(self.bn1(self.conv1(x))))]
+        for stage in (self.layer2, self.layer3):
+            maps.append(stage(maps[-1]))
+        return maps
+
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(paddle.flatten(self.avgpool(x), 1))
+        return self.fc(paddle.flatten(self.avgpool(self.stage_maps(x)[-1]), 1))
 
 
 def _basic_stage(in_channels: int, out_channels: int, stride: int, blocks: int) -> nn.Sequential:

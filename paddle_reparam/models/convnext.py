@@ -32,7 +32,7 @@ _STD = 0.02
 init_normal = nn.initializer.Normal(0.0, _STD)
 
 
-class _LayerNorm2D(nn.LayerNorm):
+class LayerNorm2D(nn.LayerNorm):
     """LayerNorm over the channels of `[N, C, H, W]`."""
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -126,7 +126,7 @@ class ResidualBlock(ReparamLayer):
             self.spatial,
             {
                 self.spatial: _as_shipped(spatial),
-                "norm": _LayerNorm2D(dim, self.norm._epsilon, weight_attr=False, bias_attr=False),
+                "norm": LayerNorm2D(dim, self.norm._epsilon, weight_attr=False, bias_attr=False),
                 "pwconv1": ConvGeometry(dim, hidden, (1, 1), dtype=dtype).make_conv(first, first_bias),
                 "act": copy.deepcopy(self.act),
                 "pwconv2": ConvGeometry(hidden, dim, (1, 1), dtype=dtype).make_conv(second, second_bias),
@@ -182,9 +182,9 @@ class StagedNetwork(nn.Layer):
         if not 0.0 <= drop_path_rate < 1.0:
             raise ReparamError(f"drop_path_rate={drop_path_rate!r} is no share of samples: give one from 0 to below 1")
         patches = nn.Conv2D(3, dims[0], patch_size, patch_size, weight_attr=init_normal)
-        stem = nn.Sequential(patches, _LayerNorm2D(dims[0], _EPSILON))
+        stem = nn.Sequential(patches, LayerNorm2D(dims[0], _EPSILON))
         downsampling = [
-            nn.Sequential(_LayerNorm2D(before, _EPSILON), nn.Conv2D(before, after, 2, 2, weight_attr=init_normal))
+            nn.Sequential(LayerNorm2D(before, _EPSILON), nn.Conv2D(before, after, 2, 2, weight_attr=init_normal))
             for before, after in zip(dims, dims[1:])
         ]
         self.downsample_layers = nn.LayerList([stem, *downsampling])
@@ -195,10 +195,16 @@ class StagedNetwork(nn.Layer):
         self.norm = nn.LayerNorm(dims[-1], epsilon=_EPSILON)
         self.head = nn.Linear(dims[-1], class_num, nn.initializer.Normal(0.0, _STD * head_init_scale))
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        """Return the maps of the stages, from the largest to the smallest."""
+        maps = []
         for downsample, stage in zip(self.downsample_layers, self.stages):
             x = stage(downsample(x))
-        return self.head(self.norm(x.mean([2, 3])))
+            maps.append(x)
+        return maps
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.head(self.norm(self.stage_maps(x)[-1].mean([2, 3])))
 
 
 class ConvNeXt(StagedNetwork):

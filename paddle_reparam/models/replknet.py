@@ -128,13 +128,17 @@ class _RepLKNet(nn.Layer):
         start = uniform_fan_in(channels[-1])
         self.head = nn.Linear(channels[-1], class_num, weight_attr=start, bias_attr=start)
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        """Return the maps of the stages, from the largest to the smallest."""
         for layer in self.stem:
             x = layer(x)
-        x = self.stages[0](x)
+        maps = [self.stages[0](x)]
         for transition, stage in zip(self.transitions, self.stages[1:]):
-            x = stage(transition(x))
-        return self.head(paddle.flatten(self.avgpool(self.norm(x)), 1))
+            maps.append(stage(transition(maps[-1])))
+        return maps
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.head(paddle.flatten(self.avgpool(self.norm(self.stage_maps(x)[-1])), 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -72,11 +72,18 @@ class RepMLPNet(nn.Layer):
         init = uniform_fan_in(channels[-1])
         self.head = nn.Linear(channels[-1], class_num, weight_attr=init, bias_attr=init)
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        """Return the maps of the stages, from the largest to the smallest."""
+        maps = []
         for embedding, stage in zip([self.conv_embedding, *self.embeds], self.stages):
             x = embedding(x)
             for unit in stage:
                 x = unit(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        x = self.stage_maps(x)[-1]
         return self.head(paddle.flatten(F.adaptive_avg_pool2d(self.head_norm(x), 1), 1))
 
 

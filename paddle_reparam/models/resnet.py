@@ -30,10 +30,15 @@ class ResNet(nn.Layer):
         self.avgpool = nn.AdaptiveAvgPool2D(1)
         self.classifier = nn.Sequential(nn.Dropout(dropout), make_classifier(channels))
 
+    def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        """Return the maps of the stages, from the largest to the smallest."""
+        maps = [self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))]
+        for stage in (self.layer2, self.layer3, self.layer4):
+            maps.append(stage(maps[-1]))
+        return maps
+
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.classifier(paddle.flatten(self.avgpool(x), 1))
+        return self.classifier(paddle.flatten(self.avgpool(self.stage_maps(x)[-1]), 1))
 
 
 def _stage(block: type, in_channels: int, width: int, stride: int, count: int) -> nn.Sequential:

@@ -95,10 +95,15 @@ class BranchedResNet(nn.Layer):
         start = uniform_fan_in(before)
         self.linear = nn.Linear(before, class_num, weight_attr=start, bias_attr=start)
 
+    def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        """Return the maps of the stages, from the largest to the smallest."""
+        maps = [self.stage1(self.stage0.maxpool(F.relu(self.stage0.conv1(x))))]
+        for stage in (self.stage2, self.stage3, self.stage4):
+            maps.append(stage(maps[-1]))
+        return maps
+
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        x = self.stage0.maxpool(F.relu(self.stage0.conv1(x)))
-        x = self.stage4(self.stage3(self.stage2(self.stage1(x))))
-        return self.linear(paddle.flatten(self.gap(x), 1))
+        return self.linear(paddle.flatten(self.gap(self.stage_maps(x)[-1]), 1))
 
 
 def _geometry(in_channels: int, out_channels: int, size: int, stride: int) -> ConvGeometry:

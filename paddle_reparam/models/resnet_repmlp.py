@@ -148,11 +148,17 @@ class RepMLPResNet(nn.Layer):
         self.gap = nn.AdaptiveAvgPool2D(1)
         self.linear = nn.Linear(in_channels, class_num)
 
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+    def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        """Return the maps of the stages, from the largest to the smallest."""
         if self.image_size is not None:
             require_size(x, self.image_size)
-        x = self.stage4(self.stage3(self.stage2(self.stage1(self.stage0(x)))))
-        return self.linear(paddle.flatten(self.gap(x), 1))
+        maps = [self.stage1(self.stage0(x))]
+        for stage in (self.stage2, self.stage3, self.stage4):
+            maps.append(stage(maps[-1]))
+        return maps
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.linear(paddle.flatten(self.gap(self.stage_maps(x)[-1]), 1))
 
 
 def require_size(images: paddle.Tensor, side: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import paddle
 from paddle import nn
 from paddle.vision.models import ResNet
 from paddle.vision.models.resnet import BasicBlock, BottleneckBlock
@@ -19,6 +20,15 @@ from ..layers.spconv import SPConv2D
 from ..registry import Published, register_model
 from .builders import check_arguments, load_pretrained
 from .cifar import ResNetForCifar
+
+
+class _ResNet(ResNet):
+    def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
+        """Return the maps of the stages, from the largest to the smallest."""
+        maps = [self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))]
+        for stage in (self.layer2, self.layer3, self.layer4):
+            maps.append(stage(maps[-1]))
+        return maps
 
 
 def _with_spconv(model: nn.Layer, ratio: float) -> nn.Layer:
@@ -50,7 +60,7 @@ def _build(
     unknown: Mapping[str, Any],
 ) -> nn.Layer:
     check_arguments(f"ResNet{depth}_SPConv", pretrained, use_ssld, unknown, ["ratio"])
-    model = _with_spconv(ResNet(block, depth, num_classes=class_num), ratio)
+    model = _with_spconv(_ResNet(block, depth, num_classes=class_num), ratio)
     return load_pretrained(model, pretrained)
 
 
