@@ -318,7 +318,7 @@ def test_a_script_of_a_checkout_runs_as_it_stands(trained, tmp_path):
         "train(builder.model, builder.train_dataset, optimizer=builder.optimizer, losses=builder.loss, iters=1,\n"
         "      batch_size=4, save_dir=sys.argv[2], save_interval=1, log_iters=1)\n"
     )
-    config = scenes_config(tmp_path, Reparam={"layer": {"name": "RefConv2D"}, "where": "decode_head.*"})
+    config = scenes_config(tmp_path, Reparam={"layer": {"name": "RefConv2D"}, "where": "head.*"})
     done = subprocess.run(
         [sys.executable, Path(segment.__file__).with_name("launch.py"), script, config, tmp_path / "run"],
         capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": ""},

@@ -85,7 +85,7 @@ def add_override(parser: argparse.ArgumentParser, note: str = "") -> None:
 def launch(arguments: Sequence[str] | None = None) -> int:
     """Run a script of PaddleClas as it stands, with everything of this library registered; return the exit code."""
     parser = argparse.ArgumentParser(
-        description="Run a script of a checkout of PaddleClas or PaddleSeg with the layers and models of paddle_reparam."
+        description="Run a script of a checkout of PaddleClas or PaddleSeg with the layers and models of this library."
     )
     parser.add_argument("script", help="such as PaddleClas/tools/train.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
