@@ -15,6 +15,7 @@ import pytest
 from paddle_reparam.errors import MissingFile, ReparamError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
+SCENES = str(ROOT / "ppseg_configs/scenes/bisenet_plain.yml")
 CONFIG = str(ROOT / "ppcls_configs/digits/refconv/PPLCNet_x0_25.yaml")
 
 
@@ -99,6 +100,14 @@ WRONG = [
     ("convert_checkpoint", "--model ResNet20_SPConv --input garbage.pdparams --output out.pdparams", 1),
     ("convert_checkpoint", "--model ResNet20_SPConv --input garbage --output out.txt", 2),
     ("convert_checkpoint", "--model ResNet20_SPConv --option x=3 --input garbage --output o.npz", 2),
+    *[("segment", f"{mode} -c {file}", 2)
+      for mode in ("train", "eval --weights x") for file in ("missing.yml", "folder", "empty", "garbage.yaml")],
+    ("segment", f"train -c {SCENES} -o model", 2),
+    ("segment", f"train -c {SCENES} -o itres=3", 2),
+    ("segment", f"train -c {SCENES} --iters 0", 2),
+    ("segment", f"train -c {SCENES}", 1),
+    ("segment", f"train -c {SCENES} -o Reparam.layer=3", 2),
+    ("segment", f"eval -c {SCENES} --weights missing", 2),
     ("quickstart", "--epochs 0", 2),
     ("quickstart", "--output taken/x", 1),
     ("launch", "missing.py", 2),

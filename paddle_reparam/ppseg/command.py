@@ -14,11 +14,16 @@ from typing import Any
 
 import numpy as np
 import paddle
-import yaml
 
-from ..errors import MissingFile, ReparamError, UsageError, exit_code, one_sentence
+from ..errors import MissingFile, ReparamError, UsageError, exit_code, one_sentence, reason_of
 from ..weights import checkpoints
 from . import checkout_of, setup
+
+#: What a config of PaddleSeg holds, and of this library.
+_SECTIONS = {
+    "batch_size", "iters", "train_dataset", "val_dataset", "optimizer", "lr_scheduler", "loss", "model", "test_config",
+    "Reparam",
+}  # fmt: skip
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -116,14 +121,18 @@ def building(path: str, override: list[str], **values: Any) -> Iterator[Any]:
     if not os.path.isfile(path):
         raise MissingFile(f"there is no config {path}")
     try:
-        with one_sentence(f"{path} is no config that PaddleSeg can read"):
-            config = Config(path, opts=override or None, **values)
+        config = Config(path, opts=override or None, **values)
+    except Exception as error:
+        raise UsageError(f"{path} is no config that PaddleSeg can read: {reason_of(error)}") from error
+    if unknown := set(config.dic) - _SECTIONS - set(Config._parse_from_yaml(path)):
+        raise UsageError(f"-o: a config has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(_SECTIONS))}")
+    try:
         yield SegBuilder(config)
     except ReparamError:
         raise
     except Exception as error:
         inner: BaseException | None = error
-        while inner is not None and not isinstance(inner, (ReparamError, yaml.YAMLError)):
+        while inner is not None and not isinstance(inner, ReparamError):
             inner = inner.__cause__ or inner.__context__
         if isinstance(inner, ReparamError):
             raise inner from error
