@@ -85,6 +85,13 @@ def one_sentence(what: str) -> Iterator[None]:
         raise ReparamError(f"{what}: {reason_of(error)}") from error
 
 
+def ours_beneath(error: BaseException | None) -> ReparamError | None:
+    """Return the `ReparamError` that led to an error of somebody else's code, or None."""
+    while error is not None and not isinstance(error, ReparamError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def reason_of(error: BaseException) -> str:
     """Return in one line what an error of somebody else's code says."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,6 +1,7 @@
 """tools/prepare_data.py: what it writes, and every sentence with which it refuses."""
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -363,6 +364,19 @@ def test_scenes_have_the_class_of_each_pixel(prepare, few_digits, tmp_path, caps
             assert 1 < len(np.unique(classes)) <= 11
             # Ink is bright, the background is dark, whatever colours a scene has.
             assert picture[classes > 0].mean() > picture[classes == 0].mean() + 50
+        found = json.loads((root / f"{part}.json").read_text())
+        assert [each["name"] for each in found["categories"]] == names[1:]
+        masks = [np.asarray(Image.open(root / path)) for _, path in pairs]
+        for box in found["annotations"]:
+            left, top, width, height = box["bbox"]
+            inside = masks[box["image_id"]][top : top + height, left : left + width] == box["category_id"]
+            assert inside[:, 0].any()
+            assert inside[:, -1].any()
+            assert inside[0].any()
+            assert inside[-1].any()
+        for number, mask in enumerate(masks):
+            boxes = [box for box in found["annotations"] if box["image_id"] == number]
+            assert {box["category_id"] for box in boxes} == set(np.unique(mask)) - {0}
     before = contents(root)
     assert prepare("scenes", "--output", root) == 2
     assert "exists already" in capsys.readouterr().err

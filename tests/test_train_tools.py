@@ -14,6 +14,7 @@ import paddle
 import pytest
 import yaml
 from helpers import relative_error
+from launch import launch
 from PIL import Image
 
 from paddle_reparam.ppcls import locate, setup
@@ -22,7 +23,7 @@ from paddle_reparam.weights import checkpoints
 ppcls = setup()
 
 from paddle_reparam.ppcls import reparam, saving  # noqa: E402
-from paddle_reparam.ppcls.command import launch, main, read_config  # noqa: E402
+from paddle_reparam.ppcls.command import main, read_config  # noqa: E402
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 HOME = os.environ.get(locate.HOME)

@@ -1,24 +1,33 @@
-"""Run a script of a PaddleClas or PaddleSeg checkout, unchanged, with the layers and models of paddle_reparam."""
+"""Run a script of a checkout of PaddleClas or PaddleSeg, unchanged, with the layers and models of this library."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam.ppcls import command as of_paddleclas
-from paddle_reparam.ppseg import checkout_of
-from paddle_reparam.ppseg import command as of_paddleseg
+from paddle_reparam import ppcls, ppseg
+from paddle_reparam.frameworks import scripts
 
 
 def launch(arguments: Sequence[str] | None = None) -> int:
     """Run the script that comes first with the arguments behind it; return the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and checkout_of(given[0]) is not None:
-        return of_paddleseg.launch(given)
-    return of_paddleclas.launch(given)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("script", help="such as PaddleClas/tools/train.py")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
+    given = parser.parse_args(arguments)
+    return scripts.launch(given.script, given.arguments, _setup)
+
+
+def _setup(script: Path) -> None:
+    """Set up what a script is of; one that is of no checkout gets the PaddleClas that is installed."""
+    if (checkout := ppseg.checkout_of(script)) is not None:
+        ppseg.setup(checkout)
+    else:
+        ppcls.setup(ppcls.checkout_of(script))
 
 
 if __name__ == "__main__":

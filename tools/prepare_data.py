@@ -1,4 +1,4 @@
-"""Bring images into the form that PaddleClas or PaddleSeg reads: lists of paths and labels, and a file of names."""
+"""Bring images into the form that PaddleClas, PaddleSeg or PaddleDetection reads: lists of paths and labels, names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     pairs.add_argument("--list", required=True, help="a list file, such as val_list.txt")
     pairs.add_argument("--output", required=True, help="the file to write")
     pairs.add_argument("--count", type=int, default=6000, help="how many pairs, half of them of one class (6000)")
-    scenes = kinds.add_parser("scenes", help="write scenes of several digits with masks, for segmentation")
+    scenes = kinds.add_parser(
+        "scenes", help="write scenes of several digits, with masks for segmentation and boxes for detection"
+    )
     scenes.add_argument("--output", required=True, help="the folder to make")
     for kind in (digits, folder, pairs, scenes):
         kind.add_argument("--force", action="store_true", help="replace what an earlier run wrote")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import os
+from collections.abc import Sequence
 
-import numpy as np
 import paddle
 from paddle import nn
 
 from ..errors import ReparamError, UsageError
+from ..weights import checkpoints
 from .convnext import LayerNorm2D
 
 #: The side of the image with which a network of every size is tried.
@@ -57,14 +57,19 @@ def as_backbone(network: nn.Layer, out_indices: Sequence[int] | None = None) -> 
     return network
 
 
-def without_classifier(network: nn.Layer, arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return what a backbone takes of the weights of a classifier: without what was dropped, with its own norms.
+def load_backbone(network: nn.Layer, path: str | os.PathLike[str]) -> None:
+    """Load the weights of a backbone, or of the whole classifier: without what was dropped, and with its own norms.
 
-    The weights of a backbone stay as they are.
+    Raises `CheckpointError` where another entry is missing, left over or of another shape.
     """
-    own = network.state_dict()
+    file = checkpoints.weight_file(path)
+    arrays, own = checkpoints.load(file), network.state_dict()
     kept = {name: array for name, array in arrays.items() if name in own or not name.startswith(_BEHIND)}
-    return {**{name: tensor for name, tensor in own.items() if name.startswith("norm")}, **kept}
+    norms = {name: tensor for name, tensor in own.items() if name.startswith("norm")}
+    try:
+        checkpoints.load_into(network, {**norms, **kept})
+    except ReparamError as error:
+        raise error.at(file) from error
 
 
 #: How the entries begin that stand behind the stages of this library's networks.

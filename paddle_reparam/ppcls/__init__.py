@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from types import ModuleType
 
+from ..frameworks.scripts import folder_above
 from ..measure.processors import let_amd_multiply_fast
 
 
-def setup() -> ModuleType:
+def checkout_of(script: str | os.PathLike[str]) -> Path | None:
+    """Return the checkout of PaddleClas that a script lies in, or None."""
+    return folder_above(script, "ppcls/engine/engine.py")
+
+
+def setup(checkout: str | os.PathLike[str] | None = None) -> ModuleType:
     """Return PaddleClas' `ppcls`: found, mended, everything of this library registered; a second call does nothing.
 
     After it, `Arch.name` in a YAML file may be `ReparamModel` or any of `list_models()`, weight files are read without
-    running them and are errors where they do not fit, and matrix products are fast on AMD processors too. Raises
-    `ReparamError` where no PaddleClas with a training Engine is installed.
+    running them and are errors where they do not fit, and matrix products are fast on AMD processors too. It
+    is the PaddleClas of a `checkout`, or else the one that is found. Raises `ReparamError` where there is none with a
+    training Engine.
     """
     from . import locate
+
+    if checkout is not None:
+        os.environ[locate.HOME] = str(checkout)
 
     let_amd_multiply_fast()
     # One of PaddleClas' losses hides every warning of the process as it is imported.

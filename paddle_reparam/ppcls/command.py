@@ -7,7 +7,6 @@ import ast
 import difflib
 import os
 import re
-import runpy
 import shlex
 import sys
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import exit_code
-from . import locate, setup
+from . import setup
 from .errors import ConfigError
 
 # What YAML means by these words, and Python does not.
@@ -80,26 +79,6 @@ def add_override(parser: argparse.ArgumentParser, note: str = "") -> None:
         "-o", "--override", action="append", default=[], metavar="KEY=VALUE",
         help=f"replace a value of the config, as in -o Global.epochs=3; may be given several times{note}",
     )  # fmt: skip
-
-
-def launch(arguments: Sequence[str] | None = None) -> int:
-    """Run a script of PaddleClas as it stands, with everything of this library registered; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Run a script of a checkout of PaddleClas or PaddleSeg with the layers and models of this library."
-    )
-    parser.add_argument("script", help="such as PaddleClas/tools/train.py")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own arguments")
-    given = parser.parse_args(arguments)
-    with exit_code() as result:
-        script = Path(given.script).resolve()
-        if not script.is_file():
-            raise ConfigError(f"there is no script {given.script}")
-        if locate.has_engine(script.parents[1]):
-            os.environ[locate.HOME] = str(script.parents[1])
-        setup()
-        sys.argv = [str(script), *given.arguments]
-        runpy.run_path(str(script), run_name="__main__")
-    return result[0]
 
 
 def next_steps(*steps: tuple[str, Sequence[str], str]) -> str:

@@ -11,6 +11,8 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 
+from ..frameworks.old_paddle import OldPaddle
+
 
 def apply() -> list[str]:
     """Apply the mends that this PaddleClas needs and return their names."""
@@ -226,19 +228,9 @@ def _multi_label_metrics_index_numbers() -> bool:
     return False
 
 
-class _OldPaddle:
-    """Paddle as it was before 2.5: what is one number has a dimension."""
-
+class _OldPaddle(OldPaddle):
     #: mINP's misspelling of it.
     indechmx_sample = staticmethod(paddle.index_sample)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(paddle, name)
-
-    @staticmethod
-    def to_tensor(*args: Any, **kwargs: Any) -> paddle.Tensor:
-        tensor = paddle.to_tensor(*args, **kwargs)
-        return tensor.reshape([1]) if tensor.ndim == 0 else tensor
 
     @staticmethod
     def mean(x: paddle.Tensor) -> paddle.Tensor:

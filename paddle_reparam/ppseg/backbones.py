@@ -10,9 +10,8 @@ from paddleseg.cvlibs import manager
 
 from .. import models  # noqa: F401  (importing the models registers them)
 from ..errors import ReparamError, UsageError
-from ..models.stages import as_backbone, without_classifier
+from ..models.stages import as_backbone, load_backbone
 from ..registry import create_model, list_models
-from ..weights import checkpoints
 
 
 def register() -> None:
@@ -34,11 +33,7 @@ def _builder(name: str) -> Callable[..., nn.Layer]:
             raise UsageError(f"{name} takes images of 3 channels, not of {in_channels}")
         network = as_backbone(create_model(name, **options), out_indices)
         if pretrained:
-            file = checkpoints.weight_file(pretrained)
-            try:
-                checkpoints.load_into(network, without_classifier(network, checkpoints.load(file)))
-            except ReparamError as error:
-                raise error.at(file) from error
+            load_backbone(network, pretrained)
         return network
 
     build.__name__ = name

@@ -6,18 +6,15 @@ import argparse
 import contextlib
 import os
 import random
-import runpy
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import paddle
 
-from ..errors import MissingFile, ReparamError, UsageError, exit_code, one_sentence, reason_of
+from ..errors import MissingFile, ReparamError, UsageError, one_sentence, ours_beneath, reason_of
 from ..weights import checkpoints
-from . import checkout_of, setup
+from . import setup
 
 #: What a config of PaddleSeg holds, and of this library.
 _SECTIONS = {
@@ -96,20 +93,6 @@ def evaluate(given: argparse.Namespace) -> dict[str, float]:
     return {"mIoU": float(miou), "accuracy": float(accuracy)}
 
 
-def launch(arguments: Sequence[str]) -> int:
-    """Run a script of a PaddleSeg checkout as it stands, with everything of this library registered; return the exit
-    code. The first argument is the script, the others are its own.
-    """
-    script = Path(arguments[0]).resolve()
-    with exit_code() as result:
-        if not script.is_file():
-            raise MissingFile(f"there is no script {arguments[0]}")
-        setup(checkout_of(script))
-        sys.argv = [str(script), *arguments[1:]]
-        runpy.run_path(str(script), run_name="__main__")
-    return result[0]
-
-
 @contextlib.contextmanager
 def building(path: str, override: list[str], **values: Any) -> Iterator[Any]:
     """Give the builder of a config; what goes wrong in the `with` block is a `ReparamError`, in one sentence.
@@ -131,10 +114,7 @@ def building(path: str, override: list[str], **values: Any) -> Iterator[Any]:
     except ReparamError:
         raise
     except Exception as error:
-        inner: BaseException | None = error
-        while inner is not None and not isinstance(inner, ReparamError):
-            inner = inner.__cause__ or inner.__context__
-        if isinstance(inner, ReparamError):
-            raise inner from error
+        if (ours := ours_beneath(error)) is not None:
+            raise ours from error
         with one_sentence(path):
             raise

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import paddle
 from paddle import nn
 from paddleseg.models.backbones import cae, vision_transformer
 from paddleseg.utils import logger, utils
 
 from ..errors import CheckpointError
-from ..weights import checkpoints, pickles
+from ..frameworks.loading import ReadingPaddle, load_fitting, read_optimizer
+from ..weights import checkpoints
 
 
 def register() -> None:
@@ -36,18 +36,7 @@ def register() -> None:
                 setattr(module, name, ours[name])
     # They read one file a second time, for its position embedding.
     for module in (cae, vision_transformer):
-        module.paddle = _ReadingPaddle()
-
-
-class _ReadingPaddle:
-    """Paddle, but for what reads a weight file."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(paddle, name)
-
-    @staticmethod
-    def load(path: str) -> dict[str, Any]:
-        return checkpoints.load(path)
+        module.paddle = ReadingPaddle()
 
 
 def load_entire_model(model: nn.Layer, pretrained: str | None) -> None:
@@ -67,37 +56,11 @@ def load_pretrained_model(model: nn.Layer, pretrained_model: str | None) -> None
     """Load what `pretrained` names into a network, or a backbone, that is then trained: what fits of it.
 
     A classifier that is left over, and heads for another number of classes, are what they were drawn as, and logged.
-    Raises `CheckpointError` where nothing fits, and where the file holds more of a layer than the network has of it:
-    such a file is of the network with layers of this library in it.
+    Raises `CheckpointError` as `load_fitting` does.
     """
     if pretrained_model is None:
         return
-    file = _local_file(pretrained_model)
-    arrays, own = checkpoints.load(file), model.state_dict()
-    fitting = [name for name in own if name in arrays and list(arrays[name].shape) == list(own[name].shape)]
-    if not fitting:
-        raise CheckpointError(
-            f"{file}: none of its {len(arrays)} entries is one of {type(model).__name__}, such as "
-            f"{checkpoints.listed(list(arrays)[:3])}; name a file of this network"
-        )
-    layers = {name.rpartition(".")[0] for name in own}
-    more = [name for name in arrays if name not in own and _layers_above(name) & layers - {""}]
-    if more:
-        raise CheckpointError(
-            f"{file}: it holds more of {len(more)} layers than {type(model).__name__} has, such as {more[0]}; it is of "
-            "a network with other layers in their place, and this one would compute something else"
-        )
-    # Of what is missing there, a network keeps its own.
-    checkpoints.load_into(model, {**own, **{name: arrays[name] for name in fitting}})
-    left = [name for name in own if name not in fitting]
-    logger.info(f"{file}: {len(fitting)} of the {len(own)} entries of {type(model).__name__} are taken from it")
-    if left:
-        logger.warning(f"not taken from it but as they were drawn: {checkpoints.listed(left)}")
-
-
-def _layers_above(name: str) -> set[str]:
-    parts = name.split(".")
-    return {".".join(parts[:depth]) for depth in range(1, len(parts))}
+    load_fitting(model, _local_file(pretrained_model), logger.info)
 
 
 def resume(model: nn.Layer, optimizer: Any, resume_model: str | None) -> int | None:
@@ -113,20 +76,7 @@ def resume(model: nn.Layer, optimizer: Any, resume_model: str | None) -> int | N
         raise CheckpointError(f"{folder} is no folder of a checkpoint: its name does not end as iter_1000 does")
     weights, state = folder / "model.pdparams", folder / "model.pdopt"
     checkpoints.load_into(model, weights)
-    try:
-        content, of_file = pickles.read_state(state.read_bytes()), pickles.parameter_names(weights.read_bytes())
-    except (OSError, CheckpointError) as error:
-        raise CheckpointError(f"{state}: it cannot be read ({error})") from error
-    # Paddle numbers parameters as they are made: those of this process may have other names.
-    own = model.state_dict()
-    names = {of_file[name]: tensor.name for name, tensor in own.items() if name in of_file}
-    renamed = {}
-    for entry, value in content.items():
-        old = next((entry[:end] for end in range(len(entry), 0, -1) if entry[:end] in names), None)
-        if old is None and hasattr(value, "shape"):
-            raise CheckpointError(f"{state}: its entry {entry} is of no parameter of {type(model).__name__}")
-        renamed[entry if old is None else names[old] + entry[len(old) :]] = value
-    optimizer.set_state_dict(renamed)
+    optimizer.set_state_dict(read_optimizer(model, weights, state))
     if hasattr(model, "batches_seen"):
         model.batches_seen = int(iteration)
     logger.info(f"training goes on from {folder}")

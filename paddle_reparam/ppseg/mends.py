@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import patch
 
 import paddle
 from paddleseg.cvlibs import manager
 from paddleseg.models.losses import CrossEntropyLoss
 from paddleseg.utils import metrics
 
+from ..frameworks.old_paddle import OldPaddle, computed_as_before
+
 #: The module; `paddleseg.core` has the function of the same name in its place.
 train = importlib.import_module("paddleseg.core.train")
-
-#: What Paddle 2 computed in the type of the left side, where only one side held floats.
-_OPERATORS = ("__add__", "__sub__", "__mul__", "__truediv__")
 
 
 def apply() -> list[str]:
@@ -45,37 +42,10 @@ def _losses_mix_types() -> bool:
     return False
 
 
-@contextlib.contextmanager
-def _left_side_decides() -> Iterator[None]:
-    """While the `with` block runs, an operator between floats and others gives the right side the type of the left."""
-
-    def like_the_left(own: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(own)
-        def operator(left: paddle.Tensor, right: Any) -> Any:
-            if isinstance(right, paddle.Tensor) and right.is_floating_point() != left.is_floating_point():
-                right = right.astype(left.dtype)
-            return own(left, right)
-
-        return operator
-
-    with contextlib.ExitStack() as changes:
-        for name in _OPERATORS:
-            changes.enter_context(patch.object(paddle.Tensor, name, like_the_left(getattr(paddle.Tensor, name))))
-        yield
-
-
 def _mend_losses() -> None:
-    def mended(own: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(own)
-        def forward(*arguments: Any, **options: Any) -> Any:
-            with _left_side_decides():
-                return own(*arguments, **options)
-
-        return forward
-
     for loss in manager.LOSSES.components_dict.values():
         if "forward" in vars(loss):
-            loss.forward = mended(loss.forward)
+            loss.forward = computed_as_before(loss.forward)
 
 
 def _log_indexes_numbers() -> bool:
@@ -107,16 +77,5 @@ def _areas_have_no_dimension() -> bool:
     return False
 
 
-class _OldPaddle:
-    """Paddle as it was before 2.5: what is one number has a dimension."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(paddle, name)
-
-    @staticmethod
-    def concat(tensors: Any, axis: int = 0) -> paddle.Tensor:
-        return paddle.concat([tensor.reshape([1]) if tensor.ndim == 0 else tensor for tensor in tensors], axis)
-
-
 def _mend_areas() -> None:
-    metrics.paddle = _OldPaddle()
+    metrics.paddle = OldPaddle()

@@ -1,0 +1,1 @@
+"""What the adapters of PaddleClas, PaddleSeg and PaddleDetection share; it knows none of them."""
