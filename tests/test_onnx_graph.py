@@ -92,7 +92,7 @@ OPERATORS = {
     "normalize": does(lambda x: F.normalize(x, axis=1, epsilon=1e-3)),
 }  # fmt: skip
 #: Paddle cannot write these into a .pdmodel.
-ONLY_IN_JSON = {"softplus", "roll", "expand as", "normalize"}
+ONLY_IN_JSON = {"normalize"}
 
 
 class Probe(nn.Layer):

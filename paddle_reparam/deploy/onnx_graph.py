@@ -120,6 +120,14 @@ def _expand_as(graph: Graph, op: Operator) -> None:
     graph.replace(op, ("Shape", [op.inputs[1]], {}), ("Expand", [op.inputs[0], ""], {}))
 
 
+def _interpolation(graph: Graph, op: Operator) -> None:
+    """Compute in float32 what is in float64 for oneDNN's sake: onnxruntime has no such operator of float64."""
+    types = need("onnx").TensorProto
+    cast = graph.makers.get(op.inputs[0])
+    if cast is not None and cast.op_type == "Cast" and cast.attribute[0].i == types.DOUBLE:
+        cast.attribute[0].i = types.FLOAT
+
+
 def _adaptive_pooling(graph: Graph, op: Operator) -> None:
     """Write means of windows of different sizes as products with matrices, and maxima over repeated rows."""
     sizes, wanted = op.shapes[op.inputs[0]][2:], op.shapes[op.outputs[0]][2:]
@@ -161,6 +169,7 @@ MENDS: dict[str, Callable[[Graph, Operator], None]] = {
     "expand_as": _expand_as,
     "layer_norm": _layer_norm,
     "pad3d": _circular_padding,
+    **{f"{mode}_interp": _interpolation for mode in ("linear", "nearest", "bilinear", "bicubic", "trilinear")},
     "pool2d": _adaptive_pooling,
     "pool3d": _adaptive_pooling,
     "max_pool2d_with_index": _adaptive_pooling,
