@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with exit_code() as result, one_sentence(f"{given.result} cannot be taken"):
         text = given.result.read_text(encoding="utf-8")
         report = ComparisonReport.from_dict(json.loads(text))
-        if report.failed or not report.costs:
-            raise ReparamError("runs of it failed, or their cost was not measured; give its command again")
+        if not report.costs:
+            raise ReparamError("what its methods cost was not measured; give its command again")
         file, picture = DOCS / "measured" / f"compare_{given.name}.json", DOCS / "images" / f"compare_{given.name}.png"
         atomic_write(file, lambda path: path.write_text(text, encoding="utf-8"))
         atomic_write(picture, lambda path: save_with_digest(draw_cost(report), path, digest_of(report.to_dict())))
@@ -48,13 +48,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def to_markdown(measured: Mapping[str, Any]) -> str:
-    """Return the command, the table, what can be said of it, and every run, for a page."""
+    """Return the command, the table, what can be said of it, and every run, those that failed too, for a page."""
     report = ComparisonReport.from_dict(measured)
     measured_on = conditions(report.costs["machine"], report.costs["threads"])
     said = f"{report.epochs} epochs. Steps and latencies: {measured_on}."
     heads = ["every run, %", *(f"seed {seed}" for seed in report.seeds)]
-    runs = [[each.method, *(f"{each.accuracy[seed]:.2f}" for seed in report.seeds)] for each in report.methods]
-    return "\n\n".join([command_of(report), report.markdown().rstrip(), said, format_markdown(heads, runs)])
+    runs = [
+        [each.method, *(f"{each.accuracy[seed]:.2f}" if seed in each.accuracy else "failed" for seed in report.seeds)]
+        for each in report.methods
+    ]
+    failed = [f"* {run}: {why}" for run, why in report.failed.items()]
+    parts = [command_of(report), report.markdown().rstrip(), said, format_markdown(heads, runs), "\n".join(failed)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def command_of(report: ComparisonReport) -> str:
