@@ -16,7 +16,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
-from ..arithmetic.geometry import BATCH_NORMS
+from ..arithmetic.layer_norm import mend_layer_norm
 from ..errors import ReparamError
 from ..surgery.tracing import Hooks, require_eval, run, unchanged, walk
 
@@ -92,27 +92,25 @@ def middle_of(maps: Any) -> Any:
 def input_gradients(model: nn.Layer, path: str) -> Callable[[np.ndarray], np.ndarray]:
     """Return what gives the gradient of the middle of a layer's output with respect to images `[N, C, H, W]`."""
     layer = dict(walk(model))[path]
-    # On a CPU Paddle's LayerNorm gives a wrong gradient of its input unless that of its weight is asked for too.
-    statistics = {id(each) for _, bn in walk(model) if isinstance(bn, BATCH_NORMS) for each in (bn._mean, bn._variance)}
-    norms = [each for each in model.parameters() if each.ndim == 1 and id(each) not in statistics]
+    mend_layer_norm()
+    frozen = [parameter for parameter in model.parameters() if not parameter.stop_gradient]
 
     def gradients(images: np.ndarray) -> np.ndarray:
         x = paddle.to_tensor(images)
         x.stop_gradient = False
         middles: list[paddle.Tensor] = []
-        frozen = [parameter for parameter in norms if parameter.stop_gradient]
+        for parameter in frozen:
+            parameter.stop_gradient = True
         try:
-            for parameter in frozen:
-                parameter.stop_gradient = False
             with unchanged(model), Hooks() as hooks:
                 # At once: what follows may change the map in place.
                 hooks.after(layer, lambda _layer, _given, output: middles.append(middle_of(output)))
                 # Not the input itself, which a network may change too.
                 model(x * 1.0)
-            return paddle.grad(middles[-1], [x, *norms], allow_unused=True)[0].numpy()
+            return paddle.grad(middles[-1], [x])[0].numpy()
         finally:
             for parameter in frozen:
-                parameter.stop_gradient = True
+                parameter.stop_gradient = False
 
     return gradients
 

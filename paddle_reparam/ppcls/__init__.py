@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+from ..arithmetic.layer_norm import mend_layer_norm
 from ..frameworks.scripts import folder_above
 from ..measure.processors import let_amd_multiply_fast
 
@@ -30,6 +31,7 @@ def setup(checkout: str | os.PathLike[str] | None = None) -> ModuleType:
         os.environ[locate.HOME] = str(checkout)
 
     let_amd_multiply_fast()
+    mend_layer_norm()
     # One of PaddleClas' losses hides every warning of the process as it is imported.
     with warnings.catch_warnings():
         ppcls = locate.load()

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from types import ModuleType
 
+from ..arithmetic.layer_norm import mend_layer_norm
 from ..frameworks.scripts import folder_above, load
 from ..measure.processors import let_amd_multiply_fast
 
@@ -25,6 +26,7 @@ def setup(checkout: str | os.PathLike[str] | None = None) -> ModuleType:
     PaddleSeg of a `checkout`, or else the one that is installed. Raises `ReparamError` where there is none.
     """
     let_amd_multiply_fast()
+    mend_layer_norm()
     paddleseg = load("paddleseg", ["paddleseg.core"], "PaddleSeg", _INSTALL, checkout)
     if not hasattr(paddleseg, "_paddle_reparam"):
         from . import backbones, loading, mends, section
