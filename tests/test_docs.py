@@ -16,12 +16,12 @@ from paddle_reparam import create_model, list_layers
 from paddle_reparam.style import DIGEST, DPI
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-#: The pages with commands and a picture; test_serving.py, test_tasks.py, test_recognition.py, test_deploy.py and
-#: test_choose.py run others, and what has no command describes the project.
+#: The pages with commands and a picture; test_serving.py, test_tasks.py, test_recognition.py, test_deploy.py,
+#: test_choose.py and test_two_processes.py run others, and what has no command describes the project.
 TEXTS = {
     page.stem: page.read_text(encoding="utf-8")
     for page in PAGES
-    if page.stem not in ("serving", "tasks", "deploy", "compare", "choose", "faces")
+    if page.stem not in ("serving", "tasks", "deploy", "compare", "choose", "faces", "machines")
     and "```bash" in page.read_text("utf-8")
 }
 PAPERS = sorted(TEXTS.keys() - {"monitor"})

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from ..errors import exit_code
+from ..training import processes
 from . import setup
 from .errors import ConfigError
 
@@ -54,6 +55,8 @@ def main(mode: str, arguments: Sequence[str] | None = None) -> int:
         getattr(engine, mode)()
         if mode == "train" and engine.saved:
             logger.info(_after_training(engine, given))
+    if result[0]:
+        processes.meet_before_the_end()
     return result[0]
 
 

@@ -16,8 +16,9 @@ from ppcls.engine import engine as engine_module
 from ppcls.utils import logger
 
 from ..images import IMAGE_SUFFIXES, images_below
+from ..training import processes
 from ..training.epochs import start_epoch
-from . import curves, disk_space, monitoring, resuming, saving, sparse
+from . import agreement, curves, disk_space, monitoring, resuming, saving, sparse
 from .errors import ConfigError
 from .guards import (
     Loader,
@@ -86,6 +87,8 @@ class Engine(PaddleClasEngine):
         if self.vdl_writer is not None:
             self.vdl_writer = curves.Log(self.vdl_writer)
         if mode == "train":
+            with explained("train cannot start"):
+                agreement.check_agreement(self)
             self.goes_on_by_itself = goes_on_by_itself
             self._plain_train_epoch, self.train_epoch_func = self.train_epoch_func, self._train_epoch
 
@@ -115,6 +118,8 @@ class Engine(PaddleClasEngine):
         An image that could not be read is an error, as no other one says anything of it.
         """
         with explained("the evaluation stopped"), curves.evaluation(self, epoch_id) as measured:
+            # What is measured is then the network that the first process saves.
+            processes.take_statistics_of_first(self.model)
             result = super().eval(epoch_id)
             if "HammingDistance" in self.config["Metric"]["Eval"][0]:
                 # PaddleClas would keep as the best weights those whose distance is largest. What is left of 1 is the
@@ -195,9 +200,11 @@ class Engine(PaddleClasEngine):
             check_loss(losses, epoch, engine.global_step)
             # PaddleClas counts a step before its forward pass: the weights are those of the step before.
             done = engine.global_step - 1
-            if monitor and done % engine.monitor_settings["interval"] == 0 and done != engine.monitored:
-                monitor.write(done)
-                engine.monitored = done
+            if engine.monitor_settings and done % engine.monitor_settings["interval"] == 0:
+                if monitor and done != engine.monitored:
+                    monitor.write(done)
+                    engine.monitored = done
+                processes.wait_for_first()
             monitoring.advance(engine, epoch)
             return losses
 
@@ -207,9 +214,11 @@ class Engine(PaddleClasEngine):
             engine._plain_train_epoch(engine, epoch, print_batch_step)
         finally:
             engine.train_loss_func = original
-        if monitor and epoch == engine.config["Global"]["epochs"]:
-            monitor.write(engine.global_step, pictures=True)
-            engine.monitored = engine.global_step
+        if engine.monitor_settings and epoch == engine.config["Global"]["epochs"]:
+            if monitor:
+                monitor.write(engine.global_step, pictures=True)
+                engine.monitored = engine.global_step
+            processes.wait_for_first()
 
     def _states(self, prefix: str, metric_info: dict[str, Any]) -> dict[str, Any]:
         """Return what a checkpoint keeps beside the weights and the optimizer's state.

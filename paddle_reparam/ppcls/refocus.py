@@ -205,7 +205,7 @@ def _baseline(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the plain network, without what is for the second stage."""
     return plain_config(
         config,
-        f"on several devices, train the plain network's config and then {STAGE_TWO} with tools/train.py",
+        "on several devices, train the two networks, plain and with RefConv, by tools/train.py (docs/machines.md)",
         ", and --weights for what a distillation made of it",
     )
 

@@ -26,6 +26,7 @@ import paddle
 from .. import forms
 from ..errors import CheckpointError, OutputExists, ReparamError
 from ..files import digest, flush
+from ..training.processes import wait_for_first
 from ..weights import pickles
 from .errors import ConfigError
 from .written_once import Files
@@ -317,6 +318,7 @@ def whole_checkpoints(
         if place is not None:
             saved[prefix] = place
             log.info(f"saved: {place}.pdparams")
+        wait_for_first()
 
     save_load.save_model = save_model
     try:

@@ -45,6 +45,11 @@ def explained(what: str, wrong_config: bool = False) -> Iterator[None]:
         part = _PARTS[found[-1].f_code.co_name] if found else ""
         reading = next((f for f in frames if f.f_code.co_name == "build_dataloader"), None)
         wrong_list = reading and _wrong_list(reading)
+        if "gloo" in str(error):
+            raise ReparamError(
+                f"{what}: another process of this training has ended, or was silent for half a minute; its own output "
+                f"says why ({reason_of(error)})"
+            ) from error
         reason = wrong_list or f"{what}{part and f', {part}'}: {reason_of(error)}{_log(error)}"
         kind = ConfigError if wrong_config and not wrong_list else ReparamError
         raise kind(reason) from error

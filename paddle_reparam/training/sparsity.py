@@ -23,6 +23,7 @@ from ..errors import ReparamError, UnknownName, UsageError
 from ..report import Report, format_table
 from ..surgery.masks import STEP, SUFFIX, Place, draw_mask, keep_only, mask_in_place, masked, masked_places
 from ..surgery.tracing import walk
+from .processes import differing
 
 Array = np.ndarray
 SIXTEEN_BITS = (paddle.float16, paddle.bfloat16)
@@ -256,12 +257,12 @@ def inner_optimizer(optimizer: Any) -> Any:
     return getattr(optimizer, "_inner_opt", optimizer)
 
 
-def masks_digest(model: nn.Layer) -> str:
+def masks_digest(model: nn.Layer) -> bytes:
     """Return a hash of all masks, the same in every process that trains the same network."""
     digest = hashlib.sha256()
     for place in masked_places(model):
         digest.update(place.path.encode() + np.packbits(place.read_mask()).tobytes())
-    return digest.hexdigest()
+    return digest.digest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,12 +375,7 @@ class SparseTraining:
                 keep_only(tensor, keep)
 
     def _compare_processes(self) -> None:
-        if paddle.distributed.get_world_size() == 1:
-            return
-        own = int(masks_digest(self.model)[:15], 16)
-        found: list[paddle.Tensor] = []
-        paddle.distributed.all_gather(found, paddle.to_tensor([own], "int64"))
-        if len({int(value.item()) for value in found}) > 1:
+        if paddle.distributed.get_world_size() > 1 and differing([masks_digest(self.model)]):
             raise ReparamError(
                 f"the masks of the processes differ after step {self.step}; start again from the last checkpoint with "
                 "the same seed and code on all of them"
