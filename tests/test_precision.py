@@ -306,6 +306,17 @@ class Behind(nn.Layer):
         return self.last(self.function(self.first(x)))
 
 
+class AsLargeAs(nn.Layer):
+    """Maps that are made smaller, and as large again as they were, where the program finds out how large that is."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x):
+        return F.interpolate(F.avg_pool2d(x, self.factor), paddle.shape(x)[2:], mode="bilinear")
+
+
 class TokensAndBack(nn.Layer):
     """Maps as tokens, and maps again."""
 
@@ -349,6 +360,8 @@ REPLACED = {
     "nearest, by a broken factor": lambda: nn.Upsample(size=[24, 10]),
     "bilinear": lambda: nn.Upsample(scale_factor=[2, 3], mode="bilinear"),
     "bilinear, corners aligned": lambda: nn.Upsample(size=[21, 11], mode="bilinear", align_corners=True),
+    "bilinear, as large as another map": lambda: AsLargeAs(3),
+    "two activations": lambda: nn.Sequential(nn.ReLU(), nn.Sigmoid()),
     "tokens to maps": TokensAndBack,
     "pooling of tokens": PooledTokens,
     "products of maps": ProductOfMaps,
@@ -376,7 +389,7 @@ def test_what_paddle_inference_runs_wrongly_is_exported_as_something_else(name, 
         runtime.require()
     except ReparamError:
         return
-    if file_format == "pdmodel" and isinstance(net.function, nn.Upsample):
+    if file_format == "pdmodel" and isinstance(net.function, (nn.Upsample, AsLargeAs)):
         with pytest.raises(ReparamError, match="no kernels which are registered in the dequantize operator"):
             runtime.load(tmp_path).run(x)
         return

@@ -1,4 +1,4 @@
-"""Label images with a released folder, or compare them by the features that it makes of them."""
+"""Label images, or their pixels, with a released folder, or compare them by the features that it makes of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from paddle_reparam.deploy.outputs import THRESHOLD
 from paddle_reparam.deploy.predict import ImageClassifier, Prediction, find_images, format_predictions
 from paddle_reparam.deploy.recognition import FeatureExtractor, cosine_of_two, gives_features, read_gallery
+from paddle_reparam.deploy.segmentation import Segmenter, empty_folder, segments, write_mask
 from paddle_reparam.deploy.sheet import ON_A_SHEET, draw_sheet
 from paddle_reparam.errors import MissingFile, ReparamError, UsageError, exit_code, printable
 from paddle_reparam.images import left_out_sentence, others_below
@@ -22,7 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code, 1 where the release or an image is not what it should be."""
     parser = argparse.ArgumentParser(
         description="Label images with a folder that tools/reparam.py made, or an ONNX file of one, of float32 or "
-        "int8. With one of a recognition network, compare two images, or find each in a gallery."
+        "int8. With one of a recognition network, compare two images, or find each in a gallery; with one that "
+        "tools/segment.py exported, write their masks."
     )
     parser.add_argument("release", help="the released folder, or the ONNX file")
     parser.add_argument("images", nargs="*", help="images, and folders of images")
@@ -35,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--sheet", type=Path, metavar="PNG", help=f"draw the first {ON_A_SHEET} images with their labels into this file"
+    )
+    parser.add_argument(
+        "--masks", metavar="FOLDER", help="of segmentation networks: write each mask, and an overlay, into this folder"
     )
     searching = parser.add_argument_group("of recognition networks")
     searching.add_argument("--gallery", metavar="PLACE", help="the known images: a folder, or an index file of one")
@@ -55,7 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ):
         parser.error(f"--sheet is {given.sheet}; give a .png file in a folder that exists")
     with exit_code() as result:
-        if gives_features(given.release):
+        if segments(given.release):
+            _segment(given)
+        elif given.masks is not None:
+            raise UsageError("--masks is for segmentation networks, and this one says nothing of pixels")
+        elif gives_features(given.release):
             _compare(given)
         else:
             _predict(given)
@@ -95,6 +104,30 @@ def _compare(given: argparse.Namespace) -> None:
     if given.images:
         print(format_table(["image", "cosine", "image of the gallery"], rows))
     _raise_failed(failed, len(rows) > 0 or not given.images, "have no features")
+
+
+def _segment(given: argparse.Namespace) -> None:
+    """Write the masks of images; print a line for each with what it holds."""
+    unused = [name for name in ("top", "threshold", "sheet", "gallery") if getattr(given, name) is not None]
+    if unused:
+        raise UsageError(f"--{unused[0]} is not for segmentation networks, which write --masks")
+    if given.masks is None:
+        raise UsageError("a segmentation network labels pixels; name a folder for the masks with --masks")
+    segmenter = Segmenter(given.release)
+    failed: list[ReparamError] = []
+    paths = find_images(given.images, failed.append)
+    folder = empty_folder(given.masks)
+    written = 0
+    for mask in segmenter.masks(paths, failed.append):
+        try:
+            write_mask(mask, folder)
+        except ReparamError as error:
+            failed.append(error)
+            continue
+        written += 1
+        print(printable(f"{mask.path}  {', '.join(f'{name} {share:.1%}' for name, share in mask.shares)}"), flush=True)
+    print(printable(f"written: {folder}, {written} masks and as many overlays"))
+    _raise_failed(failed, written > 0, f"of {written + len(failed)} have no mask")
 
 
 def _raise_failed(failed: list[ReparamError], some: bool, what: str) -> None:

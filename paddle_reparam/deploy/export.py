@@ -23,7 +23,15 @@ from ..surgery.places import copy_model
 from ..surgery.tracing import InputSpec, input_shapes, require_eval, walk
 from .old_programs import HAS_NEW_PROGRAMS
 from .outputs import AS_THE_NETWORK, SHORTEST, Normalization, OutputSpec, first_of
-from .programs import FILE_NAME, FORMATS, WEIGHTS_SUFFIX, add_biases_by_axis, program_file, programs_of
+from .programs import (
+    FILE_NAME,
+    FORMATS,
+    WEIGHTS_SUFFIX,
+    add_biases_by_axis,
+    keep_activations_apart,
+    program_file,
+    programs_of,
+)
 from .replacements import replaced_operators
 
 
@@ -61,6 +69,8 @@ class ExportedNetwork(nn.Layer):
                 outputs = first_of(outputs["logits"])
             if self.activation == "softmax":
                 outputs = F.softmax(outputs, axis=1)
+            elif self.activation == "argmax":
+                outputs = paddle.argmax(outputs, axis=1, dtype="int32")
             elif self.activation == "sigmoid":
                 outputs = F.sigmoid(outputs)
             elif self.activation == "l2":
@@ -192,6 +202,7 @@ def export_inference(
     if program.suffix == ".pdmodel":
         with programs_of("pdmodel"):
             add_biases_by_axis(program)
+            keep_activations_apart(program)
     return sorted(path for path in folder.iterdir() if path.name.startswith(f"{FILE_NAME}."))
 
 

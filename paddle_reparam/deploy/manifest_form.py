@@ -101,14 +101,17 @@ _KERNEL = record({
 }, closed=True)  # fmt: skip
 
 _OUTPUT = record({
-    "activation": one_of(None, "softmax", "sigmoid", "l2", "identity"), "keys": list_of(text, 0, 64),
+    "activation": one_of(None, "softmax", "argmax", "sigmoid", "l2", "identity"), "keys": list_of(text, 0, 64),
     "left_out": list_of(text),
 })  # fmt: skip
+
+#: What the outputs are of, where that is not the image as a whole: "segmentation", of its pixels.
+_TASK = one_of("segmentation")
 
 _LABELS = nothing_or(list_of(nothing_or(text)))
 
 #: What a single file says of itself, which is a part of what the manifest beside it says.
-DESCRIPTION_FORM = record({"input": _input, "output": _OUTPUT}, {"labels": _LABELS})
+DESCRIPTION_FORM = record({"input": _input, "output": _OUTPUT}, {"labels": _LABELS, "task": _TASK})
 
 MANIFEST_FORM = record(
     {
@@ -126,6 +129,7 @@ MANIFEST_FORM = record(
     },
     {
         "labels": _LABELS,
+        "task": _TASK,
         # By which runtimes it is to be used, the fastest first, and how far each may be off for the probe.
         "serving": list_of(record({"runtime": text, "tolerance": number(1e-12, _LARGEST_ROUNDING)}), 1, 64),
     },

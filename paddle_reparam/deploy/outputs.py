@@ -16,6 +16,10 @@ from ..errors import ReparamError
 THRESHOLD = 0.5
 
 
+#: The share of numbers of classes, of pixels say, that may be others than those of the trained network: where two
+#: classes are as good as each other, rounding decides.
+LARGEST_SHARE = 1e-3
+
 #: Features of this length, or shorter, have no direction.
 SHORTEST = 1e-12
 
@@ -26,7 +30,8 @@ _SMALLEST_PROBABILITY = 1e-25
 @dataclass(frozen=True)
 class OutputSpec:
     """What an exported network puts out: `keys` pick from a network's dicts, `activation` follows ("softmax" over the
-    classes, which are axis 1; "sigmoid"; "l2", which makes features along axis 1 of length 1; "identity" or None).
+    classes, which are axis 1; "argmax", the number of the largest of them, int32; "sigmoid"; "l2", which makes features
+    along axis 1 of length 1; "identity" or None).
     Where either is asked for, the first entry of a list is taken, and of a dict before an activation "logits", as
     PaddleClas does. Without both, all that a network puts out.
     """
@@ -35,9 +40,10 @@ class OutputSpec:
     keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.activation not in (None, "softmax", "sigmoid", "l2", "identity"):
+        if self.activation not in (None, "softmax", "argmax", "sigmoid", "l2", "identity"):
             raise ReparamError(
-                f"the activation of an exported network is softmax, sigmoid, l2, identity or None: {self.activation}"
+                "the activation of an exported network is softmax, argmax, sigmoid, l2, identity or None: "
+                f"{self.activation}"
             )
 
 
@@ -155,6 +161,8 @@ def reference_outputs(network: nn.Layer, inputs: Sequence[Any], output: OutputSp
         scores = [array.astype(np.float64) for array in kept]
         powers = [np.exp(array - array.max(axis=1, keepdims=True)) for array in scores]
         return [(p / p.sum(axis=1, keepdims=True)).astype(array.dtype) for p, array in zip(powers, kept)]
+    if output.activation == "argmax":
+        return [array.argmax(axis=1).astype(np.int32) for array in kept]
     if output.activation == "sigmoid":
         return [(0.5 * (1.0 + np.tanh(0.5 * array.astype(np.float64)))).astype(array.dtype) for array in kept]
     if output.activation == "l2":

@@ -89,6 +89,36 @@ def add_biases_by_axis(path: Path) -> None:
         path.write_bytes(program.desc.serialize_to_string())
 
 
+#: What oneDNN's passes take into the convolution before it.
+_ACTIVATIONS = {
+    "abs", "clip", "gelu", "hard_sigmoid", "hard_swish", "leaky_relu", "mish", "relu", "relu6", "sigmoid", "sqrt",
+    "swish", "tanh",
+}  # fmt: skip
+
+
+def keep_activations_apart(path: Path) -> None:
+    """Rewrite a `.pdmodel` so that between two activations in a row stands a product with one.
+
+    Of two that stand behind a convolution, Paddle's oneDNN passes would take the second into it, and drop the first.
+    """
+    with static_mode():
+        program = paddle.static.Program.parse_from_string(path.read_bytes())
+        block = program.global_block()
+        made_by = {name: op.type for op in block.ops for name in op.output_arg_names}
+        seconds = [
+            (index, op)
+            for index, op in enumerate(block.ops)
+            if op.type in _ACTIVATIONS and made_by.get(op.input("X")[0]) in _ACTIVATIONS
+        ]
+        for index, op in reversed(seconds):
+            first = block.var(op.input("X")[0])
+            between = block.create_var(name=f"{first.name}.apart{index}", dtype=first.dtype, shape=first.shape)
+            scale = {"scale": 1.0, "bias": 0.0, "bias_after_scale": True}
+            block._insert_op(index, type="scale", inputs={"X": first}, outputs={"Out": between}, attrs=scale)
+            op._rename_input(first.name, between.name)
+        path.write_bytes(program.desc.serialize_to_string())
+
+
 def program_file(folder: Folder) -> Path:
     """Return the file of an export that holds the program, whatever Paddle wrote it; raises `ReparamError`."""
     found = programs_in(folder)

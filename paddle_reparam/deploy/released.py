@@ -60,7 +60,7 @@ def sealed(manifest: Mapping[str, Any], form: Form = MANIFEST_FORM) -> str:
 
 def description_for_a_file(manifest: Mapping[str, Any]) -> dict[str, str]:
     """Return what a file of a release says of itself, name -> text, by which it can be used alone."""
-    said = ("tool", "versions", "source", "input", "output", "labels")
+    said = ("tool", "versions", "source", "input", "output", "labels", "task")
     return {MANIFEST: sealed({key: manifest[key] for key in said if key in manifest}, DESCRIPTION_FORM)}
 
 

@@ -18,9 +18,9 @@ import paddle
 from paddle import nn
 from tqdm import tqdm
 
+from ..deploy.command import add_release
 from ..deploy.export import ExportOptions
 from ..deploy.outputs import Normalization, OutputSpec
-from ..deploy.programs import FORMATS
 from ..deploy.release import ReleaseReport, release
 from ..deploy.released import MANIFEST, check_release, read_manifest
 from ..deploy.runtimes.base import PRECISIONS
@@ -42,13 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "step: an output folder appears only when everything in it is the same function as the trained network."
     )
     parser.add_argument("-c", "--config", help="the YAML file of the training")
-    parser.add_argument("--weights", help="the weight file that training saved, in train form")
-    parser.add_argument("--output", help="the folder to make")
     add_override(parser)
-    parser.add_argument("--force", action="store_true", help="replace an earlier release in the output folder")
-    parser.add_argument("--dry-run", action="store_true", help="fuse and compare, and write nothing")
-    parser.add_argument("--format", choices=FORMATS, help="the program's format; else what this Paddle writes")
-    parser.add_argument("--size", choices=("fixed", "dynamic"), default="fixed", help="of the images; fixed is faster")
+    add_release(parser, required=False)
     parser.add_argument(
         "--normalize", nargs="?", const="uint8", choices=("uint8", "float32"),
         help="put the config's NormalizeImage into the export, which then takes RGB pixels 0..255 of this type",
@@ -56,7 +51,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--normalize-features", action="store_true", help="of a recognition network: ship features of length 1"
     )
-    parser.add_argument("--onnx", action="store_true", help="put an ONNX file beside the export, compared as well")
     parser.add_argument(
         "--precision",
         choices=PRECISIONS,
@@ -77,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--tune-seconds", type=float, metavar="SECONDS",
         help=f"nothing more is begun after so many seconds, but one way is always tried ({Tuning.seconds:g})",
     )  # fmt: skip
-    parser.add_argument("--verbose", action="store_true", help="print each layer that was fused, or why it was not")
     parser.add_argument("--check", metavar="FOLDER", help="check a folder that was made before; takes no other option")
     given = parser.parse_args(arguments)
     making = [name for name in ("config", "weights", "output") if getattr(given, name) is not None]

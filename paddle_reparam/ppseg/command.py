@@ -83,7 +83,7 @@ def evaluate(given: argparse.Namespace) -> dict[str, float]:
     from paddleseg import core
 
     weights = checkpoints.weight_file(given.weights)
-    with building(given.config, given.override) as builder:
+    with building(given.config, given.override, without_weights=True) as builder:
         if not builder.config.val_dataset_cfg:
             raise UsageError(f"{given.config} has no val_dataset, so there is nothing to evaluate on")
         model = builder.model
@@ -94,8 +94,10 @@ def evaluate(given: argparse.Namespace) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def building(path: str, override: list[str], **values: Any) -> Iterator[Any]:
+def building(path: str, override: list[str], without_weights: bool = False, **values: Any) -> Iterator[Any]:
     """Give the builder of a config; what goes wrong in the `with` block is a `ReparamError`, in one sentence.
+
+    `without_weights` it reads none that the config names as pretrained: a weight file for all of it comes after.
 
     PaddleSeg wraps what a component raises while it is built: what this library raised there is raised again.
     """
@@ -109,6 +111,8 @@ def building(path: str, override: list[str], **values: Any) -> Iterator[Any]:
         raise UsageError(f"{path} is no config that PaddleSeg can read: {reason_of(error)}") from error
     if unknown := set(config.dic) - _SECTIONS - set(Config._parse_from_yaml(path)):
         raise UsageError(f"-o: a config has no {', '.join(sorted(unknown))}; it has {', '.join(sorted(_SECTIONS))}")
+    if without_weights:
+        _leave_weights_out(config.dic.get("model"))
     try:
         yield SegBuilder(config)
     except ReparamError:
@@ -118,3 +122,12 @@ def building(path: str, override: list[str], **values: Any) -> Iterator[Any]:
             raise ours from error
         with one_sentence(path):
             raise
+
+
+def _leave_weights_out(part: Any) -> None:
+    """Let a part of a config, and the parts in it, name no weight file, in place."""
+    if isinstance(part, dict):
+        if "pretrained" in part:
+            part["pretrained"] = None
+        for inner in part.values():
+            _leave_weights_out(inner)

@@ -106,13 +106,20 @@ def _same_top1(expected: Array, actual: Array, tolerance: float) -> Array:
 def compare_outputs(expected: Sequence[Array], actual: Sequence[Array], tolerance: float) -> tuple[float, Array | None]:
     """Return (worst relative error, per-sample top-1 agreement of the first `[batch, classes]` output or None).
 
-    The error is infinite for another number of outputs, and for outputs without numbers, which prove nothing.
+    The error of whole numbers, which are the numbers of classes, is the share of those that differ. It is infinite for
+    another number of outputs, and for outputs without numbers, which prove nothing.
     """
     if len(expected) != len(actual) or not any(output.size for output in expected):
         return float("inf"), None
-    error = max(relative_error(e, a) for e, a in zip(expected, actual))
+    error = max(_difference(e, a) for e, a in zip(expected, actual))
     logits = [(e, a) for e, a in zip(expected, actual) if e.ndim == 2 and e.shape[1] > 1 and e.shape == a.shape]
     return error, _same_top1(*logits[0], tolerance) if logits else None
+
+
+def _difference(expected: Array, actual: Array) -> float:
+    if expected.dtype.kind in "iu" and actual.dtype.kind in "iu" and expected.shape == actual.shape:
+        return float(np.mean(expected != actual)) if expected.size else 0.0
+    return relative_error(expected, actual)
 
 
 def _rounded(inputs: Sequence[Any]) -> list[Any]:
