@@ -182,6 +182,17 @@ def test_a_copied_checkpoint_goes_on_as_the_uninterrupted_run(place, config, sav
         assert weights(place.saved(run)) == expected
 
 
+def test_another_number_of_steps_in_an_epoch_is_told(place, config, saved):
+    resume = (f"Global.checkpoints={saved}", "Global.epochs=2")
+    for run, size in (("as_before", 4), ("smaller", 2)):
+        overrides = (*resume, f"DataLoader.Train.sampler.batch_size={size}")
+        assert train_as_a_process_of_its_own(place.arguments(config, run, *overrides)) == 0
+    [line] = [line for line in place.log("smaller").splitlines() if "before the checkpoint had" in line]
+    assert "the 1 epochs before the checkpoint had 2 steps, and would have 4 now" in line
+    with_as_many = place.log("as_before").split("training goes on from")[1].split("[Train][Epoch 2/2][Avg]")[0]
+    assert "before the checkpoint had" not in with_as_many
+
+
 def weights(prefix: str) -> dict[str, bytes]:
     with open(f"{prefix}.pdparams", "rb") as file:
         return {name: array.tobytes() for name, array in pickles.read(file.read()).items()}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import commands
 import numpy as np
@@ -18,11 +19,13 @@ import pages
 import pytest
 from paddle.distributed.launch.context.args_envs import parse_args
 from pages import ROOT
+from ppcls.data.dataloader.imagenet_dataset import ImageNetDataset
 from test_survival import shown_curves
 from test_train_tools import PLAIN, REFCONV, TOOLS, Place, config_of, train_as_a_process_of_its_own
 from visualdl import LogReader
 
-from paddle_reparam.ppcls import saving
+from paddle_reparam.ppcls import agreement, saving
+from paddle_reparam.ppcls.command import read_config
 from paddle_reparam.surgery import masks
 from paddle_reparam.weights import checkpoints
 
@@ -229,6 +232,34 @@ def test_what_differs_stops_both_processes(place, together):
     assert "this one would from none" in together[1]
     for run in ("draws", "grows", "differs"):
         assert saving.newest(place.root / run) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("Global.output_dir=elsewhere", True),
+        ("Arch.pretrained=elsewhere", True),
+        ("DataLoader.Train.dataset.image_root=moved", True),
+        ("DataLoader.Train.dataset.cls_label_path=reversed.txt", False),
+        ("DataLoader.Train.sampler.batch_size=2", False),
+        ("Global.epochs=2", False),
+        ("Arch.class_num=3", False),
+    ],
+)
+def test_what_the_processes_must_have_alike(place, monkeypatch, override, same):
+    lines = (place.data / "train.txt").read_text().splitlines(keepends=True)
+    (place.root / "reversed.txt").write_text("".join(reversed(lines[:-1])) + lines[-1])
+    shutil.copytree(place.data, place.root / "moved", dirs_exist_ok=True)
+    monkeypatch.chdir(place.root)
+    monkeypatch.setattr(agreement.paddle.distributed, "get_world_size", lambda: 2)
+    compared = []
+    monkeypatch.setattr(agreement, "differing", lambda digests: compared.append(digests) or [])
+    for given in ([], [override]):
+        config = read_config(place.config(PLAIN), ["Arch.pretrained=here", *given])
+        dataset = config["DataLoader"]["Train"]["dataset"]
+        loader = SimpleNamespace(dataset=ImageNetDataset(dataset["image_root"], dataset["cls_label_path"]))
+        agreement.check_agreement(SimpleNamespace(config=config, train_dataloader=loader))
+    assert (compared[:2] == compared[2:]) == same
 
 
 def test_all_wait_for_what_the_first_one_saves(together):

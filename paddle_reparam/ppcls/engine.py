@@ -243,6 +243,14 @@ class Engine(PaddleClasEngine):
         self.best = states.get("best")
         self.saved.update(saving.sets_of(self.config["Global"]["checkpoints"]))
         self.global_step = int(states.get("global_step", 0))
+        # Newer Engines may have epochs of another length than the data.
+        steps = int(states["epoch"]) * getattr(self, "iter_per_epoch", len(self.train_dataloader))
+        if self.global_step not in (0, steps):
+            logger.warning(
+                f"the {int(states['epoch'])} epochs before the checkpoint had {self.global_step} steps, and would have "
+                f"{steps} now, as with other batches or another number of processes: a schedule of learning rates "
+                "counts steps, and goes on from where it was"
+            )
         place = (self.config["Global"]["checkpoints"], self.config["Global"]["output_dir"])
         if self.vdl_writer is not None and self.vdl_writer.go_on(states.get("visualdl"), *place):
             self.monitored = states.get("monitored")

@@ -43,8 +43,9 @@ def check_samples(loader: Any, class_num: int | None, split: str, channels: int 
     if len(labels) == 0:
         raise ReparamError(f"DataLoader.{split}: its list of images is empty")
     if len(loader) == 0:
+        each = " of each process" if paddle.distributed.get_world_size() > 1 else ""
         raise ReparamError(
-            f"DataLoader.{split}: {len(labels)} images do not fill one batch; choose a smaller batch_size, or "
+            f"DataLoader.{split}: {len(labels)} images do not fill one batch{each}; choose a smaller batch_size, or "
             "drop_last=False"
         )
     # Where none can be read, the loader would say so from another thread.

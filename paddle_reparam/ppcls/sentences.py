@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -45,7 +46,7 @@ def explained(what: str, wrong_config: bool = False) -> Iterator[None]:
         part = _PARTS[found[-1].f_code.co_name] if found else ""
         reading = next((f for f in frames if f.f_code.co_name == "build_dataloader"), None)
         wrong_list = reading and _wrong_list(reading)
-        if "gloo" in str(error):
+        if re.search("gloo|TCP (connection|receive|send)", str(error)):
             raise ReparamError(
                 f"{what}: another process of this training has ended, or was silent for half a minute; its own output "
                 f"says why ({reason_of(error)})"
