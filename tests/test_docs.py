@@ -21,7 +21,7 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 TEXTS = {
     page.stem: page.read_text(encoding="utf-8")
     for page in PAGES
-    if page.stem not in ("serving", "tasks", "deploy", "compare", "choose", "faces", "machines")
+    if page.stem not in ("serving", "tasks", "deploy", "compare", "choose", "faces", "machines", "segmentation")
     and "```bash" in page.read_text("utf-8")
 }
 PAPERS = sorted(TEXTS.keys() - {"monitor"})

@@ -10,6 +10,7 @@ import reparam
 import segment
 import yaml
 from network_contract import randomise_and_settle
+from pages import ROOT, blocks_of, commands_of, run_here
 from PIL import Image
 from segmentation import SIDE, scenes_config
 
@@ -221,6 +222,33 @@ def test_transforms_that_are_not_known_are_none():
     assert steps_of([{"type": "Padding", "target_size": [9, 9]}, NORMALIZE]) is None
     assert steps_of([{"type": "Resize", "keep_ratio": True}, NORMALIZE]) is None
     assert steps_of(None) is None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def test_the_commands_of_the_page(tmp_path, monkeypatch, capsys):
+    """As they stand there, but for a few small steps on a few of the images."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ppseg_configs").symlink_to(ROOT / "ppseg_configs")
+    page = (ROOT / "docs" / "segmentation.md").read_text(encoding="utf-8")
+    for command in [command for kind, block in blocks_of(page) if kind == "bash" for command in commands_of(block)]:
+        run_here(f"{command} --iters 2 --batch_size 2" if "segment.py train" in command else command)
+        if "prepare_data" in command:
+            for file in (tmp_path / "output" / "scenes" / "train.txt", tmp_path / "output" / "scenes" / "val.txt"):
+                file.write_text("".join(file.read_text().splitlines(keepends=True)[:4]))
+    assert "val_0000.png  " in capsys.readouterr().out
+    assert len(list((tmp_path / "output" / "masks").iterdir())) == 2
+
+
+def test_the_configs_of_the_page_say_what_is_said():
+    refconv, retrain = (
+        Config(str(ROOT / f"ppseg_configs/scenes/bisenet_{name}.yml")).dic for name in ("refconv", "retrain")
+    )
+    assert refconv.pop("Reparam") == {"layer": {"name": "RefConv2D"}}
+    assert refconv == retrain
+    assert (refconv["iters"], refconv["batch_size"]) == (400, 8)
 
 
 def test_classes_are_compared_by_the_share_of_pixels():

@@ -1,4 +1,4 @@
-"""Write the tables of steps, runtimes, int8, comparisons, whole networks and the position prior on the pages of docs/.
+"""Write the tables of steps, runtimes, int8, comparisons, networks, the position prior and scenes on the pages.
 
 A page shows `measured/NAME.json` between the lines `<!-- measured/NAME.json -->` and `<!-- end -->`.
 """
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import comparison_table
 import int8_table
 import position_prior
+import scenes_table
 
 from paddle_reparam.analysis.observe import cell_of
 from paddle_reparam.errors import exit_code
@@ -27,7 +28,7 @@ from paddle_reparam.report import format_markdown
 
 DOCS = Path(__file__).resolve().parents[1]
 #: What this module makes tables of.
-FILES = ("step_*", "ways", "int8", "compare_*", "landscape_*", "field_*", "position_prior")
+FILES = ("step_*", "ways", "int8", "compare_*", "landscape_*", "field_*", "position_prior", "scenes")
 BEGIN, END = "<!-- measured/{}.json -->", "<!-- end -->"
 
 
@@ -63,6 +64,8 @@ def to_markdown(file: Path) -> str:
         return comparison_table.to_markdown(measured)
     if "rows" in measured:
         return f"`{measured['command']}`\n\n{of_rows(measured['rows'])}"
+    if "scenes" in measured:
+        return scenes_table.to_markdown(measured)
     if "position_prior" in measured:
         return position_prior.to_markdown(measured)
     if "networks" in measured:

@@ -64,6 +64,7 @@ def export(given: argparse.Namespace) -> str:
 
 
 def _released(given: argparse.Namespace) -> ReleaseReport:
+    weights = checkpoints.weight_file(given.weights)
     with building(given.config, given.override, without_weights=True) as builder:
         config = builder.config
         model = builder.model
@@ -75,7 +76,6 @@ def _released(given: argparse.Namespace) -> ReleaseReport:
             with paddle.utils.unique_name.guard():
                 stock = type(builder)(config).model
             stock.eval()
-    weights = checkpoints.weight_file(given.weights)
     steps = steps_of(transforms)
     deploy = {
         "model": f"{FILE_NAME}.{given.format}",
