@@ -17,7 +17,8 @@ from paddle_reparam.style import DIGEST, DPI
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 #: The pages with commands and a picture; test_serving.py, test_tasks.py, test_recognition.py, test_deploy.py,
-#: test_choose.py, test_segmentation.py and test_two_processes.py run others, and what has no command describes the project.
+#: test_choose.py, test_segmentation.py and test_two_processes.py run others, and what has no command describes the
+#: project.
 TEXTS = {
     page.stem: page.read_text(encoding="utf-8")
     for page in PAGES
