@@ -333,7 +333,7 @@ def broken():
         (lambda net, folder: export_inference(net.train() or net, folder, SPEC), r"call model.eval\(\)"),
         (lambda net, folder: export_inference(net, folder, SPEC * 2), "cannot be exported: .* positional"),
         (lambda net, folder: export_inference(broken(), folder, SPEC), "Breaks cannot be exported: .*out of order"),
-        (lambda net, folder: OutputSpec("tanh"), "softmax, sigmoid, l2, identity or None"),
+        (lambda net, folder: OutputSpec("tanh"), "softmax, argmax, sigmoid, l2, identity or None"),
         (lambda net, folder: measure(net.train() or net, SPEC), r"call model.eval\(\)"),
     ],
 )
