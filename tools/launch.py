@@ -1,4 +1,4 @@
-"""Run a script of a checkout of PaddleClas or PaddleSeg, unchanged, with the layers and models of this library."""
+"""Run a script of a checkout of PaddleClas, PaddleSeg or PaddleDetection, unchanged, with this library's layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from paddle_reparam import ppcls, ppseg
+from paddle_reparam import ppcls, ppdet, ppseg
 from paddle_reparam.frameworks import scripts
 
 
@@ -24,10 +24,11 @@ def launch(arguments: Sequence[str] | None = None) -> int:
 
 def _setup(script: Path) -> None:
     """Set up what a script is of; one that is of no checkout gets the PaddleClas that is installed."""
-    if (checkout := ppseg.checkout_of(script)) is not None:
-        ppseg.setup(checkout)
-    else:
-        ppcls.setup(ppcls.checkout_of(script))
+    for framework in (ppseg, ppdet):
+        if (checkout := framework.checkout_of(script)) is not None:
+            framework.setup(checkout)
+            return
+    ppcls.setup(ppcls.checkout_of(script))
 
 
 if __name__ == "__main__":

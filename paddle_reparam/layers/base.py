@@ -18,8 +18,8 @@ from ..errors import ReparamError, UnsupportedConv
 from ..forms import is_number
 from ..registry import Registry
 
-#: What PaddleClas calls on a block to fuse it in place: release 2.6 and its own blocks there, release 2.4.
-FUSING_METHODS = ("re_parameterize", "rep")
+#: What fuses a block in place: in PaddleClas 2.6, in PaddleClas 2.4, in PaddleDetection.
+FUSING_METHODS = ("re_parameterize", "rep", "convert_to_deploy")
 
 # What an optimizer reads from a parameter, as `paddle.ParamAttr` sets it: the multiplier of the learning rate, weight
 # decay of its own, gradient clipping, averaging.

@@ -1,15 +1,16 @@
-"""PaddleClas' own blocks that fuse themselves: by this library where it knows what they are made of."""
+"""Blocks of PaddleClas and PaddleDetection that fuse themselves: by this library where it knows their parts."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
 import paddle
 from paddle import nn
 
-from ..arithmetic.geometry import BATCH_NORMS, ConvGeometry
-from ..arithmetic.tensors import type_name
+from ..arithmetic.geometry import BATCH_NORMS, ConvGeometry, is_convolution
+from ..arithmetic.tensors import assign, to_float64, type_name
 from ..errors import ReparamError, UnsupportedConv
 from ..layers.base import FUSING_METHODS, ReparamLayer
 from ..layers.branches import MiddleTap, fuse_branches
@@ -36,16 +37,20 @@ class _Branches(NamedTuple):
 
 
 def fuse_foreign(model: nn.Layer, report: RewriteReport) -> list[nn.Layer]:
-    """Fuse PaddleClas' own blocks in place; return those that fused themselves.
+    """Fuse PaddleClas' and PaddleDetection's own blocks in place; return those that fused themselves.
 
     A block whose branches are known here is fused as the layers of this library are, in float64, and tried with maps:
     its own way may leave out what stands behind its branches, or the dilation. Every other block is asked to fuse
-    itself, by `re_parameterize` (2.6) or `rep` (2.4).
+    itself, by its method among `FUSING_METHODS`, and tried as well. What is inside of it has been fused before. Raises
+    `ReparamError` where it cannot, or is another function then.
     """
     blocks = []
     for layer, paths in list(places_of(model).values()):
         method = next((m for name in FUSING_METHODS if callable(m := getattr(layer, name, None))), None)
         if isinstance(layer, ReparamLayer) or method is None or getattr(layer, "is_repped", False):
+            continue
+        if method.__name__ == "convert_to_deploy" and not holds_norms(layer):
+            # It does not say that it has been converted, and cannot be once more.
             continue
         try:
             count = _fuse_known(layer)
@@ -54,6 +59,8 @@ def fuse_foreign(model: nn.Layer, report: RewriteReport) -> list[nn.Layer]:
         if count:
             report.touched.append((paths[0], f"{type(layer).__name__}: {count} branches -> Conv2D"))
             continue
+        x = _map_for(layer)
+        unfused = None if x is None else _output(layer, x)
         try:
             method()
         except Exception as error:
@@ -61,6 +68,11 @@ def fuse_foreign(model: nn.Layer, report: RewriteReport) -> list[nn.Layer]:
                 f"{paths[0] or type(layer).__name__}: {type(layer).__name__}.{method.__name__}() of "
                 f"{type(layer).__module__} failed: {error}"
             ) from error
+        if unfused is not None and not _is_near(unfused, _output(layer, x)):
+            raise ReparamError(
+                f"{paths[0] or type(layer).__name__}: {type(layer).__name__}.{method.__name__}() of "
+                f"{type(layer).__module__} makes another function of it; leave its convolutions as they are, by where"
+            )
         # Some blocks have the method and, as they were built, nothing to fuse.
         if getattr(layer, "is_repped", True):
             report.touched.append((paths[0], f"{type(layer).__name__}.{method.__name__}()"))
@@ -101,7 +113,23 @@ def _read_dbb(block: nn.Layer) -> _Branches | None:
     return _Branches(parts, "dbb_reparam", names, ["nonlinear"], same)
 
 
-_KNOWN: list[Callable[[nn.Layer], Any]] = [_read_repvgg, _read_depthwise, _read_dbb]
+def _read_weighed(block: nn.Layer) -> _Branches | None:
+    """Read a RepVGG block of PaddleDetection: act(conv1 + alpha * conv2), where there is an alpha."""
+    names = ["conv1", "conv2"]
+    parts = [part for name in names if isinstance(part := getattr(block, name, None), nn.Layer)]
+    if len(parts) < 2 or not hasattr(block, "convert_to_deploy") or not hasattr(parts[1], "bn"):
+        return None
+    # An alpha of zero is left out there, and not what it weighs.
+    alpha = float(block.alpha) if getattr(block, "alpha", None) is not None else 0.0
+    if alpha:
+        bn = copy.deepcopy(parts[1].bn)
+        for weight in (bn.weight, bn.bias):
+            assign(weight, alpha * to_float64(weight))
+        parts[1] = nn.Sequential(("conv", parts[1].conv), ("bn", bn))
+    return _Branches(parts, "conv", names, [])
+
+
+_KNOWN: list[Callable[[nn.Layer], Any]] = [_read_repvgg, _read_depthwise, _read_dbb, _read_weighed]
 
 
 def _fuse_known(block: nn.Layer) -> int:
@@ -110,8 +138,7 @@ def _fuse_known(block: nn.Layer) -> int:
     if branches is None or not (branches.same or _meet(branches.parts)):
         return 0
     conv = branches.same.fuse() if branches.same else fuse_branches(branches.parts)
-    shape = [2, conv._in_channels, _SIDE, _SIDE]
-    x = paddle.to_tensor(np.random.default_rng(0).standard_normal(shape).astype(type_name(conv.weight)))
+    x = _map_for(conv)
     before, unfused = dict(block._sub_layers), _output(block, x)
     setattr(block, branches.fused_as, conv)
     behind = [name for name in branches.behind if isinstance(before.get(name), nn.Layer)]
@@ -122,9 +149,7 @@ def _fuse_known(block: nn.Layer) -> int:
         if isinstance(before.get(name), nn.Layer):
             setattr(block, name, nn.Identity())
     block.is_repped = True
-    fused = _output(block, x)
-    tolerance = _TOLERANCES.get(type_name(conv.weight), 0.0)
-    if unfused is not None and fused is not None and relative_difference([unfused], [fused]) <= tolerance:
+    if unfused is not None and _is_near(unfused, _output(block, x)):
         return len(branches.parts)
     # It does more than its parts tell.
     block._sub_layers.clear()
@@ -153,6 +178,25 @@ def _meet(parts: list[nn.Layer]) -> bool:
         and not any(tap.more + tap.less)
         for each, tap in zip(geometries, taps)
     )
+
+
+def holds_norms(block: nn.Layer) -> bool:
+    """Tell whether some layer in a block is a BN."""
+    return any(isinstance(layer, BATCH_NORMS) for _, layer in walk(block))
+
+
+def _map_for(block: nn.Layer) -> paddle.Tensor | None:
+    """Return a map to try a block with, None where it has no convolution that says of how many channels."""
+    conv = next((layer for _, layer in walk(block) if is_convolution(layer)), None)
+    if conv is None:
+        return None
+    shape = [2, conv._in_channels, _SIDE, _SIDE]
+    return paddle.to_tensor(np.random.default_rng(0).standard_normal(shape).astype(type_name(conv.weight)))
+
+
+def _is_near(unfused: paddle.Tensor, fused: paddle.Tensor | None) -> bool:
+    tolerance = _TOLERANCES.get(type_name(unfused), 0.0)
+    return fused is not None and relative_difference([unfused], [fused]) <= tolerance
 
 
 def _output(block: nn.Layer, x: paddle.Tensor) -> paddle.Tensor | None:
