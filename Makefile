@@ -39,8 +39,8 @@ $(VENV)/.ready: requirements.txt pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r $(VENV)/requirements.txt -e .
 	touch $@
 
-COMPILE = uv pip compile --universal --python-version 3.9 --extra ppcls --extra seg --extra onnx --extra openvino --extra test \
-	--upgrade --no-annotate --no-header --no-emit-index-url pyproject.toml -
+COMPILE = uv pip compile --universal --python-version 3.9 --extra ppcls --extra seg --extra det --extra onnx \
+	--extra openvino --extra test --upgrade --no-annotate --no-header --no-emit-index-url pyproject.toml -
 
 lock:
 	$(PYTHON) -m venv .venv-lock

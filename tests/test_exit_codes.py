@@ -16,6 +16,7 @@ from paddle_reparam.errors import MissingFile, ReparamError, exit_code
 
 ROOT = Path(__file__).resolve().parents[1]
 SCENES = str(ROOT / "ppseg_configs/scenes/bisenet_plain.yml")
+BOXES = str(ROOT / "ppdet_configs/scenes/yolov3_plain.yml")
 CONFIG = str(ROOT / "ppcls_configs/digits/refconv/PPLCNet_x0_25.yaml")
 
 
@@ -112,6 +113,13 @@ WRONG = [
     ("segment", "export --output out --weights garbage -c missing.yml", 2),
     ("segment", f"export --output out -c {SCENES} --weights missing", 2),
     ("predict", "missing list.json --masks out", 2),
+    *[("detect", f"{mode} -c {file}", 2)
+      for mode in ("train", "eval --weights x") for file in ("missing.yml", "folder", "empty", "garbage.yaml")],
+    ("detect", f"train -c {BOXES} -o TrainReader", 2),
+    ("detect", f"train -c {BOXES} -o epohc=3", 2),
+    ("detect", f"train -c {BOXES} -o Reparam.layer=3 -o TrainDataset.dataset_dir=folder", 1),
+    ("detect", f"train -c {BOXES}", 1),
+    ("detect", f"eval -c {BOXES} --weights missing", 2),
     ("quickstart", "--epochs 0", 2),
     ("quickstart", "--output taken/x", 1),
     ("launch", "missing.py", 2),
