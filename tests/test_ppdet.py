@@ -133,7 +133,7 @@ def test_a_section_that_says_nothing(tmp_path, section):
 
 
 def test_layers_are_told_of_the_epochs(tmp_path):
-    network = trainer(tmp_path, Reparam={"layer": {"name": "DYConv2D"}, "where": ["neck.transition*"]}).model
+    network = trainer(tmp_path, Reparam={"layer": {"name": "DYConv2D"}, "where": ["neck.yolo_transition*"]}).model
     layer = next(each for each in network.sublayers() if isinstance(each, ReparamLayer))
     told = []
     layer.start_epoch = told.append

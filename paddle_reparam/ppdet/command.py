@@ -136,6 +136,11 @@ def reading(path: str, override: list[str]) -> Iterator[dict[str, Any]]:
         config = _read(path, override)
         try:
             check_config(config)
+            config.setdefault("save_dir", "output")
+            if not config.get("output_eval"):
+                # Otherwise it writes the boxes that it found into the folder that the command is run in.
+                config["output_eval"] = os.path.join(config["save_dir"], config["filename"])
+                os.makedirs(config["output_eval"], exist_ok=True)
             yield config
         except ReparamError:
             raise
