@@ -16,7 +16,9 @@ from paddle import nn
 from paddle_reparam import ppdet as of_library
 from paddle_reparam.errors import CheckpointError, ReparamError, UsageError
 from paddle_reparam.layers.base import ReparamLayer
+from paddle_reparam.surgery.places import copy_model
 from paddle_reparam.surgery.rewrite import reparameterize, replace
+from paddle_reparam.surgery.verify import verify
 from paddle_reparam.weights import checkpoints
 
 ppdet = of_library.setup()
@@ -30,6 +32,7 @@ from ppdet.utils import checkpoint  # noqa: E402
 
 from paddle_reparam.ppdet import averages, mends  # noqa: E402
 from paddle_reparam.ppdet.command import reading  # noqa: E402
+from paddle_reparam.ppdet.heads import UpToHeads  # noqa: E402
 
 
 def run(*arguments):
@@ -41,9 +44,9 @@ def run(*arguments):
 
 
 def test_a_second_setup_changes_nothing():
-    forward = ppdet.modeling.architectures.BaseArch.forward
+    get_loss = ppdet.modeling.architectures.YOLOv3.get_loss
     assert of_library.setup() is ppdet
-    assert ppdet.modeling.architectures.BaseArch.forward is forward
+    assert ppdet.modeling.architectures.YOLOv3.get_loss is get_loss
 
 
 def test_nothing_is_left_to_mend():
@@ -230,6 +233,63 @@ def test_their_own_way_leaves_no_layer_out():
     block.eval()
     with pytest.raises(ReparamError, match="leave out the RefConv2D"):
         block.convert_to_deploy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole networks
+
+SPEC = [[None, 3, 64, 64]]
+CASCADE = {
+    "architecture": "CascadeRCNN",
+    "CascadeRCNN": {
+        "backbone": "ResNet", "neck": "FPN", "rpn_head": "RPNHead", "bbox_head": "CascadeHead",
+        "bbox_post_process": "BBoxPostProcess",
+    },
+    "CascadeHead": {
+        "head": "CascadeTwoFCHead", "bbox_assigner": "BBoxAssigner", "roi_extractor": {"resolution": 7},
+    },
+    "CascadeTwoFCHead": {"out_channel": 16},
+    "BBoxPostProcess": {"decode": {"name": "RCNNBox", "prior_box_var": [30.0, 30.0, 15.0, 15.0]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sections", "layer"),
+    [
+        ("ppyoloe_plain", {"CSPResNet": {"layers": [1, 1, 1]}}, "RefConv2D"),
+        ("faster_rcnn_plain", CASCADE, "RefConv2D"),
+        ("faster_rcnn_slak_micro", {}, None),
+    ],
+)
+def test_a_detector_is_the_same_up_to_its_heads(recipe, sections, layer, tmp_path):
+    with reading(str(detection_config(tmp_path, recipe, **sections)), []) as config:
+        detector = create(config["architecture"])
+    for conv in detector.sublayers():
+        if isinstance(conv, nn.Conv2D) and float(conv.weight.abs().max()) == 0:
+            # As the last ones of a head start.
+            conv.weight.set_value(paddle.randn(conv.weight.shape) * 0.1)
+    randomise_batch_norms(detector, seed=1)
+    detector.eval()
+    network = UpToHeads(detector)
+    plain = copy_model(network)
+    if layer is not None:
+        replace(detector, layer, init="zero")
+        assert verify(plain, network, SPEC, batches=1).relative_error == 0
+    fused, report = reparameterize(network, fold_bn=True, input_spec=SPEC)
+    assert "BNs" not in report.left_over
+    assert verify(network, fused, SPEC, batches=1).passed
+    # What was proven is the detector itself, which goes on as one.
+    whole = {
+        "image": paddle.randn([1, 3, 64, 64]),
+        "im_shape": paddle.full([1, 2], 64.0),
+        "scale_factor": paddle.ones([1, 2]),
+    }
+    assert set(fused.detector(whole)) >= {"bbox", "bbox_num"}
+
+
+def test_no_detector_has_no_heads():
+    with pytest.raises(ReparamError, match="Linear is no detector"):
+        UpToHeads(nn.Linear(1, 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

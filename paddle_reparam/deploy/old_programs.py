@@ -47,7 +47,8 @@ def old_programs() -> Iterator[None]:
         changes.enter_context(paddle.pir_utils.DygraphOldIrGuard())
         for name, operator in _operators().items():
             if hasattr(Variable, name):
-                changes.enter_context(patch.object(Variable, name, operator))
+                # What is traced is not to be rewritten once more.
+                changes.enter_context(patch.object(Variable, name, paddle.jit.not_to_static(operator)))
             own = getattr(paddle._C_ops, name)
             changes.enter_context(patch.object(paddle._C_ops, name, _either(own, operator)))
         yield

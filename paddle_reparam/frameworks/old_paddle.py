@@ -22,7 +22,10 @@ class OldPaddle:
 
     @staticmethod
     def concat(tensors: Sequence[paddle.Tensor], axis: int = 0) -> paddle.Tensor:
-        return paddle.concat([_with_a_dimension(tensor) for tensor in tensors], axis)
+        # In a program that is traced it may be one array of tensors, which has no end.
+        if isinstance(tensors, (list, tuple)):
+            tensors = [_with_a_dimension(tensor) for tensor in tensors]
+        return paddle.concat(tensors, axis)
 
     @staticmethod
     def to_tensor(*args: Any, **kwargs: Any) -> paddle.Tensor:

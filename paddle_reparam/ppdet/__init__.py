@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
+from ..arithmetic.layer_norm import mend_layer_norm
 from ..frameworks.scripts import folder_above, load
 from ..measure.processors import let_amd_multiply_fast
 
@@ -26,6 +27,7 @@ def setup(checkout: str | os.PathLike[str] | None = None) -> ModuleType:
     PaddleDetection of a `checkout`, or else the one that is installed. Raises `ReparamError` where there is none.
     """
     let_amd_multiply_fast()
+    mend_layer_norm()
     ppdet = load("ppdet", ["ppdet.engine"], "PaddleDetection", _INSTALL, checkout)
     if not hasattr(ppdet, "_paddle_reparam"):
         from . import averages, backbones, loading, mends, section

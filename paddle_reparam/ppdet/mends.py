@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import paddle
 from ppdet.data import reader
-from ppdet.modeling.architectures.meta_arch import BaseArch
 from ppdet.modeling.assigners import TaskAlignedAssigner
 from ppdet.modeling.proposal_generator import RPNHead
 from ppdet.utils.logger import logger_initialized
@@ -71,13 +70,16 @@ def _assigners_mix_integers() -> bool:
 
 
 def _mend_types() -> None:
-    BaseArch.forward = computed_as_before(BaseArch.forward)
-    # Distillation and semi-supervised training call these themselves.
+    """Let the left side decide in what is computed in training alone; what is exported stays as it is written."""
     for name, module in list(sys.modules.items()):
-        if name.startswith("ppdet.modeling.assigners."):
-            for value in list(vars(module).values()):
-                if isinstance(value, type) and value.__module__ == name and "forward" in vars(value):
-                    value.forward = computed_as_before(value.forward)
+        method = _IN_TRAINING.get(name.rpartition(".")[0])
+        for value in list(vars(module).values()) if method else ():
+            if isinstance(value, type) and value.__module__ == name and method in vars(value):
+                setattr(value, method, computed_as_before(vars(value)[method]))
+
+
+#: Where the classes are of which a method runs in training alone; distillation calls some assigners itself.
+_IN_TRAINING = {"ppdet.modeling.architectures": "get_loss", "ppdet.modeling.assigners": "forward"}
 
 
 def _numbers_have_no_dimension() -> bool:
