@@ -114,7 +114,10 @@ WRONG = [
     ("segment", f"export --output out -c {SCENES} --weights missing", 2),
     ("predict", "missing list.json --masks out", 2),
     *[("detect", f"{mode} -c {file}", 2)
-      for mode in ("train", "eval --weights x") for file in ("missing.yml", "folder", "empty", "garbage.yaml")],
+      for mode in ("train", "eval --weights x", "export --weights garbage --output out")
+      for file in ("missing.yml", "folder", "empty", "garbage.yaml")],
+    ("detect", f"export -c {BOXES} --weights missing --output out", 2),
+    ("detect", f"export -c {BOXES} --weights missing --output taken", 2),
     ("detect", f"train -c {BOXES} -o TrainReader", 2),
     ("detect", f"train -c {BOXES} -o epohc=3", 2),
     ("detect", f"train -c {BOXES} -o Reparam.layer=3 -o TrainDataset.dataset_dir=folder", 1),

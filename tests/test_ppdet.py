@@ -30,7 +30,7 @@ from ppdet.modeling.backbones.mobileone import MobileOneBlock  # noqa: E402
 from ppdet.optimizer import ModelEMA  # noqa: E402
 from ppdet.utils import checkpoint  # noqa: E402
 
-from paddle_reparam.ppdet import averages, mends  # noqa: E402
+from paddle_reparam.ppdet import averages, exporting, mends  # noqa: E402
 from paddle_reparam.ppdet.command import reading  # noqa: E402
 from paddle_reparam.ppdet.heads import UpToHeads  # noqa: E402
 
@@ -300,7 +300,7 @@ def test_no_detector_has_no_heads():
 def trained(tmp_path_factory):
     """A config with an average of the weights, and where its network was trained for an epoch."""
     folder = tmp_path_factory.mktemp("trained")
-    config = detection_config(folder, "ppyoloe_plain", use_ema=True)
+    config = detection_config(folder, "ppyoloe_plain", CSPResNet={"layers": [1, 1, 1]})
     assert run("train", "-c", config) == 0
     return config, folder / "out" / "config"
 
@@ -328,7 +328,11 @@ def test_a_second_stage_and_a_training_that_goes_on(trained, tmp_path, capsys):
     config, folder = trained
     where = {**REFCONV, "where": ["backbone.*", "neck.*"]}
     second = detection_config(
-        tmp_path, "ppyoloe_plain", Reparam=where, pretrain_weights=str(folder / "model_final.pdparams")
+        tmp_path,
+        "ppyoloe_plain",
+        Reparam=where,
+        CSPResNet={"layers": [1, 1, 1]},
+        pretrain_weights=str(folder / "model_final.pdparams"),
     )
     assert run("train", "-c", second) == 0
     saved = tmp_path / "out" / "config" / "model_final"
@@ -343,9 +347,43 @@ def test_a_second_stage_and_a_training_that_goes_on(trained, tmp_path, capsys):
     assert "does not fit" in capsys.readouterr().err
 
 
+def test_export(trained, tmp_path, capsys, monkeypatch):
+    """Boxes and all, with a layer inside of blocks of theirs; what hardly finds anything proves nothing."""
+    config, folder = trained
+    output, weights = tmp_path / "shipped", tmp_path / "refconv.pdparams"
+    section = "Reparam={layer: {name: RefConv2D, init: zero}, where: [backbone.*, neck.*]}"
+    arguments = ["export", "-c", config, "-o", section, "--weights", weights, "--output", output, "--images", 2]
+    with reading(str(config), [section]) as read:
+        network = Trainer(read, mode="test").model
+    checkpoint.load_pretrain_weight(network, str(folder / "best_model.pdparams"))
+    generator = np.random.default_rng(0)
+    state = network.state_dict()
+    for name, value in state.items():
+        if name.endswith("convmap.weight"):
+            value.set_value(generator.normal(0, 0.1, value.shape).astype("float32"))
+    checkpoints.save(state, weights)
+    assert run(*arguments) == 1
+    assert "would prove nothing" in capsys.readouterr().err
+    assert not output.exists()
+    monkeypatch.setattr(exporting, "_SCORE", 0.0)
+    assert run(*arguments) == 0
+    assert "100.0% of" in capsys.readouterr().out
+    assert {"model.pdmodel", "model.pdiparams", "infer_cfg.yml"} <= {file.name for file in output.iterdir()}
+    assert run(*arguments) == 2
+
+
+def test_boxes_are_the_same():
+    box = np.array([[3, 0.9, 10, 10, 20, 20]])
+    others = box + np.array([[0, 0, 0.05, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0.01, 0, 0, 0, 0], [0, 0, 0, 0, 0.2, 0]])
+    assert [exporting._count_same(box, other[None]) for other in others] == [1, 0, 0, 0]
+    assert [exporting._count(box), exporting._count(np.zeros([0, 6])), exporting._count(0.01 * box)] == [1, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
+        (["export", "-c", "CONFIG", "--weights", "none", "--output", "x"], 2, "there is no weight file none"),
+        (["export", "-c", "CONFIG", "--weights", "none", "--output", "x", "--images", "0"], 2, "it is 1 or more"),
         (["train", "-c", "none.yml"], 2, "there is no config none.yml"),
         (["eval", "-c", "CONFIG", "--weights", "none"], 2, "there is no weight file none"),
         (["train", "-c", "CONFIG", "-o", "TrainReader.batch_size=100"], 1, "do not fill a batch of 100"),

@@ -30,7 +30,7 @@ def setup(checkout: str | os.PathLike[str] | None = None) -> ModuleType:
     mend_layer_norm()
     ppdet = load("ppdet", ["ppdet.engine"], "PaddleDetection", _INSTALL, checkout)
     if not hasattr(ppdet, "_paddle_reparam"):
-        from . import averages, backbones, loading, mends, section
+        from . import averages, backbones, exporting, loading, mends, section
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -39,5 +39,6 @@ def setup(checkout: str | os.PathLike[str] | None = None) -> ModuleType:
         loading.register()
         backbones.register()
         section.register()
+        exporting.register()
         ppdet._paddle_reparam = True
     return ppdet

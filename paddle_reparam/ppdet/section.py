@@ -1,38 +1,27 @@
-"""The section `Reparam` of a config of PaddleDetection: put in wherever the network is built, fused where it ships."""
+"""The section `Reparam` of a config of PaddleDetection: put in wherever the network is built."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from paddle import nn
 from ppdet.core.workspace import create, global_config
-from ppdet.engine import Trainer
 from ppdet.modeling.architectures.meta_arch import BaseArch
 from ppdet.utils.logger import setup_logger
 
-from ..errors import ReparamError
 from ..frameworks.section import SECTION, changes_with_epochs, put_layers_in
-from ..layers.base import ReparamLayer
-from ..surgery import rewrite
-from ..surgery.foreign import holds_norms
-from ..surgery.tracing import walk
 from ..training.epochs import start_epoch
 
 _log = setup_logger("ppdet.engine").info
 
 
 def register() -> None:
-    """Let a trainer of PaddleDetection build what the section of a config asks for, and export it fused."""
+    """Let a trainer of PaddleDetection build what the section of a config asks for, in whatever script builds it."""
     for name, module in list(sys.modules.items()):
         if name.startswith("ppdet.engine.") and vars(module).get("create") is create:
             module.create = _create
-        for value in list(vars(module).values()) if name.startswith("ppdet.modeling.") else ():
-            if isinstance(value, type) and value.__module__ == name and "convert_to_deploy" in vars(value):
-                value.convert_to_deploy = _whole_and_once(value.convert_to_deploy)
-    Trainer.export = _fused_before(Trainer.export)
 
 
 @functools.wraps(create)
@@ -57,34 +46,3 @@ def _tell_epochs(network: nn.Layer) -> None:
             start_epoch(layer, epoch + 1)
 
     network.register_forward_pre_hook(tell)
-
-
-def _fused_before(export: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the export of a trainer, whose network is fused first: its own way leaves these layers out."""
-
-    @functools.wraps(export)
-    def fused(self: Any, *arguments: Any, **options: Any) -> Any:
-        if any(isinstance(layer, ReparamLayer) for _, layer in walk(self.model)):
-            self.model.eval()
-            self.model, report = rewrite.reparameterize(self.model)
-            _log(f"fused:\n{report}")
-        return export(self, *arguments, **options)
-
-    return fused
-
-
-def _whole_and_once(convert: Callable[[nn.Layer], None]) -> Callable[[nn.Layer], None]:
-    """Return a block's way to fuse itself, which reads a kernel from whatever stands in a convolution's place."""
-
-    @functools.wraps(convert)
-    def convert_to_deploy(self: nn.Layer) -> None:
-        layer = next((layer for _, layer in walk(self) if isinstance(layer, ReparamLayer)), None)
-        if layer is not None:
-            raise ReparamError(
-                f"{type(self).__name__}.convert_to_deploy() would leave out the {type(layer).__name__} inside of it; "
-                "fuse the network by reparameterize, which fuses both"
-            )
-        if holds_norms(self):
-            convert(self)
-
-    return convert_to_deploy
