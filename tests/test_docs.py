@@ -17,13 +17,15 @@ from paddle_reparam.style import DIGEST, DPI
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 #: The pages with commands and a picture; test_serving.py, test_tasks.py, test_recognition.py, test_deploy.py,
-#: test_choose.py, test_segmentation.py and test_two_processes.py run others, and what has no command describes the
-#: project.
+#: test_choose.py, test_ppdet.py, test_segmentation.py and test_two_processes.py run others, and what has no command
+#: describes the project.
+_ELSEWHERE = (
+    "serving", "tasks", "deploy", "compare", "choose", "detection", "faces", "machines", "segmentation",
+)  # fmt: skip
 TEXTS = {
     page.stem: page.read_text(encoding="utf-8")
     for page in PAGES
-    if page.stem not in ("serving", "tasks", "deploy", "compare", "choose", "faces", "machines", "segmentation")
-    and "```bash" in page.read_text("utf-8")
+    if page.stem not in _ELSEWHERE and "```bash" in page.read_text("utf-8")
 }
 PAPERS = sorted(TEXTS.keys() - {"monitor"})
 #: Page -> what it draws of a whole network.

@@ -1,6 +1,8 @@
 """PaddleDetection with this library in it: mended, backbones, layers by its configs, strict weights, fused blocks."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +11,11 @@ import detect
 import numpy as np
 import paddle
 import pytest
+import yaml
 from detection import detection_config
 from helpers import randomise_batch_norms, relative_error
 from paddle import nn
+from pages import ROOT, blocks_of, commands_of
 
 from paddle_reparam import ppdet as of_library
 from paddle_reparam.errors import CheckpointError, ReparamError, UsageError
@@ -443,3 +447,42 @@ def test_a_script_of_a_checkout_runs_as_it_stands(tmp_path):
     assert done.returncode == 0, done.stderr
     saved = checkpoints.load(tmp_path / "out" / "config" / "model_final.pdparams")
     assert any(name.endswith(".convmap.weight") for name in saved)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+PAGE = (ROOT / "docs" / "detection.md").read_text(encoding="utf-8")
+
+
+def test_the_page_trains_by_recipes_that_are_there(tmp_path):
+    commands = [shlex.split(each) for kind, block in blocks_of(PAGE) if kind == "bash" for each in commands_of(block)]
+    assert len(commands) == 6
+    saved = set()
+    for _, script, kind, *arguments in commands:
+        assert (ROOT / script).is_file()
+        if kind == "scenes":
+            continue
+        recipe = ROOT / arguments[arguments.index("-c") + 1]
+        with reading(str(recipe), []) as config:
+            folder = f"{config['save_dir']}/{config['filename']}"
+            pretrained = config.get("pretrain_weights")
+            section = config.get("Reparam")
+        assert pretrained is None or pretrained.removesuffix("/best_model.pdparams") in saved
+        if kind == "train":
+            saved.add(folder)
+        else:
+            assert arguments[arguments.index("--weights") + 1] == f"{folder}/best_model"
+    [written] = [yaml.safe_load(block) for kind, block in blocks_of(PAGE) if kind == "yaml"]
+    assert written == {"pretrain_weights": pretrained, "Reparam": section}
+
+
+def test_the_program_of_the_page(tmp_path, monkeypatch, capsys):
+    [program] = [block for kind, block in blocks_of(PAGE) if kind == "python"]
+    config = detection_config(tmp_path, MobileNet={"scale": 0.25})
+    program = program.replace("ppdet_configs/scenes/yolov3_plain.yml", str(config))
+    with reading(str(config), []):
+        exec(compile(program, "detection.md", "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert "RefConv2D -> Conv2D" in printed
+    assert re.search(r"^yes", printed, re.M)
