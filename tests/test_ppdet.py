@@ -376,6 +376,13 @@ def test_export(trained, tmp_path, capsys, monkeypatch):
     assert run(*arguments) == 2
 
 
+def test_a_detector_of_two_stages_is_not_exported(tmp_path, capsys):
+    config, weights = detection_config(tmp_path, "faster_rcnn_slak_micro"), tmp_path / "any.pdparams"
+    checkpoints.save({"any": paddle.zeros([1])}, weights)
+    assert run("export", "-c", config, "--weights", weights, "--output", tmp_path / "out") == 1
+    assert "FasterRCNN proposes boxes first" in capsys.readouterr().err
+
+
 def test_boxes_are_the_same():
     box = np.array([[3, 0.9, 10, 10, 20, 20]])
     others = box + np.array([[0, 0, 0.05, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 0.01, 0, 0, 0, 0], [0, 0, 0, 0, 0.2, 0]])
@@ -396,6 +403,8 @@ def test_boxes_are_the_same():
         (["train", "-c", "CONFIG", "-o", "epohc=3"], 2, "has 'epohc'"),
         (["train", "-c", "CONFIG", "-o", "architecture=Nothing"], 2, "Nothing"),
         (["train", "-c", "CONFIG", "-o", "TrainDataset.dataset_dir=none"], 1, "none"),
+        (["train", "-c", "CONFIG", "-o", "EvalDataset.anno_path=none.json"], 1, "EvalDataset: there is no file"),
+        (["train", "-c", "CONFIG", "-o", "EvalDataset.anno=none.json"], 2, "EvalDataset has no 'anno'"),
         (["train", "-c", "CONFIG", "-o", "pretrain_weights=none"], 2, "there is no weight file none"),
     ],
 )

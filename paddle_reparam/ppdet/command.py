@@ -109,12 +109,10 @@ def _check_boxes(config: dict[str, Any], part: str) -> None:
     from ppdet.core.workspace import create
 
     dataset = create(f"{part}Dataset")()
-    dataset.check_or_download_dataset()
     path = os.path.join(dataset.dataset_dir, dataset.anno_path or "")
-    if not os.path.isfile(path):
-        raise ReparamError(
-            f"{part}Dataset: there is no file {path}; make the data set, or name it as -o {part}Dataset..."
-        )
+    # Where the folder is missing too, PaddleDetection may know where to get it from.
+    if os.path.isdir(dataset.dataset_dir) and not os.path.isfile(path):
+        raise ReparamError(f"{part}Dataset: there is no file {path}; make the data set, or name it by anno_path")
 
 
 @contextlib.contextmanager

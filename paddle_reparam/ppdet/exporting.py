@@ -135,6 +135,11 @@ def export(given: argparse.Namespace) -> ExportReport:
         config["EvalReader"]["batch_size"] = 1
         images = Trainer(config, mode="eval").loader
         trainer = Trainer(config, mode="test")
+        if hasattr(trainer.model, "rpn_head"):
+            raise ReparamError(
+                f"{given.config}: {type(trainer.model).__name__} proposes boxes first, and Paddle cannot trace what it "
+                "does with their numbers; export a detector of one stage"
+            )
         trainer.load_weights(weights)
         trainer.model.eval()
         spec = [[None, *shape[-3:]]]
