@@ -41,15 +41,16 @@ def fuse_foreign(model: nn.Layer, report: RewriteReport) -> list[nn.Layer]:
 
     A block whose branches are known here is fused as the layers of this library are, in float64, and tried with maps:
     its own way may leave out what stands behind its branches, or the dilation. Every other block is asked to fuse
-    itself, by its method among `FUSING_METHODS`, and tried as well. What is inside of it has been fused before. Raises
-    `ReparamError` where it cannot, or is another function then.
+    itself, by its method among `FUSING_METHODS`; those of PaddleDetection are tried as well. What is inside of it has
+    been fused before. Raises `ReparamError` where it cannot, or is another function then.
     """
     blocks = []
     for layer, paths in list(places_of(model).values()):
         method = next((m for name in FUSING_METHODS if callable(m := getattr(layer, name, None))), None)
         if isinstance(layer, ReparamLayer) or method is None or getattr(layer, "is_repped", False):
             continue
-        if method.__name__ == "convert_to_deploy" and not holds_norms(layer):
+        converts = method.__name__ == "convert_to_deploy"
+        if converts and not holds_norms(layer):
             # It does not say that it has been converted, and cannot be once more.
             continue
         try:
@@ -59,7 +60,8 @@ def fuse_foreign(model: nn.Layer, report: RewriteReport) -> list[nn.Layer]:
         if count:
             report.touched.append((paths[0], f"{type(layer).__name__}: {count} branches -> Conv2D"))
             continue
-        x = _map_for(layer)
+        # It forgets the bias of a convolution, which what is inside may have been fused to.
+        x = _map_for(layer) if converts else None
         unfused = None if x is None else _output(layer, x)
         try:
             method()
