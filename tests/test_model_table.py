@@ -27,7 +27,7 @@ def rows_of(text: str) -> dict[tuple[str, ...], list[str]]:
 
 
 def blank_row(name: str, published: Published) -> catalogue.Row:
-    return catalogue.Row(name, published, 0, 0, 0, 0, 0, "")
+    return catalogue.Row(name, published, 0, catalogue.Sizes(0, 0, 0, 0, ""))
 
 
 ROWS = rows_of(TEXT)

@@ -26,18 +26,32 @@ _SMALL = 64
 
 
 @dataclass(frozen=True)
-class Row:
-    """One network of the catalogue, sizes in numbers and multiply-adds per image."""
+class Sizes:
+    """A network in train form and fused, in numbers and multiply-adds per image."""
 
-    name: str
-    published: Published
     parameters: int
     fused_parameters: int
-    nonzero_parameters: int
     macs: int
     fused_macs: int
     #: What fusing put in the place of what, with counts.
     fusing: str
+
+    def cells(self) -> list[str]:
+        """Return millions of parameters and of multiply-adds, each in train form and fused."""
+        return [
+            millions(self.parameters, 3), millions(self.fused_parameters, 3),
+            millions(self.macs, 1), millions(self.fused_macs, 1),
+        ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One network of the catalogue."""
+
+    name: str
+    published: Published
+    nonzero_parameters: int
+    sizes: Sizes
 
 
 def networks() -> list[tuple[str, Published]]:
@@ -49,31 +63,28 @@ def measure_network(name: str, published: Published) -> Row:
     """Build a network in train form, fuse it, and count both."""
     with paddle.utils.unique_name.guard():
         model = create_model(name, **published.options)
-    model.eval()
-    spec = [[None, 3, published.input_size, published.input_size]]
-    train = measure(model, spec)
     maskable = sum(math.prod(place.parameter.shape) for place in eligible(model)[0])
-    fused, report = _fuse(model, published.input_size)
+    sizes = sizes_of(model, (published.input_size, published.input_size))
+    return Row(name, published, round(sizes.parameters - published.sparsity * maskable), sizes)
+
+
+def sizes_of(model: nn.Layer, image: tuple[int, int]) -> Sizes:
+    """Count a network in train form and what fusing makes of it, for images of a height and width."""
+    model.eval()
+    spec = [[None, 3, *image]]
+    train = measure(model, spec)
+    fused, report = _fuse(model, image)
     size = measure(fused, spec)
-    return Row(
-        name=name,
-        published=published,
-        parameters=train.parameters,
-        fused_parameters=size.parameters,
-        nonzero_parameters=round(train.parameters - published.sparsity * maskable),
-        macs=train.macs_per_image,
-        fused_macs=size.macs_per_image,
-        fusing=_summary(report),
-    )
+    return Sizes(train.parameters, size.parameters, train.macs_per_image, size.macs_per_image, _summary(report))
 
 
-def _fuse(model: nn.Layer, size: int) -> tuple[nn.Layer, RewriteReport]:
-    if size > _SMALL:
+def _fuse(model: nn.Layer, image: tuple[int, int]) -> tuple[nn.Layer, RewriteReport]:
+    if min(image) > _SMALL:
         try:
             return reparameterize(model, fold_bn=True, input_spec=[[None, 3, _SMALL, _SMALL]])
         except ReparamError:
             pass  # It takes images of its own size only.
-    return reparameterize(model, fold_bn=True, input_spec=[[None, 3, size, size]])
+    return reparameterize(model, fold_bn=True, input_spec=[[None, 3, *image]])
 
 
 def _summary(report: RewriteReport) -> str:
@@ -92,7 +103,8 @@ def configs_of(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def _millions(number: int, digits: int) -> str:
+def millions(number: int, digits: int) -> str:
+    """Return a number in millions."""
     return f"{number / 1e6:.{digits}f}"
 
 
@@ -106,11 +118,11 @@ def to_markdown(rows: list[Row], configs: Mapping[str, list[str]], measured: Map
     for row in rows:
         published = row.published
         options = ", ".join(f"{key}={value}" for key, value in published.options.items())
-        same = row.nonzero_parameters == row.parameters
+        parameters, fused, macs, fused_macs = row.sizes.cells()
+        same = row.nonzero_parameters == row.sizes.parameters
         lines.append([
-            row.name, f"`{options}`" if options else "", str(published.input_size), _millions(row.parameters, 3),
-            _millions(row.fused_parameters, 3), "" if same else _millions(row.nonzero_parameters, 3),
-            _millions(row.macs, 1), _millions(row.fused_macs, 1), row.fusing,
+            row.name, f"`{options}`" if options else "", str(published.input_size), parameters, fused,
+            "" if same else millions(row.nonzero_parameters, 3), macs, fused_macs, row.sizes.fusing,
             "" if published.top1 is None else f"{published.top1:.2f}", published.source,
             "" if options else _measured(measured.get(row.name)),
             " ".join(f"[{path.split('/')[0]}](../ppcls_configs/{path})" for path in configs.get(row.name, [])),
