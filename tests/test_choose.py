@@ -6,13 +6,16 @@ import re
 import paddle
 import pytest
 from pages import ROOT, blocks_of, commands_of, cut_short, keep_few, named_files, run_here
+from PIL import Image
 
 from paddle_reparam import list_layers
+from paddle_reparam.analysis.comparison import ComparisonReport
 from paddle_reparam.deploy import checks
 from paddle_reparam.deploy.runtimes import proving
 from paddle_reparam.measure import timing
 from paddle_reparam.ppcls import costs
 from paddle_reparam.registry import get_layer
+from paddle_reparam.style import DIGEST, digest_of
 
 PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("choose", "compare")}
 ROWS = {
@@ -66,3 +69,16 @@ def test_what_ships_as_one_convolution_does():
 @pytest.mark.parametrize("page", PAGES)
 def test_the_page_names_files_that_are_there(page):
     assert not [name for name in named_files(PAGES[page]) if not (ROOT / name).exists()]
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "docs" / "measured").glob("compare_*.json")), ids=lambda file: file.stem
+)
+def test_the_picture_of_a_comparison_is_of_its_file(file):
+    report = ComparisonReport.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    with Image.open(ROOT / "docs" / "images" / f"{file.stem}.png") as picture:
+        assert picture.info[DIGEST] == digest_of(report.to_dict())
+    for page in ("choose.md", "ch/choose.md"):
+        text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+        assert f"images/{file.stem}.png)" in text
+        assert report.markdown().strip() in text

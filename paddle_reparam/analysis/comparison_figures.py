@@ -17,6 +17,8 @@ from .comparison import PLAIN, ComparisonReport
 
 #: Columns of a method's name.
 _LONGEST = 40
+#: Where a name may stand, in points from its point: right, right above and below, left of it.
+_PLACES = [(8, 0, "left"), (8, 9, "left"), (8, -9, "left"), (-8, 0, "right"), (-8, 9, "right"), (-8, -9, "right")]
 
 
 def draw_cost(report: ComparisonReport) -> Figure:
@@ -28,14 +30,11 @@ def draw_cost(report: ComparisonReport) -> Figure:
     axes = figure.subplots()
     known = [each for each in report.methods if each.mean is not None and each.step is not None]
     names, text = drawable([each.method for each in known], _LONGEST)
-    for each, name in zip(known, names):
+    for each in known:
         color = GREY if each.method == PLAIN else BLUE if each.at_no_cost else ORANGE
         filling = {} if each.trainings == 1 else {"markerfacecolor": "white"}
         axes.errorbar(
             each.step["ratio"], each.mean, yerr=each.deviation, fmt="o", ms=7, color=color, capsize=3, lw=1, **filling
-        )
-        axes.annotate(
-            name, (each.step["ratio"], each.mean), xytext=(7, 5), textcoords="offset points", fontsize=8, **text
         )
     plain_axes(
         axes,
@@ -45,7 +44,24 @@ def draw_cost(report: ComparisonReport) -> Figure:
         f"{report.metric}, %",
     )
     axes.margins(x=0.15, y=0.12)
+    _label(figure, axes, [(each.step["ratio"], each.mean) for each in known], names, text)
     return figure
+
+
+def _label(figure: Figure, axes: Any, points: Sequence[Any], names: Sequence[str], text: Mapping[str, Any]) -> None:
+    """Write each name beside its point, where it covers no name that is there already if there is such a place."""
+    figure.draw_without_rendering()
+    taken: list[Any] = []
+    for point, name in zip(points, names):
+        for x, y, side in _PLACES:
+            label = axes.annotate(
+                name, point, xytext=(x, y), textcoords="offset points", fontsize=8, ha=side, va="center", **text
+            )
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken) or (x, y, side) == _PLACES[-1]:
+                break
+            label.remove()
+        taken.append(box)
 
 
 def draw_curves(report: ComparisonReport) -> Figure:
