@@ -159,6 +159,7 @@ WRONG = [
     ("draw_pictures", "nothing", 2),
     ("int8_table", "--images missing --cache folder", 2),
     ("model_table", "--nothing", 2),
+    ("task_table", "--nothing", 2),
 ]  # fmt: skip
 
 
