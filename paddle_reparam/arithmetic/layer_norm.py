@@ -15,7 +15,8 @@ def mend_layer_norm() -> None:
     """Give `paddle.nn.functional.layer_norm`, and so every `nn.LayerNorm`, the right gradient of its input on a CPU.
 
     Paddle's is wrong unless the gradient of the weight is computed with it, which of a frozen weight it is not: there
-    weight and bias are applied behind the norm. Only where a probe shows the need, and once in a process.
+    weight and bias are applied behind the norm. Only where a probe shows the need, and once in a process. Where the
+    weight trains, `paddle.grad` of the input alone stays wrong; a backward pass is right.
     """
     own = F.layer_norm
     if not _is_wrong(own):

@@ -29,9 +29,10 @@ def segments(release: Folder) -> bool:
 
 @dataclass
 class Mask:
-    """An image's file, the number of the class of each of its pixels `[H, W]`, uint8, and the share of each class."""
+    """An image's file, its pixels `[H, W, 3]`, the number of the class of each, `[H, W]`, uint8, and their shares."""
 
     path: Path
+    image: np.ndarray
     classes: np.ndarray
     shares: list[tuple[str, float]]
 
@@ -73,12 +74,13 @@ class Segmenter(NetworkOfImages):
     def _mask(self, path: Path, classes: np.ndarray) -> Mask:
         import cv2
 
-        height, width = read_rgb(path).shape[:2]
+        image = read_rgb(path)
+        height, width = image.shape[:2]
         if classes.shape != (height, width):
             classes = cv2.resize(classes, (width, height), interpolation=cv2.INTER_NEAREST)
         counts = np.bincount(classes.reshape(-1))
         shares = [(self._label(int(i)), counts[i] / classes.size) for i in np.argsort(-counts, kind="stable")]
-        return Mask(path, classes, [(name, share) for name, share in shares if share])
+        return Mask(path, image, classes, [(name, share) for name, share in shares if share])
 
     def _label(self, number: int) -> str:
         name = self.labels[number] if self.labels and number < len(self.labels) else None
@@ -120,9 +122,8 @@ def write_mask(mask: Mask, folder: Path) -> tuple[Path, Path]:
     colours = palette()
     indexed = Image.fromarray(mask.classes, mode="P")
     indexed.putpalette(colours.reshape(-1).tolist())
-    image = read_rgb(mask.path)
     share = _OPACITY * (mask.classes > 0)[:, :, None]
-    overlay = Image.fromarray(np.rint(image * (1 - share) + colours[mask.classes] * share).astype(np.uint8))
+    overlay = Image.fromarray(np.rint(mask.image * (1 - share) + colours[mask.classes] * share).astype(np.uint8))
     for picture, file in zip((indexed, overlay), files):
         atomic_write(file, lambda temporary, picture=picture: picture.save(temporary, format="PNG"))
     return files

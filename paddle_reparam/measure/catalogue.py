@@ -39,8 +39,8 @@ class Sizes:
     def cells(self) -> list[str]:
         """Return millions of parameters and of multiply-adds, each in train form and fused."""
         return [
-            millions(self.parameters, 3), millions(self.fused_parameters, 3),
-            millions(self.macs, 1), millions(self.fused_macs, 1),
+            _millions(self.parameters, 3), _millions(self.fused_parameters, 3),
+            _millions(self.macs, 1), _millions(self.fused_macs, 1),
         ]  # fmt: skip
 
 
@@ -103,8 +103,7 @@ def configs_of(folder: Path) -> dict[str, list[str]]:
     return found
 
 
-def millions(number: int, digits: int) -> str:
-    """Return a number in millions."""
+def _millions(number: int, digits: int) -> str:
     return f"{number / 1e6:.{digits}f}"
 
 
@@ -122,7 +121,7 @@ def to_markdown(rows: list[Row], configs: Mapping[str, list[str]], measured: Map
         same = row.nonzero_parameters == row.sizes.parameters
         lines.append([
             row.name, f"`{options}`" if options else "", str(published.input_size), parameters, fused,
-            "" if same else millions(row.nonzero_parameters, 3), macs, fused_macs, row.sizes.fusing,
+            "" if same else _millions(row.nonzero_parameters, 3), macs, fused_macs, row.sizes.fusing,
             "" if published.top1 is None else f"{published.top1:.2f}", published.source,
             "" if options else _measured(measured.get(row.name)),
             " ".join(f"[{path.split('/')[0]}](../ppcls_configs/{path})" for path in configs.get(row.name, [])),
