@@ -14,7 +14,7 @@ from paddle import nn
 from ..arithmetic.initializers import uniform_fan_in
 from ..layers.base import ReparamLayer
 from ..layers.repmlpnet import GlobalPerceptron
-from .builders import bn_that_adds
+from .builders import bn_that_adds, maps_of
 
 #: Squeeze-and-excitation has so many times fewer channels in its middle.
 _REDUCTION = 16
@@ -66,10 +66,7 @@ class FiveStages(nn.Layer):
 
     def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
         """Return the maps of the stages, from the largest to the smallest."""
-        maps = [self.stage1(self.stage0(x))]
-        for stage in (self.stage2, self.stage3, self.stage4):
-            maps.append(stage(maps[-1]))
-        return maps
+        return maps_of((self.stage1, self.stage2, self.stage3, self.stage4), self.stage0(x))
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return self.linear(paddle.flatten(self.gap(self.stage_maps(x)[-1]), 1))

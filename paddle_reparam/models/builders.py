@@ -1,13 +1,14 @@
-"""What the builders of networks share: arguments that nobody takes, pretrained weights, and scaled widths."""
+"""What networks and their builders share: arguments that nobody takes, pretrained weights, widths, stages in a row."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import paddle
 from paddle import nn
 
 from ..errors import ReparamError, UnknownName
@@ -62,3 +63,12 @@ def bn_that_adds(path: str, bias: np.ndarray) -> dict[str, np.ndarray]:
         f"{path}.running_mean": np.zeros(bias.shape),
         f"{path}.running_var": np.ones(bias.shape),
     }
+
+
+def maps_of(stages: Iterable[nn.Layer], x: paddle.Tensor) -> list[paddle.Tensor]:
+    """Return what each of several stages in a row puts out, the first of which is given `x`."""
+    maps = []
+    for stage in stages:
+        x = stage(x)
+        maps.append(x)
+    return maps

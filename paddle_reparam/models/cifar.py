@@ -13,7 +13,7 @@ from paddle.vision.models.resnet import BasicBlock
 
 from ..arithmetic.initializers import init_fan_out_normal
 from ..registry import Published, register_model
-from .builders import check_arguments, load_pretrained
+from .builders import check_arguments, load_pretrained, maps_of
 
 # Output channels of VGG-16's 3x3 convolutions, stage by stage; each stage ends with a pooling that halves the map.
 _STAGES = [[64, 64], [128, 128], [256, 256, 256], [512, 512, 512], [512, 512, 512]]
@@ -35,10 +35,7 @@ class ResNetForCifar(nn.Layer):
 
     def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
         """Return the maps of the stages, from the largest to the smallest."""
-        maps = [self.layer1(self.relu(self.bn1(self.conv1(x))))]
-        for stage in (self.layer2, self.layer3):
-            maps.append(stage(maps[-1]))
-        return maps
+        return maps_of((self.layer1, self.layer2, self.layer3), self.relu(self.bn1(self.conv1(x))))
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return self.fc(paddle.flatten(self.avgpool(self.stage_maps(x)[-1]), 1))

@@ -8,6 +8,7 @@ import paddle
 from paddle import nn
 
 from ..arithmetic.initializers import init_fan_out_normal
+from .builders import maps_of
 
 
 class ResNet(nn.Layer):
@@ -32,10 +33,8 @@ class ResNet(nn.Layer):
 
     def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
         """Return the maps of the stages, from the largest to the smallest."""
-        maps = [self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))]
-        for stage in (self.layer2, self.layer3, self.layer4):
-            maps.append(stage(maps[-1]))
-        return maps
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return maps_of((self.layer1, self.layer2, self.layer3, self.layer4), x)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return self.classifier(paddle.flatten(self.avgpool(self.stage_maps(x)[-1]), 1))

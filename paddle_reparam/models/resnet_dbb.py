@@ -24,7 +24,7 @@ from ..layers.base import ReparamLayer
 from ..layers.branches import conv_bn_of
 from ..layers.dbb import DBB2D
 from ..registry import Published, register_model
-from .builders import bn_that_adds, check_arguments, load_pretrained
+from .builders import bn_that_adds, check_arguments, load_pretrained, maps_of
 
 _DEPTHS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}
 
@@ -97,10 +97,8 @@ class BranchedResNet(nn.Layer):
 
     def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
         """Return the maps of the stages, from the largest to the smallest."""
-        maps = [self.stage1(self.stage0.maxpool(F.relu(self.stage0.conv1(x))))]
-        for stage in (self.stage2, self.stage3, self.stage4):
-            maps.append(stage(maps[-1]))
-        return maps
+        x = self.stage0.maxpool(F.relu(self.stage0.conv1(x)))
+        return maps_of((self.stage1, self.stage2, self.stage3, self.stage4), x)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return self.linear(paddle.flatten(self.gap(self.stage_maps(x)[-1]), 1))

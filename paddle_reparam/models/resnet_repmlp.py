@@ -18,7 +18,7 @@ from ..errors import CheckpointError, ReparamError
 from ..layers.partitions import size_of
 from ..layers.repmlp import RepMLP
 from ..registry import Published, register_model
-from .builders import check_arguments, load_pretrained
+from .builders import check_arguments, load_pretrained, maps_of
 
 _STAGES = ("c2", "c3", "c4", "c5")
 _OPTIONS = ["block", "fc3_groups", "reduction", "fc1_fc2_reduction", "image_size"]
@@ -152,10 +152,7 @@ class RepMLPResNet(nn.Layer):
         """Return the maps of the stages, from the largest to the smallest."""
         if self.image_size is not None:
             require_size(x, self.image_size)
-        maps = [self.stage1(self.stage0(x))]
-        for stage in (self.stage2, self.stage3, self.stage4):
-            maps.append(stage(maps[-1]))
-        return maps
+        return maps_of((self.stage1, self.stage2, self.stage3, self.stage4), self.stage0(x))
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         return self.linear(paddle.flatten(self.gap(self.stage_maps(x)[-1]), 1))

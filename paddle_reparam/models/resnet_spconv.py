@@ -18,17 +18,15 @@ from paddle.vision.models.resnet import BasicBlock, BottleneckBlock
 from ..arithmetic.initializers import init_fan_out_normal
 from ..layers.spconv import SPConv2D
 from ..registry import Published, register_model
-from .builders import check_arguments, load_pretrained
+from .builders import check_arguments, load_pretrained, maps_of
 from .cifar import ResNetForCifar
 
 
 class _ResNet(ResNet):
     def stage_maps(self, x: paddle.Tensor) -> list[paddle.Tensor]:
         """Return the maps of the stages, from the largest to the smallest."""
-        maps = [self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))]
-        for stage in (self.layer2, self.layer3, self.layer4):
-            maps.append(stage(maps[-1]))
-        return maps
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        return maps_of((self.layer1, self.layer2, self.layer3, self.layer4), x)
 
 
 def _with_spconv(model: nn.Layer, ratio: float) -> nn.Layer:
